@@ -1,0 +1,24 @@
+"""Errors of the public face; all of them are `Wna16Error` and `ValueError`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pallas_kernels.errors import Wna16Error
+
+
+class _ListingError(Wna16Error, ValueError):
+    """An error that lists every reason it found, one a line."""
+
+    def __init__(self, summary: str, reasons: Sequence[str] = ()):
+        self.summary = summary
+        self.reasons = tuple(reasons)
+        super().__init__("\n  - ".join([summary, *self.reasons]))
+
+
+class ModelError(_ListingError):
+    """A model cannot be built from this configuration, or its parameters do not fit it."""
+
+
+class InputError(_ListingError):
+    """What was asked of a model (prompts, sampling options, text) is impossible."""

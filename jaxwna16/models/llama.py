@@ -1,0 +1,267 @@
+"""The Llama family (Llama, Mistral, SmolLM2, Qwen2, Qwen3) as one NNX definition.
+
+Attribute paths are the checkpoint's own tensor names (`model.layers.0.self_attn.q_proj.weight`), so
+weights are loaded by path (`jaxwna16.models.params`). A linear named in `specs` is a `QuantDense`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from jaxwna16.errors import ModelError
+from jaxwna16.models.attention import (
+    Cache,
+    LayerCache,
+    attend,
+    matmul_precision,
+    see_slots,
+    write_slots,
+)
+from jaxwna16.models.config import ModelConfig
+from jaxwna16.models.rope import rotate, rotation_tables
+from pallas_kernels.spec import QuantSpec
+
+Array = jax.Array
+Rotation = tuple[Array, Array]
+
+
+class Dense(nnx.Module):
+    """y = x W^T + b with W [N, K] as checkpoints store it; products are summed in float32."""
+
+    def __init__(self, out_features: int, in_features: int, *, use_bias: bool, dtype):
+        self.weight = nnx.Param(jnp.zeros((out_features, in_features), dtype))
+        self.bias = nnx.Param(jnp.zeros(out_features, dtype)) if use_bias else None
+
+    def __call__(self, x: Array) -> Array:
+        y = multiply(x, self.weight[...])
+        if self.bias is not None:
+            y = y + jnp.expand_dims(self.bias[...].astype(y.dtype), range(x.ndim - 1))
+        return y.astype(x.dtype)
+
+
+class Embedding(nnx.Module):
+    """Rows of weight [V, hidden]; a token outside the vocabulary gives NaN."""
+
+    def __init__(self, vocab_size: int, features: int, *, dtype):
+        self.weight = nnx.Param(jnp.zeros((vocab_size, features), dtype))
+
+    def __call__(self, tokens: Array) -> Array:
+        return self.weight[...].at[tokens].get(mode="fill", wrap_negative_indices=False)
+
+
+class RMSNorm(nnx.Module):
+    """x / sqrt(mean(x^2) + eps), computed in float32, rounded, then times the weight."""
+
+    def __init__(self, features: int, eps: float, *, dtype):
+        self.weight = nnx.Param(jnp.ones(features, dtype))
+        self.eps = eps
+
+    def __call__(self, x: Array) -> Array:
+        wide = x.astype(jnp.float32)
+        inverse = lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
+        return jnp.expand_dims(self.weight[...], range(x.ndim - 1)) * (wide * inverse).astype(x.dtype)
+
+
+class Attention(nnx.Module):
+    """Self-attention of one layer, with grouped key heads and optional per-head norms."""
+
+    def __init__(self, config: ModelConfig, linears: _Linears, path: str):
+        hidden, head_dim = config.hidden_size, config.head_dim
+        q_features = config.num_attention_heads * head_dim
+        kv_features = config.num_key_value_heads * head_dim
+        self.q_proj = linears.make(f"{path}.q_proj", q_features, hidden, config.qkv_bias)
+        self.k_proj = linears.make(f"{path}.k_proj", kv_features, hidden, config.qkv_bias)
+        self.v_proj = linears.make(f"{path}.v_proj", kv_features, hidden, config.qkv_bias)
+        self.o_proj = linears.make(f"{path}.o_proj", hidden, q_features, config.out_bias)
+        norms = [RMSNorm(head_dim, config.rms_norm_eps, dtype=linears.dtype) for _ in range(2)]
+        self.q_norm, self.k_norm = norms if config.qk_norm else (None, None)
+        self.head_dim = head_dim
+
+    def __call__(
+        self, x: Array, rotation: Rotation, seen: Array, positions: Array, cache: LayerCache | None
+    ) -> tuple[Array, LayerCache]:
+        q, k, v = (
+            y.reshape(*x.shape[:2], -1, self.head_dim)
+            for y in (self.q_proj(x), self.k_proj(x), self.v_proj(x))
+        )
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = rotate(q, *rotation), rotate(k, *rotation)
+        if cache is None:
+            cache = LayerCache(k.swapaxes(1, 2), v.swapaxes(1, 2))
+        else:
+            cache = write_slots(cache, k, v, positions)
+        return self.o_proj(attend(q, cache, seen)), cache
+
+
+class MLP(nnx.Module):
+    """down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, config: ModelConfig, linears: _Linears, path: str):
+        hidden, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.gate_proj = linears.make(f"{path}.gate_proj", inner, hidden, bias)
+        self.up_proj = linears.make(f"{path}.up_proj", inner, hidden, bias)
+        self.down_proj = linears.make(f"{path}.down_proj", hidden, inner, bias)
+
+    def __call__(self, x: Array) -> Array:
+        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class DecoderLayer(nnx.Module):
+    """Attention and MLP, each on a normalised input and added to the stream."""
+
+    def __init__(self, config: ModelConfig, linears: _Linears, path: str):
+        hidden, eps = config.hidden_size, config.rms_norm_eps
+        self.input_layernorm = RMSNorm(hidden, eps, dtype=linears.dtype)
+        self.self_attn = Attention(config, linears, f"{path}.self_attn")
+        self.post_attention_layernorm = RMSNorm(hidden, eps, dtype=linears.dtype)
+        self.mlp = MLP(config, linears, f"{path}.mlp")
+
+    def __call__(
+        self, x: Array, rotation: Rotation, seen: Array, positions: Array, cache: LayerCache | None
+    ) -> tuple[Array, LayerCache]:
+        mixed, cache = self.self_attn(self.input_layernorm(x), rotation, seen, positions, cache)
+        x = x + mixed
+        return x + self.mlp(self.post_attention_layernorm(x)), cache
+
+
+class Decoder(nnx.Module):
+    """Embedding, layers and the last norm: the checkpoint's `model.`."""
+
+    def __init__(self, config: ModelConfig, linears: _Linears):
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, dtype=linears.dtype)
+        self.layers = nnx.List(
+            DecoderLayer(config, linears, f"model.layers.{i}")
+            for i in range(config.num_hidden_layers)
+        )
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=linears.dtype)
+
+
+class Llama(nnx.Module):
+    """A language model: `model(tokens)` maps int32 [B, S] to float32 logits [B, S, V].
+
+    Constructed under `nnx.eval_shape` it holds shapes and no arrays; `load_params` fills it. It is a
+    pytree, so `jax.jit` takes it as an argument.
+
+    Args:
+      specs: module path ("model.layers.0.self_attn.q_proj", "lm_head") -> spec of its packed weight.
+      dtype: dtype of activations, cache and plain weights. In float32 every product is full float32.
+      backend: of the quantized linears: None is the best available, a name is that one or an error.
+
+    Raises:
+      ModelError: listing specs that no linear has, or that contradict the linear's shape.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        specs: Mapping[str, QuantSpec] | None = None,
+        *,
+        dtype: jax.typing.DTypeLike,
+        backend: str | None = None,
+    ):
+        self.config = config
+        self.dtype = jnp.dtype(dtype)
+        linears = _Linears(specs or {}, self.dtype, backend)
+        self.model = Decoder(config, linears)
+        self.lm_head = (
+            None
+            if config.tie_word_embeddings
+            else linears.make("lm_head", config.vocab_size, config.hidden_size, False)
+        )
+        linears.check_all_used()
+
+    def __call__(self, tokens: Array) -> Array:
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None, :], tokens.shape)
+        hidden, _ = self.hidden(tokens, positions)
+        return self.logits(hidden)
+
+    def hidden(
+        self, tokens: Array, positions: Array, cache: Cache | None = None
+    ) -> tuple[Array, Cache]:
+        """Run the layers over a piece of each row.
+
+        Without a cache the piece is the start of the rows: token i goes to slot i, and the cache that
+        comes back has S slots. Rows padded on the right give their padding the row's last position.
+
+        Args:
+          tokens: int32 [B, S].
+          positions: int32 [B, S], each token's position in its row.
+          cache: keys and values of the tokens before; `positions` must lie within its slots.
+
+        Returns:
+          The normalised stream [B, S, hidden] and the cache with the piece added.
+        """
+        slots = tokens.shape[1] if cache is None else cache[0].k.shape[2]
+        windows = self.config.windows
+        seen = {window: see_slots(positions, slots, window) for window in set(windows)}
+        rotation = rotation_tables(self.config.rope, self.config.head_dim, positions, self.dtype)
+        x = self.model.embed_tokens(tokens)
+        caches = []
+        for i, (layer, window) in enumerate(zip(self.model.layers, windows, strict=True)):
+            before = None if cache is None else cache[i]
+            x, after = _run_layer(layer, x, rotation, seen[window], positions, before)
+            caches.append(after)
+        return self.model.norm(x), tuple(caches)
+
+    def logits(self, hidden: Array) -> Array:
+        """Float32 logits [..., V] of the normalised stream [..., hidden]."""
+        if self.lm_head is None:
+            return multiply(hidden, self.model.embed_tokens.weight[...])
+        if isinstance(self.lm_head, Dense):
+            return multiply(hidden, self.lm_head.weight[...])
+        return self.lm_head(hidden).astype(jnp.float32)
+
+
+def multiply(x: Array, weight: Array) -> Array:
+    """x [..., K] times weight [N, K] transposed, float32 [..., N]."""
+    return lax.dot_general(
+        x,
+        weight,
+        (((x.ndim - 1,), (1,)), ((), ())),
+        precision=matmul_precision(x.dtype),
+        preferred_element_type=jnp.float32,
+    )
+
+
+@jax.jit
+def _run_layer(layer: DecoderLayer, *arguments):
+    """A function of its own, so that layers of one shape are traced once and not once each."""
+    return layer(*arguments)
+
+
+class _Linears:
+    """Makes each linear by its path, quantized where `specs` says so, and keeps account of the specs."""
+
+    def __init__(self, specs: Mapping[str, QuantSpec], dtype: jnp.dtype, backend: str | None):
+        self.specs = specs
+        self.dtype = dtype
+        self.backend = backend
+        self.unused = set(specs)
+        self.faults: list[str] = []
+
+    def make(self, path: str, out_features: int, in_features: int, use_bias: bool):
+        spec = self.specs.get(path)
+        if spec is None:
+            return Dense(out_features, in_features, use_bias=use_bias, dtype=self.dtype)
+        from jaxwna16.dense import QuantDense
+
+        self.unused.remove(path)
+        found = (spec.out_features, spec.in_features)
+        if found != (out_features, in_features):
+            expected = [out_features, in_features]
+            self.faults.append(f"{path}: expected [N, K] = {expected}, found {list(found)}")
+        return QuantDense(spec, use_bias=use_bias, dtype=self.dtype, backend=self.backend)
+
+    def check_all_used(self) -> None:
+        """Raise `ModelError` if a spec is of no linear here or has another shape."""
+        strays = [f"{path}: no linear of this model can be quantized there" for path in self.unused]
+        if self.faults or strays:
+            raise ModelError(
+                "quantized modules do not fit the model", self.faults + sorted(strays)
+            )

@@ -1,0 +1,78 @@
+"""Filling a model's leaves from a checkpoint's tree, by path."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxwna16.errors import ModelError
+from jaxwna16.models.llama import Dense, Embedding, Llama, RMSNorm
+
+_PLAIN_MODULES = (Dense, Embedding, RMSNorm)
+
+
+def load_params(model: Llama, params: Mapping[str, Any]) -> Llama:
+    """Give a model, usually an abstract one of `nnx.eval_shape`, the arrays of a params tree.
+
+    Plain weights, norms and biases are cast to the dtype the model was constructed with; leaves of
+    quantized linears are taken as they are. Two things of old checkpoints are left out without an
+    error: `rotary_emb.inv_freq`, and a copy of a tied embedding under `lm_head.weight`.
+
+    Args:
+      params: nested dict under the checkpoint's module paths, keys strings.
+
+    Raises:
+      ModelError: listing every leaf that is missing, unexpected, of another shape or not a number of
+        the right kind.
+    """
+    found = dict(_list_leaves(params, ""))
+    graph, state = nnx.split(model)
+    plain = {path for path, module in nnx.iter_modules(model) if isinstance(module, _PLAIN_MODULES)}
+    faults, leaves = [], []
+    for path, variable in nnx.to_flat_state(state):
+        name, wanted = ".".join(map(str, path)), variable.get_value()
+        array = found.pop(name, None)
+        if array is None or array.shape != wanted.shape or not _same_kind(array, wanted):
+            faults.append(f"{name}: expected {_describe(wanted)}, found {_describe(array)}")
+        else:
+            kept = jnp.asarray(array, wanted.dtype if path[:-1] in plain else array.dtype)
+            leaves.append((path, variable.replace(kept)))
+    faults += [
+        f"{name}: expected nothing, found {_describe(array)}"
+        for name, array in found.items()
+        if not _is_leftover(name, array, model)
+    ]
+    if faults:
+        raise ModelError("parameters do not fit the model", faults)
+    return nnx.merge(graph, nnx.from_flat_state(leaves))
+
+
+def _list_leaves(tree: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _list_leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _is_leftover(name: str, array: Any, model: Llama) -> bool:
+    """Whether a leaf without a place repeats what the model knows anyway."""
+    if name.endswith("rotary_emb.inv_freq"):
+        return True
+    embedding = model.model.embed_tokens.weight.get_value()
+    return model.lm_head is None and name == "lm_head.weight" and array.shape == embedding.shape
+
+
+def _same_kind(array: Any, wanted: jax.ShapeDtypeStruct) -> bool:
+    """Any float may stand for another, an integer only for itself."""
+    if jnp.issubdtype(wanted.dtype, jnp.floating):
+        return jnp.issubdtype(array.dtype, jnp.floating)
+    return array.dtype == wanted.dtype
+
+
+def _describe(array: Any) -> str:
+    return "nothing" if array is None else f"{array.dtype.name} {list(array.shape)}"

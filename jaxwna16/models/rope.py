@@ -1,0 +1,153 @@
+"""Rotary position embeddings and their scalings.
+
+The formulas are those of transformers' `modeling_rope_utils.py` (default, linear, dynamic NTK, llama3,
+yarn), computed in the same order and in float32, so that angles agree to the last bits:
+
+    default  f_i = theta^(-2i/d),  i = 0 .. d/2 - 1,  d = head_dim
+    linear   f_i / factor
+    dynamic  theta' = theta * (factor * L / P - (factor - 1))^(d / (d - 2)),  L = max(tokens so far, P)
+    llama3   f_i, f_i / factor, or a blend of the two, by wavelength (Llama 3.1)
+    yarn     a blend of f_i and f_i / factor by rotations over the original length; cos and sin are
+             multiplied by an attention factor (https://arxiv.org/abs/2309.00071)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RopeConfig:
+    """Rope parameters as `config.json` names them; those a `rope_type` has no use for keep defaults.
+
+    Attributes:
+      theta: `rope_theta`, the base of the frequencies.
+      original_max_positions: P above; for "dynamic" always the model's max_position_embeddings.
+      attention_factor: multiplies cos and sin (yarn); None: 0.1 ln(factor) + 1, or by the mscales.
+    """
+
+    rope_type: str
+    theta: float
+    original_max_positions: int
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    attention_factor: float | None = None
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    truncate: bool = True
+
+
+def rotation_tables(
+    rope: RopeConfig, head_dim: int, positions: jax.Array, dtype: jax.typing.DTypeLike
+) -> tuple[jax.Array, jax.Array]:
+    """Cosines and sines of every position's angles.
+
+    "dynamic" takes the length L of each row from that row's largest position, so that a row does not
+    depend on its neighbours (transformers takes the batch's largest).
+
+    Args:
+      positions: int32 [B, S].
+
+    Returns:
+      cos, sin in `dtype`, each [B, S, head_dim / 2]: the second half of a head repeats the first.
+    """
+    if rope.rope_type == "dynamic":
+        lengths = jnp.max(positions, axis=1) + 1
+        frequencies = _dynamic_frequencies(rope, head_dim, lengths)[:, None, :]
+    else:
+        frequencies = jnp.asarray(inverse_frequencies(rope, head_dim))[None, None, :]
+    angles = positions[:, :, None].astype(jnp.float32) * frequencies
+    factor = attention_factor(rope)
+    return (jnp.cos(angles) * factor).astype(dtype), (jnp.sin(angles) * factor).astype(dtype)
+
+
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Turn the halves of each head of x [B, S, H, D] by the angles of `rotation_tables`."""
+    cos, sin = cos[:, :, None, :], sin[:, :, None, :]
+    first, second = jnp.split(x, 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+
+def inverse_frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:
+    """The f_i of the module docstring, float32 [head_dim / 2]; for "dynamic" those up to length P."""
+    wavelengths = _power(rope.theta, head_dim)
+    plain = np.float32(1) / wavelengths
+    if rope.rope_type == "linear":
+        return plain / np.float32(rope.factor)
+    if rope.rope_type == "llama3":
+        return _blend_llama3(rope, plain)
+    if rope.rope_type == "yarn":
+        stretched = np.float32(1) / (np.float32(rope.factor) * wavelengths)
+        keep = np.float32(1) - _yarn_ramp(rope, head_dim)
+        return stretched * (np.float32(1) - keep) + plain * keep
+    return plain
+
+
+def attention_factor(rope: RopeConfig) -> float:
+    """What cos and sin are multiplied by: 1 except for yarn."""
+    if rope.rope_type != "yarn":
+        return 1.0
+    if rope.attention_factor is not None:
+        return rope.attention_factor
+    if rope.mscale and rope.mscale_all_dim:
+        return _yarn_scale(rope.factor, rope.mscale) / _yarn_scale(rope.factor, rope.mscale_all_dim)
+    return _yarn_scale(rope.factor, 1.0)
+
+
+def _power(theta: float, head_dim: int) -> np.ndarray:
+    """theta^(2i/d): exponents in float32, the power rounded once to float32 (as torch does)."""
+    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+    return np.power(float(theta), exponents.astype(np.float64)).astype(np.float32)
+
+
+def _dynamic_frequencies(rope: RopeConfig, head_dim: int, lengths: jax.Array) -> jax.Array:
+    """Frequencies float32 [B, head_dim / 2] for rows of the given lengths, int32 [B]."""
+    limit = rope.original_max_positions
+    stretch = rope.factor * jnp.maximum(lengths, limit).astype(jnp.float32) / limit
+    bases = rope.theta * (stretch - (rope.factor - 1)) ** (head_dim / (head_dim - 2))
+    exponents = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
+    scaled = 1 / bases[:, None] ** exponents[None, :]
+    within = jnp.asarray(inverse_frequencies(rope, head_dim))[None, :]
+    return jnp.where((lengths > limit)[:, None], scaled, within)
+
+
+def _blend_llama3(rope: RopeConfig, plain: np.ndarray) -> np.ndarray:
+    length, factor = np.float32(rope.original_max_positions), np.float32(rope.factor)
+    low, high = np.float32(rope.low_freq_factor), np.float32(rope.high_freq_factor)
+    wavelengths = np.float32(2 * math.pi) / plain
+    scaled = np.where(wavelengths > length / low, plain / factor, plain)
+    smooth = (length / wavelengths - low) / (high - low)
+    blended = (np.float32(1) - smooth) * scaled / factor + smooth * scaled
+    between = (wavelengths >= length / high) & (wavelengths <= length / low)
+    return np.where(between, blended, scaled)
+
+
+def _yarn_ramp(rope: RopeConfig, head_dim: int) -> np.ndarray:
+    """0 where a frequency turns more than beta_fast times in the original length, 1 below beta_slow."""
+
+    def dimension(rotations: float) -> float:
+        turns = rope.original_max_positions / (rotations * 2 * math.pi)
+        return head_dim * math.log(turns) / (2 * math.log(rope.theta))
+
+    low, high = dimension(rope.beta_fast), dimension(rope.beta_slow)
+    if rope.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
+    if low == high:
+        high += 0.001  # as in the reference: no division by zero
+    ramp = (np.arange(head_dim // 2, dtype=np.float32) - np.float32(low)) / np.float32(high - low)
+    return np.clip(ramp, np.float32(0), np.float32(1))
+
+
+def _yarn_scale(factor: float, mscale: float) -> float:
+    return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0

@@ -1,0 +1,13 @@
+"""Every error this project raises on purpose descends from `Wna16Error`."""
+
+
+class Wna16Error(Exception):
+    """Base of all errors of ours: the command line prints them without a traceback."""
+
+
+class SpecError(Wna16Error, ValueError):
+    """A `QuantSpec` is impossible, or arrays contradict it."""
+
+
+class BackendError(Wna16Error, ValueError):
+    """The backend that was named cannot do what was asked; nothing else is tried in its place."""

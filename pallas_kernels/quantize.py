@@ -1,0 +1,83 @@
+"""Float weight -> packed weight, rounding each value to the nearest integer (RTN)."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.errors import SpecError
+from pallas_kernels.layout import tiles_from_codes
+from pallas_kernels.spec import TILE_N, QuantSpec
+from pallas_kernels.weights import SCALE_DTYPES
+
+
+def quantize(w: jax.Array, spec: QuantSpec, *, scale_dtype=jnp.bfloat16) -> dict[str, jax.Array]:
+    """Quantize W[N, K] to the nearest integers, with scales from the range of each group.
+
+    The formulas are those of compressed-tensors (`quantization/utils/helpers.py`,
+    `calculate_qparams`, and `forward_helpers.py`, `_quantize`) with `scale_dtype` set, in float32.
+    With a = 2^bits - 1 and lo = -2^(bits-1), over each group widened to hold 0:
+
+        symmetric:   scale = max |w| / (a / 2),       q = round(w / scale)
+        asymmetric:  scale = (max w - min w) / a,     zero_point = round(lo - min w / scale),
+                     q = round(w / scale + zero_point)
+
+    scale is rounded to `scale_dtype` before q is computed, and q is clamped to [lo, lo + a].
+
+    Args:
+      w: [N, K] floats, finite.
+      spec: the wanted bits, group size, symmetry; `in_features` and `out_features` are w's.
+      scale_dtype: float16, bfloat16 or float32.
+
+    Returns:
+      The leaf dict of the packed weight.
+
+    Raises:
+      SpecError: if w's shape or dtype does not fit the spec, w is not finite, or `scale_dtype` is not
+        one of the three.
+    """
+    if w.shape != (spec.out_features, spec.in_features) or not jnp.issubdtype(w.dtype, jnp.floating):
+        raise SpecError(
+            f"w must be floats [{spec.out_features}, {spec.in_features}], "
+            f"got {w.dtype} {list(w.shape)}"
+        )
+    if jnp.dtype(scale_dtype).name not in SCALE_DTYPES:
+        raise SpecError(f"scale_dtype must be one of {SCALE_DTYPES}, got {jnp.dtype(scale_dtype).name}")
+    weights, finite = _quantize(jnp.asarray(w), spec, jnp.dtype(scale_dtype))
+    if not finite:
+        raise SpecError(
+            f"w holds NaN or infinity, or a group's range overflows {jnp.dtype(scale_dtype).name}"
+        )
+    return weights
+
+
+@functools.partial(jax.jit, static_argnames=("spec", "scale_dtype"))
+def _quantize(w: jax.Array, spec: QuantSpec, scale_dtype) -> tuple[dict[str, jax.Array], jax.Array]:
+    groups = w.astype(jnp.float32).reshape(spec.out_features, spec.groups, spec.group_size)
+    low, steps = -spec.offset, 2**spec.bits - 1
+    least = jnp.minimum(groups.min(axis=2), 0.0)
+    most = jnp.maximum(groups.max(axis=2), 0.0)
+    if spec.symmetric:
+        scale = jnp.maximum(-least, most) / (steps / 2)
+        zero_point = jnp.zeros_like(scale)
+    else:
+        scale = (most - least) / steps
+        # an all-zero group has scale 0; any zero point serves it
+        zero_point = jnp.where(scale == 0, low, low - least / jnp.where(scale == 0, 1.0, scale))
+        zero_point = jnp.round(jnp.clip(zero_point, low, low + steps))
+    scale = scale.astype(scale_dtype)
+    scale = jnp.where(scale == 0, jnp.finfo(scale_dtype).eps, scale)
+    scaled = groups / scale.astype(jnp.float32)[:, :, None] + zero_point[:, :, None]
+    q = jnp.round(jnp.clip(scaled, low, low + steps)).astype(jnp.int32)
+    codes = (q + spec.offset).astype(jnp.uint8).reshape(spec.out_features, spec.in_features)
+    weights = {"packed": tiles_from_codes(codes, spec), "scale": pad_groups(scale, spec)}
+    if not spec.symmetric:
+        weights["zero_point"] = pad_groups(zero_point.astype(jnp.int8), spec)
+    return weights, jnp.isfinite(groups).all() & jnp.isfinite(scale).all()
+
+
+def pad_groups(grouped: jax.Array, spec: QuantSpec) -> jax.Array:
+    """[N, G] as in a checkpoint -> `spec.scale_shape`: transposed, padded along N with zeros."""
+    return jnp.pad(grouped.T, ((0, 0), (0, spec.tiles_n * TILE_N - spec.out_features)))

@@ -1,0 +1,70 @@
+"""The leaf dict of one packed weight, and the one check that it fits its spec.
+
+    packed      uint16 `spec.packed_shape`   the integers, see `pallas_kernels.layout`
+    scale       float16 | bfloat16 | float32 `spec.scale_shape` = [G, N padded to 64]
+    zero_point  int8 `spec.scale_shape`      signed; absent when symmetric
+    bias        float [N]                    optional
+
+Padding (rows past N) holds zeros in all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.errors import SpecError
+from pallas_kernels.spec import QuantSpec
+
+SCALE_DTYPES = ("float16", "bfloat16", "float32")
+
+
+def make_abstract(spec: QuantSpec, scale_dtype, bias_dtype=None) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and dtypes of the leaf dict of `spec`; with a bias when `bias_dtype` is given."""
+    leaves = {
+        "packed": jax.ShapeDtypeStruct(spec.packed_shape, jnp.uint16),
+        "scale": jax.ShapeDtypeStruct(spec.scale_shape, scale_dtype),
+    }
+    if not spec.symmetric:
+        leaves["zero_point"] = jax.ShapeDtypeStruct(spec.scale_shape, jnp.int8)
+    if bias_dtype is not None:
+        leaves["bias"] = jax.ShapeDtypeStruct((spec.out_features,), bias_dtype)
+    return leaves
+
+
+def check_weights(weights: Mapping[str, jax.Array], spec: QuantSpec) -> None:
+    """Raise a SpecError that lists every way in which `weights` contradicts `spec`."""
+    if not isinstance(spec, QuantSpec):
+        raise SpecError(f"spec must be a QuantSpec, got {type(spec).__name__}")
+    if not isinstance(weights, Mapping):
+        raise SpecError(
+            f"weights must be the dict of arrays that pack() or load_checkpoint() gives, "
+            f"got {type(weights).__name__}"
+        )
+    scale_dtype, bias = getattr(weights.get("scale"), "dtype", None), weights.get("bias")
+    expected = make_abstract(spec, scale_dtype, None if bias is None else bias.dtype)
+    faults = []
+    for name in sorted(expected.keys() | weights.keys()):
+        if name not in weights:
+            faults.append(f"{name} is missing")
+        elif name not in expected:
+            faults.append(f"{name} is not expected in a {_describe(spec)} weight")
+        elif weights[name].shape != expected[name].shape:
+            faults.append(
+                f"{name} has shape {list(weights[name].shape)}, "
+                f"expected {list(expected[name].shape)}"
+            )
+        elif weights[name].dtype != expected[name].dtype:
+            faults.append(f"{name} is {weights[name].dtype}, expected {expected[name].dtype}")
+    if scale_dtype is not None and scale_dtype.name not in SCALE_DTYPES:
+        faults.append(f"scale is {scale_dtype}, expected one of {', '.join(SCALE_DTYPES)}")
+    if bias is not None and not jnp.issubdtype(bias.dtype, jnp.floating):
+        faults.append(f"bias is {bias.dtype}, expected a float dtype")
+    if faults:
+        raise SpecError(f"weights contradict {spec}: " + "; ".join(faults))
+
+
+def _describe(spec: QuantSpec) -> str:
+    return "symmetric" if spec.symmetric else "asymmetric"

@@ -1,0 +1,213 @@
+"""Chat templates as they come with models, rendered by us and by transformers."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from jaxwna16 import chat_template
+from jaxwna16.errors import InputError
+from jaxwna16.text import Tokenizer
+
+tokenizers = pytest.importorskip("tokenizers")
+pytest.importorskip("jinja2")
+
+CHATML = """{% for message in messages %}\
+{% if loop.first and messages[0]['role'] != 'system' %}\
+{{ '<|im_start|>system\\nYou are a helpful AI assistant named SmolLM<|im_end|>\\n' }}{% endif %}\
+{{'<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n'}}\
+{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
+LLAMA3 = """{{- bos_token }}
+{%- if not date_string is defined %}
+    {%- if strftime_now is defined %}
+        {%- set date_string = strftime_now("%d %b %Y") %}
+    {%- endif %}
+{%- endif %}
+{%- if messages[0]['role'] == 'system' %}
+    {%- set system_message = messages[0]['content']|trim %}
+    {%- set messages = messages[1:] %}
+{%- else %}
+    {%- set system_message = "" %}
+{%- endif %}
+{{- "<|start_header_id|>system<|end_header_id|>\\n\\n" }}
+{%- if tools is not none %}
+    {{- "Environment: ipython\\n" }}
+{%- endif %}
+{{- "Today Date: " + date_string + "\\n\\n" + system_message + "<|eot_id|>" }}
+{%- for message in messages %}
+    {%- if not (message.role == 'ipython' or 'tool_calls' in message) %}
+        {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' }}
+        {{- message['content'] | trim + '<|eot_id|>' }}
+    {%- elif 'tool_calls' in message %}
+        {{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}
+        {{- message.tool_calls[0].function.arguments | tojson(indent=2) + '<|eot_id|>' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}
+{%- endif %}
+"""
+MISTRAL = """{{ bos_token }}{% for message in messages %}
+{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}
+{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}
+{% endif %}
+{% if message['role'] == 'user' %}{{ '[INST] ' + message['content'] + ' [/INST]' }}
+{% elif message['role'] == 'assistant' %}{{ message['content'] + eos_token + ' ' }}
+{% else %}{{ raise_exception('Only user and assistant roles are supported!') }}{% endif %}
+{% endfor %}"""
+# Loop controls, a namespace, tojson without HTML escapes, the block that marks words to train on.
+MODERN = """{% set ns = namespace(turns=0) %}{% for message in messages %}
+    {% if message.role == 'system' %}{% continue %}{% endif %}
+    {% set ns.turns = ns.turns + 1 %}
+<|im_start|>{{ message.role }}
+    {% if message.role == 'assistant' %}
+        {% generation %}{% set own = 1 %}{{ message.content }}{% endgeneration %}
+    {% else %}{{ message | tojson }}{% endif %}<|im_end|>{{ own is defined }}
+{% endfor %}{{ ns.turns }} {{ dict(a=1)['a'] }} {{ sep_token is defined }} {{ image_token }}"""
+TEMPLATES = {"chatml": CHATML, "llama3": LLAMA3, "mistral": MISTRAL, "modern": MODERN}
+
+USER = {"role": "user", "content": " What is <2> & 3? 你好 👋 \n"}
+ANSWER = {"role": "assistant", "content": "It's 5.\n\nBye <|im_end|>"}
+SYSTEM = {"role": "system", "content": "Be brief."}
+CALL = {
+    "role": "assistant",
+    "content": None,
+    "tool_calls": [{"function": {"name": "add", "arguments": {"a": 2, "é": "<b>"}}}],
+}
+
+SPECIAL = ["<s>", "</s>", "<|im_start|>", "<|im_end|>", "[INST]", "[/INST]"]
+SPECIAL += ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """A checkpoint's folder with a tokenizer of single bytes that begins every text with <s>."""
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE())
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    backend.add_special_tokens(SPECIAL)
+    backend.add_tokens(sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()))
+    backend.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 0)]
+    )
+    backend.save(str(tmp_path / "tokenizer.json"))
+    return tmp_path
+
+
+def write_config(folder: Path, **config) -> Tokenizer:
+    (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    return Tokenizer.from_folder(folder)
+
+
+def read_with_transformers(folder: Path):
+    transformers = pytest.importorskip("transformers")
+    return transformers.PreTrainedTokenizerFast.from_pretrained(str(folder))
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize(
+    "messages", [[USER], [USER, ANSWER, USER], [SYSTEM, USER, ANSWER, USER], [USER, CALL]]
+)
+def test_a_rendered_chat_is_that_of_transformers(tmp_path, name, messages):
+    write_config(tmp_path, {
+            "bos_token": {"__type": "AddedToken", "content": "<|begin_of_text|>"},
+            "eos_token": "</s>",
+            "image_token": "[INST]",
+            "chat_template": TEMPLATES[name],
+        },
+    )
+    tokenizer, reference = Tokenizer.from_folder(tmp_path), read_with_transformers(tmp_path)
+    for prompt in (False, True):
+        options = {"add_generation_prompt": prompt, "tokenize": False}
+        try:
+            expected = reference.apply_chat_template(messages, **options)
+        except Exception as refusal:
+            with pytest.raises(InputError, match="refused the messages") as caught:
+                tokenizer.render_chat(messages, prompt)
+            assert str(refusal) in str(caught.value)
+            continue
+        assert tokenizer.render_chat(messages, prompt) == expected
+        assert tokenizer.encode_chat(messages, prompt) == reference.encode(
+            expected, add_special_tokens=False
+        )
+
+def test_a_chat_begins_with_one_bos(tmp_path):
+    write_config(tmp_path, {"bos_token": "<s>", "chat_template": MISTRAL})
+    tokenizer = Tokenizer.from_folder(tmp_path)
+    assert tokenizer.encode_chat([USER]).count(1) == 1
+    assert tokenizer.encode("x")[0] == 1
+
+def test_the_jinja_file_goes_before_the_config(tmp_path):
+    write_config(tmp_path, {"chat_template": "old"})
+    (tmp_path / "chat_template.jinja").write_text("new é", encoding="utf-8")
+    tokenizer, reference = Tokenizer.from_folder(tmp_path), read_with_transformers(tmp_path)
+    expected = reference.apply_chat_template([USER], tokenize=False)
+    assert tokenizer.render_chat([USER]) == expected == "new é"
+
+def test_of_several_templates_the_default_is_taken(tmp_path):
+    named = [{"name": "tool_use", "template": "t"}, {"name": "default", "template": "d"}]
+    write_config(tmp_path, {"chat_template": named})
+    tokenizer, reference = Tokenizer.from_folder(tmp_path), read_with_transformers(tmp_path)
+    expected = reference.apply_chat_template([USER], tokenize=False)
+    assert tokenizer.render_chat([USER]) == expected == "d"
+
+def test_special_tokens_come_from_the_map_when_the_config_lists_no_added_tokens(tmp_path):
+    config = {"bos_token": "<config>", "chat_template": "{{ bos_token }}"}
+    token_map = {"bos_token": {"content": "<s>", "lstrip": False}}
+    for added in ({}, {"added_tokens_decoder": {}}):
+        write_config(tmp_path, config | added, special_tokens_map=token_map)
+        tokenizer, reference = Tokenizer.from_folder(tmp_path), read_with_transformers(tmp_path)
+        expected = reference.apply_chat_template([USER], tokenize=False)
+        assert tokenizer.render_chat([USER]) == expected == ("<config>" if added else "<s>")
+
+def test_without_a_template_the_way_out_is_named(tmp_path):
+    named = [{"name": "rag", "template": "r"}]
+    for config in ({}, {"chat_template": named}):
+        write_config(tmp_path, config)
+        tokenizer = Tokenizer.from_folder(tmp_path)
+        assert not tokenizer.has_chat_template
+        with pytest.raises(InputError, match="no chat template.*plain prompt"):
+            tokenizer.render_chat([USER])
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+        "{{ messages.append(1) }}",
+        "{{ messages[0].clear() }}",
+        "{{ raise_exception.__globals__['json'] }}",
+        "{% set ns = namespace() %}{% set ns.__call__ = 1 %}",
+        "{{ namespace({'__html__': 1}) }}",
+        "{{ ('%s' | attr('__mod__'))(1)() }}",
+        "{% include 'tokenizer.json' %}",
+        "{{ 1 // 0 }}",
+        "{{ undefined.field }}",
+        "{{ range(10 ** 9) | list }}",
+    ],
+)
+def test_a_template_that_misbehaves_is_refused(tmp_path, template):
+    write_config(tmp_path, {"chat_template": template})
+    tokenizer = Tokenizer.from_folder(tmp_path)
+    with pytest.raises(InputError, match=r"refused the messages \(roles: user\)"):
+        tokenizer.render_chat([USER])
+
+@pytest.mark.parametrize("template", ["{% if %}", "{% generation %}", "{{ a", "(" * 5000])
+def test_a_broken_template_is_refused_when_it_is_used(tmp_path, template):
+    template = template if "{" in template else "{{" + template + "}}"
+    write_config(tmp_path, {"chat_template": template})
+    with pytest.raises(InputError, match="template is broken"):
+        Tokenizer.from_folder(tmp_path).render_chat([USER])
+
+@pytest.mark.parametrize(
+    "messages",
+    [[], ["hello"], [{"content": "x"}], [{"role": 3}], [{"role": "user", "content": {1j}}], 5],
+)
+def test_messages_of_another_form_are_refused(tmp_path, messages):
+    write_config(tmp_path, {"chat_template": "x"})
+    with pytest.raises(InputError):
+        Tokenizer.from_folder(tmp_path).render_chat(messages)
+
+
