@@ -49,8 +49,7 @@ def measure_perplexity(
     """Measure how well a model predicts a text, cut into consecutive windows that do not overlap.
 
     Each window is read by itself, so its first token is only context and the other window - 1 are
-    scored. Tokens behind the last whole window are left out. With `max_windows`, the windows
-    in the middle of the text are taken: a beginning is often a title page, an end a licence.
+    scored. Tokens behind the last whole window are left out.
     The negative log-likelihood is computed in float32 inside the jitted function, which returns
     one number per token and no logits, and is summed in float64.
 
@@ -58,7 +57,7 @@ def measure_perplexity(
       model: maps tokens int32 [B, S] to logits [B, S, V].
       tokens: the ids of the text.
       window: S, tokens a window.
-      max_windows: how many windows at most; None for all.
+      max_windows: how many windows at most, from the beginning; None for all.
       batch: B, windows scored at once.
 
     Raises:
@@ -131,9 +130,7 @@ def _cut_windows(tokens: np.ndarray, window: int, max_windows: int | None) -> np
             "give a longer text or a smaller window (--window)"
         )
     count = total if max_windows is None else min(total, max_windows)
-    first = (total - count) // 2
-    rows = tokens[: total * window].reshape(total, window)
-    return rows[first : first + count].astype(np.int32)
+    return tokens[: count * window].reshape(count, window).astype(np.int32)
 
 
 def _check_finite(scores: np.ndarray, windows: np.ndarray) -> None:

@@ -52,8 +52,9 @@ class Tokenizer:
 
         As in transformers, chat_template.jinja goes before the `chat_template` of
         tokenizer_config.json, special_tokens_map.json counts only if that config has no
-        `added_tokens_decoder`, and truncation and padding in tokenizer.json are switched off. Unlike
-        there, a special token that is only named is not added: the model has no embedding of it.
+        `added_tokens_decoder`, and truncation and padding in tokenizer.json are switched off.
+        Unlike there, a special token that is only named is not added to the vocabulary: the model
+        has no embedding of it.
 
         Raises:
           InputError: if there is no tokenizer.json, a file is not what its name says, or the files

@@ -1,20 +1,20 @@
 """The fused GPU kernel: multiply by a packed weight that is never expanded in memory.
 
 One program computes one output tile of 64 features and 8 to 64 tokens. It walks along K one packed
-tile at a time, turns each plane of the tile's words into a 64 x 32 slab of 16-bit floats and feeds it
-to the tensor cores as the *left* operand, so that tokens are the short side of the product:
+tile at a time, turns each plane of the tile's words into a 64 x 32 slab of 16-bit floats and feeds
+it to the tensor cores as the *left* operand, so that tokens are the short side of the product:
 
-    out[m, n] = sum over g of  scale[g, n] * sum over k in group g of  (q[n, k] - zero[g, n]) * x[m, k]
+    out[m, n] = sum_g scale[g, n] * sum_{k in group g} (q[n, k] - zero[g, n]) * x[m, k]
 
 Numerics. q - zero is an integer below 2^8 in magnitude, exact in float16 and bfloat16. Sums are
-float32, and the scale multiplies a float32 partial sum in float32, so the weight is used without any
-rounding; `dequantize` differs, since it rounds the weight to the scale's dtype as compressed-tensors
-does. One exception: where a slab of 32 features can meet two groups (several groups, of a size that 32
-does not divide), no partial sum belongs to a single scale. There (q - zero) * scale is formed for each
-weight in float32 and rounded once to the dtype of x, in whose range it must lie.
+float32, and the scale multiplies a float32 partial sum, so the weight is used without any rounding.
+(`dequantize` differs: it rounds the weight to the scale's dtype, as compressed-tensors does.)
+One exception: where a slab of 32 features can meet two groups (several groups, of a size that is no
+multiple of 32), no partial sum belongs to a single scale. There (q - zero) * scale is formed for
+each weight in float32 and rounded once to the dtype of x, in whose range it must lie.
 
-This file alone imports Pallas-Triton, which jax >= 0.11 calls deprecated (it warns when the kernel is
-lowered for a GPU).
+This file alone imports Pallas-Triton, which jax >= 0.11 calls deprecated: it warns when the kernel
+is lowered for a GPU.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def matmul(
 
 
 def _multiply_tile(x_ref, packed_ref, scale_ref, *refs, spec: QuantSpec, block_m: int) -> None:
-    """Compute one [block_m, TILE_N] tile of the output. `refs`: zero_point unless symmetric, out."""
+    """Compute one [block_m, TILE_N] tile of out; `refs` are zero_point (if any) and out."""
     *zero_ref, out_ref = refs
     tile_n = pl.program_id(1)
     row, column = pl.program_id(0) * block_m, tile_n * TILE_N
@@ -97,14 +97,12 @@ def _multiply_tile(x_ref, packed_ref, scale_ref, *refs, spec: QuantSpec, block_m
 
     def load_group(ref, k):
         """Values of the group of feature k, [64, 1]; if mixed, of each of 32 features, [64, 32]."""
-        # The last tile may pass the end of K, where x is 0 and any group serves.
-        last = spec.groups - 1
         if not mixed:
-            group = jnp.minimum(k // spec.group_size, last)
+            # The last tile may pass the end of K, where x is 0 and any group serves.
+            group = jnp.minimum(k // spec.group_size, spec.groups - 1)
             return plgpu.load(ref.at[group, pl.ds(column, TILE_N)])[:, None]
-        features = k + jnp.arange(SLAB_K, dtype=jnp.int32)
-        groups = jnp.minimum(features // spec.group_size, last)
-        return plgpu.load(ref.at[groups[None, :], columns[:, None]])
+        groups = ((k + jnp.arange(SLAB_K, dtype=jnp.int32)) // spec.group_size)[None, :]
+        return plgpu.load(ref.at[groups, columns[:, None]], mask=groups < spec.groups, other=0)
 
     def add_tile(tile_k, acc):
         words = plgpu.load(packed_ref.at[tile_n, tile_k])
@@ -140,9 +138,9 @@ def _count_planes_per_scale(spec: QuantSpec) -> int:
 def _subtract_zero(words, plane: int, zero, spec: QuantSpec, dtype):
     """Compute q - zero, exact in `dtype`, of one plane of words uint16 [64, 32].
 
-    There is no conversion: a field written into the lowest bits of the significand of a power of two
-    is that power plus the field (0x4300 is 128 in bfloat16, 0x6400 is 1024 in float16, both with a
-    unit of 1 in the last place), and one subtraction takes the power away again.
+    There is no conversion: a field written into the lowest bits of the significand of a power of
+    two is that power plus the field (0x4300 is 128 in bfloat16, 0x6400 is 1024 in float16, both
+    with a unit of 1 in the last place), and one subtraction takes the power away again.
     """
     magic, power = (0x4300, 128) if dtype == jnp.bfloat16 else (0x6400, 1024)
 

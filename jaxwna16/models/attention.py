@@ -30,9 +30,29 @@ def matmul_precision(dtype: jax.typing.DTypeLike) -> lax.Precision:
 
 
 def write_slots(cache: LayerCache, k: jax.Array, v: jax.Array, positions: jax.Array) -> LayerCache:
-    """Put k, v [B, S, kv_heads, D] into the slots given by positions int32 [B, S]."""
-    rows = jnp.arange(positions.shape[0])[:, None]
-    return LayerCache(cache.k.at[rows, :, positions].set(k), cache.v.at[rows, :, positions].set(v))
+    """Put k, v [B, S, kv_heads, D] into the slots that start at each row's first position."""
+    import os
+    mode=os.environ.get("WS","unroll")
+    def write(slots: jax.Array, new: jax.Array) -> jax.Array:
+        new=new.swapaxes(1,2)
+        if mode=="unroll":
+            for row in range(new.shape[0]):
+                slots = lax.dynamic_update_slice(slots, new[row : row + 1], (row, 0, positions[row, 0], 0))
+            return slots
+        if mode=="fori":
+            def body(row, slots):
+                return lax.dynamic_update_slice(slots, lax.dynamic_slice_in_dim(new,row,1,0), (row, 0, positions[row, 0], 0))
+            return lax.fori_loop(0,new.shape[0],body,slots)
+        if mode=="scatter":
+            rows=jnp.arange(positions.shape[0])[:, None]
+            return slots.at[rows,:,positions].set(new.swapaxes(1,2), unique_indices=True)
+        if mode=="vmap":
+            return jax.vmap(lambda c,x,p: lax.dynamic_update_slice(c,x,(0,p,0)))(slots,new,positions[:,0])
+        if mode=="select":
+            at=(jnp.arange(slots.shape[2])[None,:]==positions)[:,None,:,None]
+            return jnp.where(at,new,slots)
+
+    return LayerCache(write(cache.k, k), write(cache.v, v))
 
 
 def see_slots(positions: jax.Array, slots: int, window: int | None) -> jax.Array:
@@ -52,15 +72,19 @@ def attend(q: jax.Array, cache: LayerCache, seen: jax.Array) -> jax.Array:
     batch, steps, heads, head_dim = q.shape
     kv_heads = cache.k.shape[1]
     precision = matmul_precision(q.dtype)
-    grouped = q.reshape(batch, steps, kv_heads, heads // kv_heads, head_dim)
-    scores = jnp.einsum(
-        "bskgd,bkcd->bkgsc",
-        grouped,
+    grouped = q.reshape(batch, steps, kv_heads, -1, head_dim).transpose(0, 2, 3, 1, 4)
+    queries = grouped.reshape(batch, kv_heads, -1, head_dim)
+    scores = lax.dot_general(
+        queries,
         cache.k,
+        (((3,), (3,)), ((0, 1), (0, 1))),
         precision=precision,
         preferred_element_type=jnp.float32,
     )
-    scores = jnp.where(seen[:, None, None, :, :], scores * head_dim**-0.5, -jnp.inf)
-    weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
-    mixed = jnp.einsum("bkgsc,bkcd->bskgd", weights, cache.v, precision=precision)
-    return mixed.reshape(batch, steps, heads * head_dim)
+    scores = scores.reshape(*grouped.shape[:4], -1) * head_dim**-0.5
+    weights = jax.nn.softmax(jnp.where(seen[:, None, None, :, :], scores, -jnp.inf), axis=-1)
+    weights = weights.astype(q.dtype).reshape(*queries.shape[:3], -1)
+    mixed = lax.dot_general(
+        weights, cache.v, (((3,), (2,)), ((0, 1), (0, 1))), precision=precision
+    ).reshape(grouped.shape)
+    return mixed.transpose(0, 3, 1, 2, 4).reshape(batch, steps, heads * head_dim)

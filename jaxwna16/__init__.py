@@ -1,0 +1,34 @@
+"""Packed WNA16 checkpoints (compressed-tensors `pack-quantized`) in JAX and Flax.
+
+`load_checkpoint` reads one, `QuantDense` computes with it, `load_model` and `generate` turn it into
+text. Linen's layer is `jaxwna16.linen.QuantDense`.
+"""
+
+from jaxwna16 import linen as linen
+from jaxwna16.checkpoint import Checkpoint as Checkpoint
+from jaxwna16.checkpoint import load_checkpoint as load_checkpoint
+from jaxwna16.dense import QuantDense as QuantDense
+from jaxwna16.dense import QuantParam as QuantParam
+from jaxwna16.errors import InputError as InputError
+from jaxwna16.errors import ModelError as ModelError
+from jaxwna16.evaluation import measure_perplexity as measure_perplexity
+from jaxwna16.language import Generation as Generation
+from jaxwna16.language import build_model as build_model
+from jaxwna16.language import generate as generate
+from jaxwna16.language import load_model as load_model
+from jaxwna16.rewrite import dequantize_checkpoint as dequantize_checkpoint
+from jaxwna16.rewrite import quantize_checkpoint as quantize_checkpoint
+from jaxwna16.text import Tokenizer as Tokenizer
+from loaders.errors import CheckpointError as CheckpointError
+from loaders.repack import pack as pack
+from loaders.repack import unpack as unpack
+from pallas_kernels import BackendError as BackendError
+from pallas_kernels import QuantSpec as QuantSpec
+from pallas_kernels import SpecError as SpecError
+from pallas_kernels import Wna16Error as Wna16Error
+from pallas_kernels import dequantize as dequantize
+from pallas_kernels import explain as explain
+from pallas_kernels import quant_matmul as quant_matmul
+from pallas_kernels import quantize as quantize
+
+__version__ = "0.1.0"

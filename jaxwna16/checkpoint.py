@@ -1,0 +1,89 @@
+"""`load_checkpoint`: a checkpoint folder or hub name -> params, specs and config."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jaxwna16.errors import InputError
+from jaxwna16.extras import import_extra
+from jaxwna16.progress import show_bytes
+from loaders.plan import make_plan
+from loaders.stream import Progress, load_params
+from pallas_kernels.spec import QuantSpec
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """A loaded checkpoint.
+
+    Attributes:
+      params: nested dict under the checkpoint's module paths. A quantized module is a leaf dict
+        (packed, scale, zero_point, bias) in the tile layout, any other tensor stands under its own
+        name: `params["model"]["norm"]["weight"]`.
+      specs: module path -> `QuantSpec` of each quantized module.
+      config: config.json.
+      folder: where it was read from.
+      warnings: remarks of the loader, one sentence each.
+    """
+
+    params: dict[str, Any]
+    specs: Mapping[str, QuantSpec]
+    config: Mapping[str, Any]
+    folder: Path
+    warnings: tuple[str, ...] = ()
+
+
+def load_checkpoint(
+    path_or_hub_id: str | os.PathLike[str],
+    *,
+    dtype: Any = None,
+    progress: bool | Progress | None = None,
+) -> Checkpoint:
+    """Load a compressed-tensors `pack-quantized` (or unquantized) checkpoint.
+
+    Args:
+      path_or_hub_id: a folder, or the name of a repository on the Hugging Face hub (downloaded with
+        `huggingface_hub`, which the extra `text` brings).
+      dtype: float dtype for the tensors that are not quantized; None leaves them as they are. Scales
+        keep the dtype of the file, since it decides how weights round.
+      progress: True for a bar of bytes on stderr, False for none, None for a bar on a terminal only;
+        or a function called as progress(bytes_done, bytes_total, name).
+
+    Returns:
+      The arrays, on JAX's default device.
+
+    Raises:
+      CheckpointError: listing every fault of the files, the config and the modules.
+      InputError: if there is no such folder and the name cannot be fetched.
+    """
+    plan = make_plan(resolve_folder(path_or_hub_id))
+    specs = {path: module.spec for path, module in plan.quantized.items()}
+    if callable(progress):
+        params = load_params(plan, dtype=dtype, progress=progress)
+    else:
+        with show_bytes(f"loading {plan.folder.name}", visible=progress) as report:
+            params = load_params(plan, dtype=dtype, progress=report)
+    return Checkpoint(params, specs, plan.config, plan.folder, plan.warnings)
+
+
+def resolve_folder(path_or_hub_id: str | os.PathLike[str]) -> Path:
+    """The local folder of a checkpoint; a hub name is downloaded into the hub's own cache first.
+
+    Raises:
+      InputError: if it is neither a folder nor a hub name that can be fetched.
+    """
+    path = Path(path_or_hub_id)
+    name = os.fspath(path_or_hub_id)
+    if path.exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
+        return path
+    hub = import_extra("huggingface_hub", "text")
+    try:
+        patterns = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
+        return Path(hub.snapshot_download(name, allow_patterns=patterns))
+    except (OSError, ValueError) as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise InputError(f"{name}: no such folder, and the hub did not give it", [reason]) from None

@@ -1,0 +1,57 @@
+"""Choosing the next token from logits: greedy, temperature, top-k, top-p."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+Array = jax.Array
+
+
+def sample(logits: Array, key: Array, temperature: Array, top_k: Array, top_p: Array) -> Array:
+    """Draw one token per row.
+
+    The options are arrays of rank 0, so that other values do not trace anew; only the branch that
+    they ask for runs (sorting a vocabulary costs more than a small layer). The filters come in the
+    order of transformers: temperature, top-k, top-p.
+
+    Args:
+      logits: float32 [B, V].
+      key: a typed key. Row r draws with `fold_in(key, r)`, whatever the number of rows.
+      temperature: float32; 0 is greedy, where equal logits give the smallest token.
+      top_k: int32, draw among the k largest logits (and any equal to the k-th); 0 is off.
+      top_p: float32, draw among the fewest tokens whose probabilities reach p; 1 is off.
+
+    Returns:
+      Tokens, int32 [B].
+    """
+    filtered = (top_k > 0) | (top_p < 1)
+    branch = jnp.where(temperature > 0, 1 + filtered.astype(jnp.int32), 0)
+    return lax.switch(
+        branch,
+        [
+            lambda: jnp.argmax(logits, axis=-1).astype(jnp.int32),
+            lambda: _draw(logits / temperature, key),
+            lambda: _draw(filter_logits(logits / temperature, top_k, top_p), key),
+        ],
+    )
+
+
+def filter_logits(logits: Array, top_k: Array, top_p: Array) -> Array:
+    """Set the logits that top-k and top-p leave out to -inf; shapes and options as in `sample`."""
+    vocab = logits.shape[-1]
+    ordered = jnp.sort(logits, axis=-1, descending=True)
+    k = jnp.where(top_k > 0, jnp.minimum(top_k, vocab), vocab)
+    kth = lax.dynamic_slice_in_dim(ordered, k - 1, 1, axis=-1)
+    probabilities = jax.nn.softmax(jnp.where(ordered >= kth, ordered, -jnp.inf), axis=-1)
+    before = jnp.cumsum(probabilities, axis=-1) - probabilities
+    # A token belongs to the nucleus while those before it have not reached p; the first always does.
+    nucleus = (before < top_p) & (ordered >= kth)
+    smallest = jnp.min(jnp.where(nucleus, ordered, jnp.inf), axis=-1, keepdims=True)
+    return jnp.where(logits >= smallest, logits, -jnp.inf)
+
+
+def _draw(logits: Array, key: Array) -> Array:
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(logits.shape[0]))
+    return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)

@@ -1,0 +1,1 @@
+"""Files on disk -> arrays in the packed tile layout. Users import `jaxwna16`, which re-exports this."""

@@ -1,0 +1,39 @@
+"""What can be wrong with a checkpoint: one error, which lists every fault that was found."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from pallas_kernels.errors import Wna16Error
+
+
+@dataclasses.dataclass(frozen=True)
+class Fault:
+    """One thing that is wrong, and where.
+
+    Attributes:
+      what: the fault in one sentence, with what was expected and what was found.
+      file: name of the file it was found in.
+      tensor: name of the tensor or module, or of the field of config.json.
+      way_out: what the reader can do about it.
+    """
+
+    what: str
+    file: str = ""
+    tensor: str = ""
+    way_out: str = ""
+
+    def __str__(self) -> str:
+        where = ": ".join(part for part in (self.file, self.tensor) if part)
+        text = f"{where}: {self.what}" if where else self.what
+        return f"{text} ({self.way_out})" if self.way_out else text
+
+
+class CheckpointError(Wna16Error, ValueError):
+    """A checkpoint cannot be read. `faults` lists every reason, not the first."""
+
+    def __init__(self, path, faults: Sequence[Fault]):
+        self.path, self.faults = str(path), tuple(faults)
+        count = f"{len(faults)} faults" if len(faults) > 1 else "1 fault"
+        super().__init__("\n  - ".join([f"{path}: {count}", *map(str, faults)]))

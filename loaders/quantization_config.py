@@ -1,0 +1,165 @@
+"""`quantization_config` of config.json -> which scheme each module has.
+
+The fields are those of compressed-tensors' `QuantizationConfig`; targets are matched as its
+`utils/match.py` does: an exact name before a regular expression before a class name, whatever the
+order of the groups; `re:` patterns are anchored at the start only.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from typing import Any
+
+from loaders.errors import Fault
+
+FILE = "config.json"
+_REQUANTIZE = "re-quantize it to W4A16 or W8A16, or decompress it with compressed-tensors"
+_PRESETS = {
+    "W4A16": {"num_bits": 4, "group_size": 128, "symmetric": True},
+    "W4A16_ASYM": {"num_bits": 4, "group_size": 128, "symmetric": False},
+    "W8A16": {"num_bits": 8, "group_size": 128, "symmetric": True},
+}
+_SUPPORTED_WEIGHTS: dict[str, tuple] = {
+    "num_bits": (4, 8),
+    "type": ("int", None),
+    "dynamic": (False, None),
+    "block_structure": (None,),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Scheme:
+    """How the weights of a group of modules are quantized; group_size -1 is one group per channel."""
+
+    bits: int
+    group_size: int
+    symmetric: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantizationConfig:
+    """Targets with their scheme, and what is ignored; empty for a checkpoint that is not quantized."""
+
+    targets: tuple[tuple[str, Scheme], ...] = ()
+    ignore: tuple[str, ...] = ()
+    version: str = ""
+
+    def find_scheme(self, module: str, class_name: str = "Linear") -> Scheme | None:
+        """The scheme of a module, or None where it is ignored or no target matches."""
+        if any(_match(module, class_name, pattern) for pattern in self.ignore):
+            return None
+        matches = [t for t in self.targets if _match(module, class_name, t[0])]
+        order = sorted(matches, key=lambda t: (_rank(module, t[0]), t[0]))
+        return order[0][1] if order else None
+
+
+def parse_quantization(config: dict[str, Any]) -> tuple[QuantizationConfig, list[Fault]]:
+    """Read `quantization_config`; the faults name each field that asks for something unsupported."""
+    raw = config.get("quantization_config", config.get("compression_config"))
+    if raw is None:
+        return QuantizationConfig(), []
+    if not isinstance(raw, dict):
+        return QuantizationConfig(), [_fault("", f"expected an object, found {type(raw).__name__}")]
+    faults = _check_header(raw)
+    groups = raw.get("config_groups") or {}
+    if not isinstance(groups, dict) or not groups:
+        return QuantizationConfig(), [*faults, _fault("config_groups", "no group of modules is described")]
+    targets: list[tuple[str, Scheme]] = []
+    for name, group in groups.items():
+        if name in _PRESETS and isinstance(group, list):
+            group = {"targets": group, "weights": _PRESETS[name]}
+        field = f"config_groups.{name}"
+        if not isinstance(group, dict) or not _are_strings(group.get("targets")):
+            faults.append(_fault(field, "expected an object with a list of targets"))
+            continue
+        scheme, wrong = _parse_group(group, field, raw.get("format"))
+        faults += wrong
+        if scheme is not None:
+            targets += [(target, scheme) for target in group["targets"]]
+    ignore = raw.get("ignore") or []
+    if not _are_strings(ignore):
+        faults.append(_fault("ignore", f"expected a list of names, found {ignore!r}"))
+        ignore = []
+    for pattern in [t for t, _ in targets] + list(ignore):
+        faults += _check_pattern(pattern)
+    return QuantizationConfig(tuple(targets), tuple(ignore), str(raw.get("version") or "")), faults
+
+
+def _check_header(raw: dict[str, Any]) -> list[Fault]:
+    faults = []
+    method = raw.get("quant_method")
+    if method not in ("compressed-tensors", None):
+        faults.append(_fault("quant_method", f"expected 'compressed-tensors', found {method!r}", _REQUANTIZE))
+    if raw.get("format") not in ("pack-quantized", "mixed-precision"):
+        faults.append(_fault("format", f"expected 'pack-quantized', found {raw.get('format')!r}", _REQUANTIZE))
+    for field in ("kv_cache_scheme", "sparsity_config", "transform_config"):
+        value = raw.get(field)
+        if value and value not in ({"format": "dense"}, {"config_groups": {}}):
+            faults.append(_fault(field, "is not supported, and changes results", _REQUANTIZE))
+    return faults
+
+
+def _parse_group(group: dict[str, Any], field: str, default_format: Any) -> tuple[Scheme | None, list[Fault]]:
+    faults = []
+    for side in ("input_activations", "output_activations"):
+        if group.get(side):
+            faults.append(_fault(f"{field}.{side}", "quantized activations are not supported", _REQUANTIZE))
+    layout = group.get("format") or default_format
+    if layout not in ("pack-quantized", "mixed-precision"):
+        faults.append(_fault(f"{field}.format", f"expected 'pack-quantized', found {layout!r}", _REQUANTIZE))
+    weights = group.get("weights")
+    if not isinstance(weights, dict):
+        return None, [*faults, _fault(f"{field}.weights", "expected an object", _REQUANTIZE)]
+    for key, allowed in _SUPPORTED_WEIGHTS.items():
+        if weights.get(key) not in allowed:
+            expected = " or ".join(repr(value) for value in allowed if value is not None) or "nothing"
+            what = f"expected {expected}, found {weights.get(key)!r}"
+            faults.append(_fault(f"{field}.weights.{key}", what, _REQUANTIZE))
+    if weights.get("actorder") not in (None, False, "weight", "static"):
+        faults.append(
+            _fault(
+                f"{field}.weights.actorder",
+                f"activation order {weights['actorder']!r} is not supported yet",
+                'quantize with actorder "weight" or none',
+            )
+        )
+    size, strategy = weights.get("group_size"), weights.get("strategy")
+    strategy = strategy or ("tensor" if size is None else "group" if size > 0 else "channel")
+    if strategy not in ("group", "channel"):
+        faults.append(_fault(f"{field}.weights.strategy", f"expected group or channel, found {strategy!r}", _REQUANTIZE))
+    elif strategy == "group" and not (isinstance(size, int) and not isinstance(size, bool) and size > 0):
+        faults.append(_fault(f"{field}.weights.group_size", f"expected a size above 0, found {size!r}"))
+    symmetric = weights.get("symmetric", True)
+    if not isinstance(symmetric, bool):
+        faults.append(_fault(f"{field}.weights.symmetric", f"expected true or false, found {symmetric!r}"))
+    if faults:
+        return None, faults
+    return Scheme(weights["num_bits"], size if strategy == "group" else -1, symmetric), []
+
+
+def _check_pattern(pattern: str) -> list[Fault]:
+    try:
+        re.compile(pattern.removeprefix("re:"))
+    except re.error as error:
+        if pattern.startswith("re:"):
+            return [_fault(pattern, f"is not a regular expression: {error}")]
+    return []
+
+
+def _match(module: str, class_name: str, pattern: str) -> bool:
+    if pattern.startswith("re:"):
+        return re.match(pattern.removeprefix("re:"), module) is not None
+    return pattern in (module, class_name)
+
+
+def _rank(module: str, pattern: str) -> int:
+    return 0 if pattern == module else 1 if pattern.startswith("re:") else 2
+
+
+def _are_strings(values: object) -> bool:
+    return isinstance(values, list) and all(isinstance(v, str) for v in values)
+
+
+def _fault(field: str, what: str, way_out: str = "") -> Fault:
+    return Fault(what, FILE, f"quantization_config.{field}".rstrip("."), way_out)
