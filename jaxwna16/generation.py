@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -41,7 +41,8 @@ class GenerationResult:
       finish_reasons: "stop" if a stop token ended the row, else "length".
       prompt_tokens: of all prompts together.
       compile_seconds: tracing and compiling; about 0 when these shapes ran before.
-      prefill_seconds: running the prompts, up to the first token of each row.
+      prefill_seconds: running the prompts, up to the first token of each row. The first run of
+        a program includes preparations of XLA (0.5 s for 30 layers on CPU): measure a second one.
       decode_seconds: all tokens after the first, including the calls of `stream`.
       decoded_tokens: tokens computed in that time, stop tokens included.
     """
@@ -119,8 +120,12 @@ def generate_tokens(
       InputError: listing everything wrong with the prompts and the options.
     """
     stop_tokens = tuple(stop_tokens)
-    _check_prompts(model, prompts, max_new_tokens)
-    _check_options(temperature, top_k, top_p, seed, stop_tokens)
+    faults = [
+        *_list_prompt_faults(model, prompts, max_new_tokens),
+        *_list_option_faults(temperature, top_k, top_p, seed, stop_tokens),
+    ]
+    if faults:
+        raise InputError("cannot generate", faults)
     options = _make_options(temperature, top_k, top_p, seed, stop_tokens)
     tokens, lengths = _pad_prompts(prompts)
     width = round_up(max_new_tokens)
@@ -168,13 +173,13 @@ def round_up(length: int) -> int:
 def _prefill(
     model: Llama, tokens: Array, lengths: Array, options: _Options, *, width: int
 ) -> _Progress:
-    """Run padded prompts int32 [B, S], choose each row's first token, make room for `width` tokens."""
+    """Run padded prompts int32 [B, S], choose the first tokens, make room for `width` of them."""
     trace_counts["prefill"] += 1
     batch, slots = tokens.shape
     positions = jnp.minimum(jnp.arange(slots)[None, :], lengths[:, None] - 1)
     hidden, cache = model.hidden(tokens, positions)
     last = jnp.take_along_axis(hidden, lengths[:, None, None] - 1, axis=1)
-    room = ((0, 0), (0, 0), (0, width), (0, 0))
+    room = ((0, 0), (0, width), (0, 0))
     progress = _Progress(
         step=jnp.int32(0),
         tokens=jnp.full((batch, width), _NO_TOKEN, jnp.int32),
@@ -210,9 +215,7 @@ def _add_tokens(progress: _Progress, logits: Array, options: _Options) -> _Progr
     tokens = lax.dynamic_update_slice_in_dim(
         progress.tokens, chosen[:, None], progress.step, axis=1
     )
-    return progress._replace(
-        step=progress.step + 1, tokens=tokens, done=progress.done | stops
-    )
+    return progress._replace(step=progress.step + 1, tokens=tokens, done=progress.done | stops)
 
 
 def _make_options(
@@ -241,53 +244,45 @@ def _pad_prompts(prompts: Sequence[Sequence[int]]) -> tuple[Array, Array]:
 
 def _cut_rows(tokens: np.ndarray, stop_tokens: tuple[int, ...]) -> list[list[int]]:
     """Each row without what is not text: stop tokens and the -1 of rows that were done before."""
-    return [
-        [int(t) for t in row if t != _NO_TOKEN and t not in stop_tokens] for row in tokens
-    ]
+    return [[int(t) for t in row if t != _NO_TOKEN and t not in stop_tokens] for row in tokens]
 
 
-def _check_prompts(model: Llama, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+def _list_prompt_faults(
+    model: Llama, prompts: Sequence[Sequence[int]], max_new_tokens: int
+) -> Iterator[str]:
     vocab, limit = model.config.vocab_size, model.config.max_length
-    faults = []
     if not _is_integer(max_new_tokens) or max_new_tokens < 1:
-        faults.append(f"max_new_tokens: expected an integer of at least 1, got {max_new_tokens!r}")
+        yield f"max_new_tokens: expected an integer of at least 1, got {max_new_tokens!r}"
         max_new_tokens = 1
     if len(prompts) == 0:
-        faults.append("prompts: expected at least one, got none")
+        yield "prompts: expected at least one, got none"
     for i, prompt in enumerate(prompts):
         strays = [t for t in prompt if not _is_integer(t) or not 0 <= t < vocab]
         if len(prompt) == 0:
-            faults.append(f"prompt {i}: empty, a model needs at least one token to continue")
+            yield f"prompt {i}: empty, a model needs at least one token to continue"
         if strays:
-            faults.append(f"prompt {i}: expected tokens 0 .. {vocab - 1}, got {strays[0]!r}")
+            yield f"prompt {i}: expected tokens 0 .. {vocab - 1}, got {strays[0]!r}"
         if len(prompt) + max_new_tokens > limit:
-            faults.append(
+            yield (
                 f"prompt {i}: {len(prompt)} tokens and max_new_tokens = {max_new_tokens} are more "
                 f"than the {limit} this model was made for"
             )
-    if faults:
-        raise InputError("cannot generate from these prompts", faults)
 
 
-def _check_options(
+def _list_option_faults(
     temperature: float, top_k: int, top_p: float, seed: int, stop_tokens: tuple[int, ...]
-) -> None:
-    faults = []
+) -> Iterator[str]:
     if not (_is_number(temperature) and 0 <= temperature < math.inf):
-        faults.append(f"temperature: expected a number of at least 0, got {temperature!r}")
+        yield f"temperature: expected a number of at least 0, got {temperature!r}"
     if not (_is_integer(top_k) and 0 <= top_k < 2**31):
-        faults.append(f"top_k: expected an integer of at least 0 (off), got {top_k!r}")
+        yield f"top_k: expected an integer of at least 0 (off), got {top_k!r}"
     if not (_is_number(top_p) and 0 < top_p <= 1):
-        faults.append(f"top_p: expected a number above 0 and at most 1 (off), got {top_p!r}")
+        yield f"top_p: expected a number above 0 and at most 1 (off), got {top_p!r}"
     if not (_is_integer(seed) and 0 <= seed < 2**32):
-        faults.append(f"seed: expected an integer from 0 to 2^32 - 1, got {seed!r}")
-    faults += [
-        f"stop_tokens: expected tokens, got {token!r}"
-        for token in stop_tokens
-        if not (_is_integer(token) and 0 <= token < 2**31)
-    ]
-    if faults:
-        raise InputError("cannot generate with these options", faults)
+        yield f"seed: expected an integer from 0 to 2^32 - 1, got {seed!r}"
+    for token in stop_tokens:
+        if not (_is_integer(token) and 0 <= token < 2**31):
+            yield f"stop_tokens: expected tokens, got {token!r}"
 
 
 def _is_integer(value: object) -> bool:

@@ -41,15 +41,16 @@ def sample(logits: Array, key: Array, temperature: Array, top_k: Array, top_p: A
 def filter_logits(logits: Array, top_k: Array, top_p: Array) -> Array:
     """Set the logits that top-k and top-p leave out to -inf; shapes and options as in `sample`."""
     vocab = logits.shape[-1]
-    ordered = jnp.sort(logits, axis=-1, descending=True)
+    ordered = jnp.sort(logits, axis=-1)
     k = jnp.where(top_k > 0, jnp.minimum(top_k, vocab), vocab)
-    kth = lax.dynamic_slice_in_dim(ordered, k - 1, 1, axis=-1)
-    probabilities = jax.nn.softmax(jnp.where(ordered >= kth, ordered, -jnp.inf), axis=-1)
-    before = jnp.cumsum(probabilities, axis=-1) - probabilities
-    # A token belongs to the nucleus while those before it have not reached p; the first always does.
-    nucleus = (before < top_p) & (ordered >= kth)
+    kth = lax.dynamic_slice_in_dim(ordered, vocab - k, 1, axis=-1)
+    ordered = jnp.where(ordered >= kth, ordered, -jnp.inf)
+    # Summed from the least likely, where float32 is fine: what sums to 1 - p or less is left out.
+    mass = jnp.cumsum(jax.nn.softmax(ordered, axis=-1), axis=-1)
+    nucleus = (mass > 1 - top_p) | (top_p >= 1)
     smallest = jnp.min(jnp.where(nucleus, ordered, jnp.inf), axis=-1, keepdims=True)
-    return jnp.where(logits >= smallest, logits, -jnp.inf)
+    smallest = jnp.minimum(smallest, ordered[:, -1:])  # the likeliest stays even if p rounds to 0
+    return jnp.where(logits >= jnp.maximum(smallest, kth), logits, -jnp.inf)
 
 
 def _draw(logits: Array, key: Array) -> Array:

@@ -55,7 +55,7 @@ def list_tensors(folder: Path) -> dict[str, TensorInfo]:
     if not (folder / INDEX).exists():
         return read_header(_check_shard(folder, SINGLE))
     weight_map = read_json(folder / INDEX).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(f, str) for f in weight_map.values()):
         raise CheckpointError(folder, [Fault('"weight_map" must map tensor names to files', INDEX)])
     tensors: dict[str, TensorInfo] = {}
     faults: list[Fault] = []
@@ -82,16 +82,24 @@ def list_tensors(folder: Path) -> dict[str, TensorInfo]:
 
 def _check_shard(folder: Path, name: str) -> Path:
     """The path of a shard, provided that opening it stays inside the checkpoint."""
-    path = folder / name
+    path, fault = folder / name, None
     if not name or "/" in name or "\\" in name or "\0" in name or name in (".", ".."):
         fault = Fault("a shard must be a plain file name", INDEX, repr(name))
-    elif not any(path.resolve().is_relative_to(root) for root in _list_roots(folder)):
-        fault = Fault("the file is a link that leaves the checkpoint folder", name)
-    elif not path.is_file():
-        fault = Fault("the file is missing", name, way_out="download the checkpoint again")
     else:
-        return path
-    raise CheckpointError(folder, [fault])
+        try:
+            real = path.resolve(strict=True)
+            if not any(real.is_relative_to(root) for root in _list_roots(folder)):
+                fault = Fault("the file is a link that leaves the checkpoint folder", name)
+            elif not real.is_file():
+                fault = Fault("this is not a file", name)
+        except FileNotFoundError:
+            fault = Fault("the file is missing", name, way_out="download the checkpoint again")
+        except (OSError, RuntimeError, ValueError) as error:
+            # a name too long or impossible to encode, or links in a circle
+            fault = Fault(f"cannot be opened: {type(error).__name__}", INDEX, repr(name))
+    if fault is not None:
+        raise CheckpointError(folder, [fault])
+    return path
 
 
 def _list_roots(folder: Path) -> list[Path]:

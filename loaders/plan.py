@@ -12,6 +12,8 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from loaders.errors import CheckpointError, Fault
 from loaders.folder import list_tensors, read_config
 from loaders.quantization_config import QuantizationConfig, Scheme, parse_quantization
@@ -19,6 +21,8 @@ from loaders.repack import expected_tensors
 from loaders.safetensors_file import TensorInfo, read_tensor
 from pallas_kernels.errors import SpecError
 from pallas_kernels.spec import QuantSpec
+from pallas_kernels.weights import make_abstract
+from pallas_kernels.weights import SCALE_DTYPES
 
 _ROLES = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx")
 
@@ -60,6 +64,25 @@ class Plan:
         """Bytes of all tensors in the files."""
         return sum(part.nbytes for part in self.list_parts())
 
+    @property
+    def specs(self) -> dict[str, QuantSpec]:
+        """Module path -> spec of each quantized module."""
+        return {path: module.spec for path, module in self.quantized.items()}
+
+    def describe_leaves(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Path -> shape and dtype of every leaf of the params tree that the plan will become."""
+        leaves = {
+            info.name: jax.ShapeDtypeStruct(info.shape, info.dtype) for info in self.plain.values()
+        }
+        for path, module in self.quantized.items():
+            bias = module.tensors.get("bias")
+            scale_dtype = module.tensors["weight_scale"].dtype
+            for leaf, shape in make_abstract(
+                module.spec, scale_dtype, None if bias is None else bias.dtype
+            ).items():
+                leaves[f"{path}.{leaf}"] = shape
+        return leaves
+
     def list_parts(self) -> Iterator[QuantizedModule | TensorInfo]:
         """The modules and tensors in the order in which they lie in the files."""
         parts = [*self.quantized.values(), *self.plain.values()]
@@ -85,6 +108,12 @@ def make_plan(folder: str | Path) -> Plan:
     for name, info in tensors.items():
         module, _, role = name.rpartition(".")
         by_module[module][role] = info
+    parents = {path for module in by_module for path in _list_prefixes(module)}
+    faults += [
+        Fault("this is the name of a tensor and the path of others", info.file.name, name)
+        for name, info in tensors.items()
+        if name in parents
+    ]
     quantized, plain = {}, {}
     for path, found in by_module.items():
         if not any(role in found for role in _ROLES):
@@ -110,14 +139,16 @@ def _plan_module(path: str, found: dict[str, TensorInfo], config: QuantizationCo
     if "weight_g_idx" in found:
         what = "activation order (weight_g_idx) is not supported yet"
         faults.append(Fault(what, file.name, path, 'quantize with actorder "weight" or none'))
-    if "weight_packed" not in found or "weight_shape" not in found:
-        missing = [role for role in ("weight_packed", "weight_shape") if role not in found]
-        faults.append(Fault(f"missing {' and '.join(missing)}, found {', '.join(sorted(found))}", file.name, path))
-    if faults or scheme is None:
+    if scheme is None or "weight_shape" not in found:
+        faults += [
+            Fault("the tensor is missing", file.name, f"{path}.{role}")
+            for role in ("weight_packed", "weight_scale", "weight_shape")
+            if role not in found
+        ]
         raise CheckpointError(file.parent, faults)
     spec = _make_spec(path, found, scheme)
     expected = expected_tensors(spec)
-    for role in sorted(expected.keys() | found.keys() - {"bias"}):
+    for role in sorted(expected.keys() | found.keys() - {"bias", "weight_g_idx"}):
         tensor = f"{path}.{role}"
         if role not in found:
             way_out = "the config says asymmetric" if role == "weight_zero_point" else ""
@@ -133,9 +164,13 @@ def _plan_module(path: str, found: dict[str, TensorInfo], config: QuantizationCo
                     f"found {found[role].dtype.name} {list(found[role].shape)}"
                 )
                 faults.append(Fault(what, found[role].file.name, tensor))
-    if "bias" in found and found["bias"].shape != (spec.out_features,):
-        what = f"expected [{spec.out_features}], found {list(found['bias'].shape)}"
-        faults.append(Fault(what, file.name, f"{path}.bias"))
+    bias = found.get("bias")
+    if bias is not None and (bias.shape != (spec.out_features,) or bias.dtype.name not in SCALE_DTYPES):
+        what = (
+            f"expected {' or '.join(SCALE_DTYPES)} [{spec.out_features}], "
+            f"found {bias.dtype.name} {list(bias.shape)}"
+        )
+        faults.append(Fault(what, bias.file.name, f"{path}.bias"))
     if faults:
         raise CheckpointError(file.parent, faults)
     return QuantizedModule(path, spec, found)
@@ -165,6 +200,13 @@ def _list_warnings(config: QuantizationConfig, modules: Collection[str]) -> Iter
         one = QuantizationConfig(targets=((pattern, Scheme(4, -1, True)),))
         if not any(one.find_scheme(path) for path in modules):
             yield f"config.json: pattern {pattern!r} matches no module"
+
+
+def _list_prefixes(path: str) -> Iterator[str]:
+    """The path itself and the paths of its parents: "a.b" -> "a.b", "a"."""
+    while path:
+        yield path
+        path = path.rpartition(".")[0]
 
 
 def _locate(part: QuantizedModule | TensorInfo) -> tuple[str, int]:

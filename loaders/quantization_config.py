@@ -65,10 +65,10 @@ def parse_quantization(config: dict[str, Any]) -> tuple[QuantizationConfig, list
     groups = raw.get("config_groups") or {}
     if not isinstance(groups, dict) or not groups:
         return QuantizationConfig(), [*faults, _fault("config_groups", "no group of modules is described")]
-    targets: list[tuple[str, Scheme]] = []
+    targets: dict[str, Scheme] = {}
     for name, group in groups.items():
-        if name in _PRESETS and isinstance(group, list):
-            group = {"targets": group, "weights": _PRESETS[name]}
+        if name.upper() in _PRESETS and isinstance(group, list):
+            group = {"targets": group, "weights": _PRESETS[name.upper()]}
         field = f"config_groups.{name}"
         if not isinstance(group, dict) or not _are_strings(group.get("targets")):
             faults.append(_fault(field, "expected an object with a list of targets"))
@@ -76,14 +76,15 @@ def parse_quantization(config: dict[str, Any]) -> tuple[QuantizationConfig, list
         scheme, wrong = _parse_group(group, field, raw.get("format"))
         faults += wrong
         if scheme is not None:
-            targets += [(target, scheme) for target in group["targets"]]
+            # of groups that name the same target, the last one counts
+            targets |= dict.fromkeys(group["targets"], scheme)
     ignore = raw.get("ignore") or []
     if not _are_strings(ignore):
         faults.append(_fault("ignore", f"expected a list of names, found {ignore!r}"))
         ignore = []
-    for pattern in [t for t, _ in targets] + list(ignore):
+    for pattern in [*targets, *ignore]:
         faults += _check_pattern(pattern)
-    return QuantizationConfig(tuple(targets), tuple(ignore), str(raw.get("version") or "")), faults
+    return QuantizationConfig(tuple(targets.items()), tuple(ignore), str(raw.get("version") or "")), faults
 
 
 def _check_header(raw: dict[str, Any]) -> list[Fault]:
@@ -112,7 +113,7 @@ def _parse_group(group: dict[str, Any], field: str, default_format: Any) -> tupl
     if not isinstance(weights, dict):
         return None, [*faults, _fault(f"{field}.weights", "expected an object", _REQUANTIZE)]
     for key, allowed in _SUPPORTED_WEIGHTS.items():
-        if weights.get(key) not in allowed:
+        if (type(weights.get(key)), weights.get(key)) not in [(type(a), a) for a in allowed]:
             expected = " or ".join(repr(value) for value in allowed if value is not None) or "nothing"
             what = f"expected {expected}, found {weights.get(key)!r}"
             faults.append(_fault(f"{field}.weights.{key}", what, _REQUANTIZE))
@@ -125,11 +126,16 @@ def _parse_group(group: dict[str, Any], field: str, default_format: Any) -> tupl
             )
         )
     size, strategy = weights.get("group_size"), weights.get("strategy")
-    strategy = strategy or ("tensor" if size is None else "group" if size > 0 else "channel")
+    if size is not None and (type(size) is not int or size == 0 or size < -1):
+        faults.append(_fault(f"{field}.weights.group_size", f"expected a size above 0 or -1, found {size!r}"))
+        return None, faults
+    if strategy is None:
+        strategy = "tensor" if size is None else "group" if size > 0 else "channel"
     if strategy not in ("group", "channel"):
         faults.append(_fault(f"{field}.weights.strategy", f"expected group or channel, found {strategy!r}", _REQUANTIZE))
-    elif strategy == "group" and not (isinstance(size, int) and not isinstance(size, bool) and size > 0):
-        faults.append(_fault(f"{field}.weights.group_size", f"expected a size above 0, found {size!r}"))
+    elif (strategy == "group") != (size is not None and size > 0):
+        what = f"{size!r} contradicts strategy {strategy!r}"
+        faults.append(_fault(f"{field}.weights.group_size", what))
     symmetric = weights.get("symmetric", True)
     if not isinstance(symmetric, bool):
         faults.append(_fault(f"{field}.weights.symmetric", f"expected true or false, found {symmetric!r}"))

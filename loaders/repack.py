@@ -64,6 +64,8 @@ def pack(tensors: Mapping[str, Any], spec: QuantSpec) -> dict[str, jax.Array]:
             faults += [] if name == "weight_shape" else [f"{name} is missing"]
         elif name not in expected:
             faults.append(f"{name} is not expected")
+        elif not hasattr(tensors[name], "dtype"):
+            faults.append(f"{name}: expected an array, found {type(tensors[name]).__name__}")
         else:
             (dtypes, shape), found = expected[name], tensors[name]
             if str(found.dtype) not in dtypes or tuple(found.shape) != shape:
@@ -71,9 +73,9 @@ def pack(tensors: Mapping[str, Any], spec: QuantSpec) -> dict[str, jax.Array]:
                     f"{name}: expected {' or '.join(dtypes)} {list(shape)}, "
                     f"found {found.dtype} {list(found.shape)}"
                 )
-    shape = tensors.pop("weight_shape", None)
-    if shape is not None and list(shape) != [spec.out_features, spec.in_features]:
-        faults.append(f"weight_shape is {list(shape)}, expected {[spec.out_features, spec.in_features]}")
+    shape, sizes = tensors.pop("weight_shape", None), [spec.out_features, spec.in_features]
+    if shape is not None and not faults and np.asarray(shape).tolist() != sizes:
+        faults.append(f"weight_shape is {np.asarray(shape).tolist()}, expected {sizes}")
     if faults:
         raise SpecError(f"tensors contradict {spec}: " + "; ".join(faults))
     words = {name: _view_uint32(array) for name, array in tensors.items()}

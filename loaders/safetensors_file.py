@@ -37,6 +37,7 @@ DTYPES: dict[str, np.dtype] = {
     "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
     "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
 }
+_MAX_DIMENSIONS = 32  # NumPy's limit before version 2
 _ALIGNMENT = 64  # what XLA needs to take a host buffer without copying it
 
 
@@ -90,7 +91,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         except ValueError as error:
             faults.append(Fault(str(error), path.name, name))
     if not faults:
-        faults = _find_gaps(list(infos.values()), 8 + length, size)
+        faults = _find_gaps(path, list(infos.values()), 8 + length, size)
     if faults:
         raise CheckpointError(path.parent, faults)
     return infos
@@ -137,6 +138,8 @@ def _parse_entry(name: str, entry: object, path: Path, data_start: int) -> Tenso
         raise ValueError(f"unknown dtype {dtype!r}")
     if not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
         raise ValueError(f"shape {shape!r} or data_offsets {offsets!r} are not lists of sizes")
+    if len(shape) > _MAX_DIMENSIONS or math.prod(max(n, 1) for n in shape) >= 2**59:
+        raise ValueError(f"shape {shape} is too large for any array")
     info = TensorInfo(name, path, DTYPES[dtype], tuple(shape), data_start + offsets[0])
     if offsets[1] - offsets[0] != info.nbytes:
         raise ValueError(
@@ -152,27 +155,22 @@ def _are_sizes(values: object) -> bool:
     )
 
 
-def _find_gaps(infos: list[TensorInfo], data_start: int, size: int) -> list[Fault]:
+def _find_gaps(path: Path, infos: list[TensorInfo], data_start: int, size: int) -> list[Fault]:
     """Tensors must follow each other from the header's end to the file's end."""
-    position = data_start
+    position, faults = data_start, []
     for info in sorted(infos, key=lambda info: (info.start, info.nbytes)):
         if info.start != position:
             kind = "overlaps the tensor before it" if info.start < position else "leaves a hole before it"
-            return [Fault(f"{kind}: starts at byte {info.start}, expected {position}", info.file.name, info.name)]
-        position += info.nbytes
+            what = f"{kind}: starts at byte {info.start}, expected {position}"
+            faults.append(Fault(what, path.name, info.name))
+        position = max(position, info.start + info.nbytes)
         if position > size:
-            return [
-                Fault(
-                    f"ends at byte {position}, the file has {size}",
-                    info.file.name,
-                    info.name,
-                    "the file is truncated: download it again",
-                )
-            ]
+            what = f"ends at byte {position}, the file has {size}"
+            way_out = "the file is truncated: download it again"
+            return [*faults, Fault(what, path.name, info.name, way_out)]
     if position < size:
-        file = infos[0].file.name if infos else ""
-        return [Fault(f"{size - position} bytes at the end belong to no tensor", file)]
-    return []
+        faults.append(Fault(f"{size - position} bytes at the end belong to no tensor", path.name))
+    return faults
 
 
 def _error(path: Path, what: str, tensor: str = "", way_out: str = "") -> CheckpointError:

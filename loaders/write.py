@@ -93,7 +93,7 @@ def _write_shards(
     for name, array in tensors:
         if held and sum(a.nbytes for a in held.values()) + array.nbytes > shard_bytes:
             close_shard()
-        held[name] = np.ascontiguousarray(array)
+        held[name] = np.asarray(array, order="C")
     close_shard()
     return shards
 

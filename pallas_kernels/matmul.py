@@ -20,6 +20,7 @@ from pallas_kernels.spec import QuantSpec
 from pallas_kernels.weights import check_weights
 
 BACKENDS = ("triton", "xla")
+PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 _X_DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 _TRITON_DTYPES = (jnp.bfloat16, jnp.float16)
 
@@ -42,11 +43,17 @@ def explain(spec: QuantSpec, dtype, *, platform: str | None = None, backend: str
       backend: what the caller asks for, as in `quant_matmul`.
 
     Raises:
-      BackendError: if the named backend cannot serve this dtype or platform.
+      BackendError: if the named backend cannot serve this dtype or platform, or there is no such
+        platform.
+      SpecError: if no backend takes x of this dtype.
     """
+    dtype = jnp.dtype(dtype)
+    _check_activation(dtype)
     check_backend(backend, dtype)
     if platform is None:
         platform = _platform(jax.devices()[0])
+    elif platform not in PLATFORMS:
+        raise BackendError(f"platform must be None or one of {PLATFORMS}, got {platform!r}")
     if backend == "xla":
         return Choice("xla", "asked for by name")
     if backend == "triton":
@@ -97,8 +104,7 @@ def quant_matmul(
     """
     check_weights(weights, spec)
     x = jnp.asarray(x)
-    if x.dtype not in _X_DTYPES:
-        raise SpecError(f"x must be float32, bfloat16 or float16, got {x.dtype}: cast it first")
+    _check_activation(x.dtype)
     if x.ndim < 1 or x.shape[-1] != spec.in_features:
         raise SpecError(f"x must be [..., {spec.in_features}], got {list(x.shape)}")
     check_backend(backend, x.dtype)
@@ -109,6 +115,11 @@ def quant_matmul(
     if bias is not None:
         y = (y.astype(jnp.float32) + bias.astype(jnp.float32)[None, :]).astype(x.dtype)
     return y.reshape(*x.shape[:-1], spec.out_features)
+
+
+def _check_activation(dtype) -> None:
+    if dtype not in _X_DTYPES:
+        raise SpecError(f"x must be float32, bfloat16 or float16, got {dtype}: cast it first")
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

@@ -6,6 +6,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from pallas_kernels.errors import SpecError
 from pallas_kernels.layout import tiles_from_codes
@@ -38,6 +39,7 @@ def quantize(w: jax.Array, spec: QuantSpec, *, scale_dtype=jnp.bfloat16) -> dict
       SpecError: if w's shape or dtype does not fit the spec, w is not finite, or `scale_dtype` is not
         one of the three.
     """
+    w = jnp.asarray(w)
     if w.shape != (spec.out_features, spec.in_features) or not jnp.issubdtype(w.dtype, jnp.floating):
         raise SpecError(
             f"w must be floats [{spec.out_features}, {spec.in_features}], "
@@ -45,37 +47,65 @@ def quantize(w: jax.Array, spec: QuantSpec, *, scale_dtype=jnp.bfloat16) -> dict
         )
     if jnp.dtype(scale_dtype).name not in SCALE_DTYPES:
         raise SpecError(f"scale_dtype must be one of {SCALE_DTYPES}, got {jnp.dtype(scale_dtype).name}")
-    weights, finite = _quantize(jnp.asarray(w), spec, jnp.dtype(scale_dtype))
-    if not finite:
+    least, most, finite = _find_ranges(w, spec)
+    scale, zero_point = _choose_parameters(least, most, spec, jnp.dtype(scale_dtype))
+    if not (finite and jnp.isfinite(scale).all()):
         raise SpecError(
             f"w holds NaN or infinity, or a group's range overflows {jnp.dtype(scale_dtype).name}"
         )
-    return weights
+    return _round(w, scale, zero_point, spec)
 
 
-@functools.partial(jax.jit, static_argnames=("spec", "scale_dtype"))
-def _quantize(w: jax.Array, spec: QuantSpec, scale_dtype) -> tuple[dict[str, jax.Array], jax.Array]:
-    groups = w.astype(jnp.float32).reshape(spec.out_features, spec.groups, spec.group_size)
+@functools.partial(jax.jit, static_argnames="spec")
+def _find_ranges(w: jax.Array, spec: QuantSpec) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Least and most of each group widened to hold 0, float32 [N, G], and whether w is finite."""
+    groups = _group(w, spec)
+    least, most = groups.min(axis=2), groups.max(axis=2)
+    return jnp.minimum(least, 0.0), jnp.maximum(most, 0.0), jnp.isfinite(groups).all()
+
+
+def _choose_parameters(
+    least: jax.Array, most: jax.Array, spec: QuantSpec, scale_dtype
+) -> tuple[jax.Array, jax.Array]:
+    """Scale in `scale_dtype` and zero point int8 (0 if symmetric), [N, G].
+
+    Not jitted, and divided by arrays: XLA would multiply by the reciprocal of a constant instead, and
+    may skip the rounding to bfloat16 where a float32 follows ("excess precision"). Either changes
+    integers.
+    """
     low, steps = -spec.offset, 2**spec.bits - 1
-    least = jnp.minimum(groups.min(axis=2), 0.0)
-    most = jnp.maximum(groups.max(axis=2), 0.0)
     if spec.symmetric:
-        scale = jnp.maximum(-least, most) / (steps / 2)
-        zero_point = jnp.zeros_like(scale)
+        scale = jnp.maximum(-least, most) / jnp.full_like(most, steps / 2)
+        zero_point = jnp.zeros(scale.shape, jnp.int8)
     else:
-        scale = (most - least) / steps
+        scale = (most - least) / jnp.full_like(most, steps)
         # an all-zero group has scale 0; any zero point serves it
-        zero_point = jnp.where(scale == 0, low, low - least / jnp.where(scale == 0, 1.0, scale))
-        zero_point = jnp.round(jnp.clip(zero_point, low, low + steps))
+        exact = jnp.where(scale == 0, 0.0, low - least / jnp.where(scale == 0, 1.0, scale))
+        zero_point = jnp.round(jnp.clip(exact, low, low + steps)).astype(jnp.int8)
     scale = scale.astype(scale_dtype)
-    scale = jnp.where(scale == 0, jnp.finfo(scale_dtype).eps, scale)
-    scaled = groups / scale.astype(jnp.float32)[:, :, None] + zero_point[:, :, None]
-    q = jnp.round(jnp.clip(scaled, low, low + steps)).astype(jnp.int32)
+    return jnp.where(scale == 0, jnp.finfo(scale_dtype).eps, scale), zero_point
+
+
+@functools.partial(jax.jit, static_argnames="spec")
+def _round(
+    w: jax.Array, scale: jax.Array, zero_point: jax.Array, spec: QuantSpec
+) -> dict[str, jax.Array]:
+    """The leaf dict of w for scales and zero points [N, G]."""
+    low, high = -spec.offset, spec.offset - 1
+    groups = _group(w, spec)
+    divisor = jnp.broadcast_to(scale.astype(jnp.float32)[:, :, None], groups.shape)
+    # the barrier keeps the division: by a broadcast, XLA would multiply with the reciprocal
+    shifted = groups / lax.optimization_barrier(divisor) + zero_point.astype(jnp.float32)[:, :, None]
+    q = jnp.round(jnp.clip(shifted, low, high)).astype(jnp.int32)
     codes = (q + spec.offset).astype(jnp.uint8).reshape(spec.out_features, spec.in_features)
     weights = {"packed": tiles_from_codes(codes, spec), "scale": pad_groups(scale, spec)}
     if not spec.symmetric:
-        weights["zero_point"] = pad_groups(zero_point.astype(jnp.int8), spec)
-    return weights, jnp.isfinite(groups).all() & jnp.isfinite(scale).all()
+        weights["zero_point"] = pad_groups(zero_point, spec)
+    return weights
+
+
+def _group(w: jax.Array, spec: QuantSpec) -> jax.Array:
+    return w.astype(jnp.float32).reshape(spec.out_features, spec.groups, spec.group_size)
 
 
 def pad_groups(grouped: jax.Array, spec: QuantSpec) -> jax.Array:

@@ -43,14 +43,18 @@ def check_weights(weights: Mapping[str, jax.Array], spec: QuantSpec) -> None:
             f"weights must be the dict of arrays that pack() or load_checkpoint() gives, "
             f"got {type(weights).__name__}"
         )
-    scale_dtype, bias = getattr(weights.get("scale"), "dtype", None), weights.get("bias")
+    others = {name: type(leaf).__name__ for name, leaf in weights.items() if not hasattr(leaf, "dtype")}
+    if others:
+        raise SpecError(f"weights must be arrays, found {others}")
+    scale, bias = weights.get("scale"), weights.get("bias")
+    scale_dtype = jnp.float32 if scale is None else scale.dtype
     expected = make_abstract(spec, scale_dtype, None if bias is None else bias.dtype)
     faults = []
     for name in sorted(expected.keys() | weights.keys()):
         if name not in weights:
             faults.append(f"{name} is missing")
         elif name not in expected:
-            faults.append(f"{name} is not expected in a {_describe(spec)} weight")
+            faults.append(f"{name} is not expected in {_describe(spec)} weight")
         elif weights[name].shape != expected[name].shape:
             faults.append(
                 f"{name} has shape {list(weights[name].shape)}, "
@@ -58,8 +62,8 @@ def check_weights(weights: Mapping[str, jax.Array], spec: QuantSpec) -> None:
             )
         elif weights[name].dtype != expected[name].dtype:
             faults.append(f"{name} is {weights[name].dtype}, expected {expected[name].dtype}")
-    if scale_dtype is not None and scale_dtype.name not in SCALE_DTYPES:
-        faults.append(f"scale is {scale_dtype}, expected one of {', '.join(SCALE_DTYPES)}")
+    if scale is not None and scale.dtype.name not in SCALE_DTYPES:
+        faults.append(f"scale is {scale.dtype}, expected one of {', '.join(SCALE_DTYPES)}")
     if bias is not None and not jnp.issubdtype(bias.dtype, jnp.floating):
         faults.append(f"bias is {bias.dtype}, expected a float dtype")
     if faults:
@@ -67,4 +71,4 @@ def check_weights(weights: Mapping[str, jax.Array], spec: QuantSpec) -> None:
 
 
 def _describe(spec: QuantSpec) -> str:
-    return "symmetric" if spec.symmetric else "asymmetric"
+    return "a symmetric" if spec.symmetric else "an asymmetric"

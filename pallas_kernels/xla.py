@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.dequantize import expand
-from pallas_kernels.spec import QuantSpec
+from pallas_kernels.dequantize import expand, expand_slabs, has_whole_slabs
+from pallas_kernels.spec import SLAB_K, QuantSpec
 
 
 def matmul(x: jax.Array, weights: Mapping[str, jax.Array], spec: QuantSpec) -> jax.Array:
@@ -20,8 +20,33 @@ def matmul(x: jax.Array, weights: Mapping[str, jax.Array], spec: QuantSpec) -> j
     of the model would live as long as the loop.
     """
     x, packed = lax.optimization_barrier((x, dict(weights)))
-    w = expand(packed, spec).astype(x.dtype)
+    multiply = _multiply_slabs if x.shape[0] == 1 and has_whole_slabs(spec) else _multiply
+    return multiply(x, packed, spec).astype(x.dtype)
+
+
+def _multiply(x: jax.Array, weights: dict[str, jax.Array], spec: QuantSpec) -> jax.Array:
+    return _dot(x, expand(weights, spec), ((1,), (1,)), ((), ()))
+
+
+def _multiply_slabs(x: jax.Array, weights: dict[str, jax.Array], spec: QuantSpec) -> jax.Array:
+    """One small product for each 32 input features, then their sum.
+
+    For a single row of x the cost is the expansion, and slabs expand fastest; from a few rows on the
+    many small products cost more than that saves.
+    """
+    rows, width = x.shape[0], spec.tiles_k * spec.tile_k
+    padded = jnp.pad(x, ((0, 0), (0, width - spec.in_features)))
+    slabs = padded.reshape(rows, spec.tiles_k, spec.planes, SLAB_K).transpose(1, 2, 0, 3)
+    products = _dot(slabs, expand_slabs(weights, spec), ((3,), (3,)), ((0, 1), (0, 1)))
+    return products.sum(axis=(0, 1))[:, : spec.out_features]
+
+
+def _dot(x: jax.Array, w: jax.Array, contract, batch) -> jax.Array:
     precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    contract_k = (((1,), (1,)), ((), ()))
-    y = lax.dot_general(x, w, contract_k, precision=precision, preferred_element_type=jnp.float32)
-    return y.astype(x.dtype)
+    return lax.dot_general(
+        x,
+        w.astype(x.dtype),
+        (contract, batch),
+        precision=precision,
+        preferred_element_type=jnp.float32,
+    )

@@ -1,8 +1,9 @@
 """Compile a function for an NVIDIA GPU on a machine that has none, and read the machine code.
 
 XLA's CUDA plugin compiles for a GPU that is only described (Pallas -> Triton -> PTX), and NVIDIA's
-own assembler does the rest (PTX -> SASS). This shows what a kernel became: registers, spills, shared
-memory, tensor core and copy instructions, what its main loop spends. It cannot show time or numbers.
+own assembler does the rest (PTX -> SASS). This shows what a kernel became: registers, spills,
+shared memory, tensor core and copy instructions, what its main loop spends. It cannot show time or
+numbers.
 
 Beside jax it needs the plugin of jax's own version and three tools, all without their dependencies
 (the plugin complains about a missing cuDNN unless JAX_PLATFORMS names a platform):

@@ -1,4 +1,4 @@
-"""`ModelConfig`: what `config.json` says about a model of the Llama family, checked and normalised."""
+"""`ModelConfig`: what `config.json` says about a model of the Llama family, checked."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class ModelConfig:
         Absent keys take the defaults of transformers' configuration classes for that model type.
 
         Raises:
-          ModelError: listing every key that is missing, malformed or asks for something unsupported.
+          ModelError: listing every key that is missing, malformed or asks for the unsupported.
         """
         reader = _Reader(config)
         model_type = reader.choose("model_type", None, MODEL_TYPES)
@@ -133,7 +133,7 @@ class _Reader:
 
     def number(self, key: str, default: float) -> float:
         value = self.config.get(key, default)
-        if is_positive(value):
+        if _is_positive(value):
             return float(value)
         self.refuse(key, value, "a positive number")
         return default
@@ -152,10 +152,11 @@ class _Reader:
         return None
 
 
-def is_positive(value: object) -> bool:
+def _is_positive(value: object) -> bool:
     """Whether a value read from JSON is a finite number above zero."""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return is_number and math.isfinite(value) and value > 0
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return 0 < value < math.inf
 
 
 def _read_windows(reader: _Reader, model_type: str, layers: int) -> tuple[int | None, ...]:
@@ -203,7 +204,7 @@ def _read_rope(reader: _Reader, max_positions: int) -> RopeConfig:
         reader.refuse(f"{where}.rope_type", rope_type, f"one of {', '.join(ROPE_TYPES)}")
     if partial != 1.0:
         reader.refuse("partial_rotary_factor", partial, "1.0")
-    if rope_type == "yarn" and is_positive(original):
+    if rope_type == "yarn" and _is_positive(original):
         values.setdefault("factor", max_positions / original)
     needed = {
         "linear": ("factor",),
@@ -216,7 +217,7 @@ def _read_rope(reader: _Reader, max_positions: int) -> RopeConfig:
     optional = ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
     numbers |= {key: values[key] for key in optional if key in values}
     for key, value in numbers.items():
-        if not is_positive(value):
+        if not _is_positive(value):
             reader.refuse(f"{where}.{key}", value, "a positive number")
     return RopeConfig(
         rope_type=rope_type,

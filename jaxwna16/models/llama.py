@@ -13,11 +13,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
+from jaxwna16.dense import QuantDense
 from jaxwna16.errors import ModelError
 from jaxwna16.models.attention import (
     Cache,
     LayerCache,
     attend,
+    fold_heads,
     matmul_precision,
     see_slots,
     write_slots,
@@ -64,7 +66,8 @@ class RMSNorm(nnx.Module):
     def __call__(self, x: Array) -> Array:
         wide = x.astype(jnp.float32)
         inverse = lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
-        return jnp.expand_dims(self.weight[...], range(x.ndim - 1)) * (wide * inverse).astype(x.dtype)
+        normalised = (wide * inverse).astype(x.dtype)
+        return normalised * jnp.expand_dims(self.weight[...], range(x.ndim - 1))
 
 
 class Attention(nnx.Module):
@@ -92,10 +95,8 @@ class Attention(nnx.Module):
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, *rotation), rotate(k, *rotation)
-        if cache is None:
-            cache = LayerCache(k.swapaxes(1, 2), v.swapaxes(1, 2))
-        else:
-            cache = write_slots(cache, k, v, positions)
+        new = LayerCache(fold_heads(k), fold_heads(v))
+        cache = new if cache is None else write_slots(cache, new, positions)
         return self.o_proj(attend(q, cache, seen)), cache
 
 
@@ -145,13 +146,18 @@ class Decoder(nnx.Module):
 class Llama(nnx.Module):
     """A language model: `model(tokens)` maps int32 [B, S] to float32 logits [B, S, V].
 
-    Constructed under `nnx.eval_shape` it holds shapes and no arrays; `load_params` fills it. It is a
-    pytree, so `jax.jit` takes it as an argument.
+    Constructed under `nnx.eval_shape` it holds shapes and no arrays; `load_params` fills it. It is
+    a pytree, so `jax.jit` takes it as an argument.
+
+    Attributes:
+      config: what it was constructed from.
+      dtype: dtype of activations, cache and plain weights. In float32 products are full float32.
+      folder: the checkpoint folder it was loaded from, if any: where its tokenizer is.
 
     Args:
-      specs: module path ("model.layers.0.self_attn.q_proj", "lm_head") -> spec of its packed weight.
-      dtype: dtype of activations, cache and plain weights. In float32 every product is full float32.
-      backend: of the quantized linears: None is the best available, a name is that one or an error.
+      specs: module path ("lm_head", "model.layers.0.mlp.up_proj") -> spec of its packed weight.
+      dtype: see the attribute.
+      backend: of the quantized linears: None is the best available, a name that one or an error.
 
     Raises:
       ModelError: listing specs that no linear has, or that contradict the linear's shape.
@@ -167,6 +173,7 @@ class Llama(nnx.Module):
     ):
         self.config = config
         self.dtype = jnp.dtype(dtype)
+        self.folder: str | None = None
         linears = _Linears(specs or {}, self.dtype, backend)
         self.model = Decoder(config, linears)
         self.lm_head = (
@@ -186,8 +193,8 @@ class Llama(nnx.Module):
     ) -> tuple[Array, Cache]:
         """Run the layers over a piece of each row.
 
-        Without a cache the piece is the start of the rows: token i goes to slot i, and the cache that
-        comes back has S slots. Rows padded on the right give their padding the row's last position.
+        Without a cache the piece is the start of the rows: token i goes to slot i, and the cache
+        that comes back has S slots. Padding on the right of a row takes the row's last position.
 
         Args:
           tokens: int32 [B, S].
@@ -197,7 +204,7 @@ class Llama(nnx.Module):
         Returns:
           The normalised stream [B, S, hidden] and the cache with the piece added.
         """
-        slots = tokens.shape[1] if cache is None else cache[0].k.shape[2]
+        slots = tokens.shape[1] if cache is None else cache[0].slots
         windows = self.config.windows
         seen = {window: see_slots(positions, slots, window) for window in set(windows)}
         rotation = rotation_tables(self.config.rope, self.config.head_dim, positions, self.dtype)
@@ -236,7 +243,7 @@ def _run_layer(layer: DecoderLayer, *arguments):
 
 
 class _Linears:
-    """Makes each linear by its path, quantized where `specs` says so, and keeps account of the specs."""
+    """Makes each linear by its path, quantized where `specs` says so, and checks the specs."""
 
     def __init__(self, specs: Mapping[str, QuantSpec], dtype: jnp.dtype, backend: str | None):
         self.specs = specs
@@ -249,8 +256,6 @@ class _Linears:
         spec = self.specs.get(path)
         if spec is None:
             return Dense(out_features, in_features, use_bias=use_bias, dtype=self.dtype)
-        from jaxwna16.dense import QuantDense
-
         self.unused.remove(path)
         found = (spec.out_features, spec.in_features)
         if found != (out_features, in_features):
@@ -262,6 +267,4 @@ class _Linears:
         """Raise `ModelError` if a spec is of no linear here or has another shape."""
         strays = [f"{path}: no linear of this model can be quantized there" for path in self.unused]
         if self.faults or strays:
-            raise ModelError(
-                "quantized modules do not fit the model", self.faults + sorted(strays)
-            )
+            raise ModelError("quantized modules do not fit the model", self.faults + sorted(strays))

@@ -26,8 +26,8 @@ def load_params(model: Llama, params: Mapping[str, Any]) -> Llama:
       params: nested dict under the checkpoint's module paths, keys strings.
 
     Raises:
-      ModelError: listing every leaf that is missing, unexpected, of another shape or not a number of
-        the right kind.
+      ModelError: listing every leaf that is missing, unexpected, of another shape or of another
+        kind of number.
     """
     found = dict(_list_leaves(params, ""))
     graph, state = nnx.split(model)

@@ -1,11 +1,11 @@
 """Rotary position embeddings and their scalings.
 
-The formulas are those of transformers' `modeling_rope_utils.py` (default, linear, dynamic NTK, llama3,
-yarn), computed in the same order and in float32, so that angles agree to the last bits:
+The formulas are those of transformers' `modeling_rope_utils.py` (default, linear, dynamic NTK,
+llama3, yarn), computed in the same order and in float32, so that angles agree to the last bits:
 
     default  f_i = theta^(-2i/d),  i = 0 .. d/2 - 1,  d = head_dim
     linear   f_i / factor
-    dynamic  theta' = theta * (factor * L / P - (factor - 1))^(d / (d - 2)),  L = max(tokens so far, P)
+    dynamic  theta' = theta * (factor * L / P - (factor - 1))^(d / (d - 2)),  L = max(tokens, P)
     llama3   f_i, f_i / factor, or a blend of the two, by wavelength (Llama 3.1)
     yarn     a blend of f_i and f_i / factor by rotations over the original length; cos and sin are
              multiplied by an attention factor (https://arxiv.org/abs/2309.00071)
@@ -25,7 +25,7 @@ ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RopeConfig:
-    """Rope parameters as `config.json` names them; those a `rope_type` has no use for keep defaults.
+    """Rope parameters as `config.json` names them; what a `rope_type` does not use has a default.
 
     Attributes:
       theta: `rope_theta`, the base of the frequencies.
@@ -52,8 +52,8 @@ def rotation_tables(
 ) -> tuple[jax.Array, jax.Array]:
     """Cosines and sines of every position's angles.
 
-    "dynamic" takes the length L of each row from that row's largest position, so that a row does not
-    depend on its neighbours (transformers takes the batch's largest).
+    "dynamic" takes the length L of a row from that row's largest position, so that rows do not
+    depend on their neighbours (transformers takes the batch's largest).
 
     Args:
       positions: int32 [B, S].
@@ -79,7 +79,7 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
 
 
 def inverse_frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:
-    """The f_i of the module docstring, float32 [head_dim / 2]; for "dynamic" those up to length P."""
+    """The f_i of the module's docstring, float32 [d / 2]; for "dynamic" those up to length P."""
     wavelengths = _power(rope.theta, head_dim)
     plain = np.float32(1) / wavelengths
     if rope.rope_type == "linear":
@@ -133,7 +133,7 @@ def _blend_llama3(rope: RopeConfig, plain: np.ndarray) -> np.ndarray:
 
 
 def _yarn_ramp(rope: RopeConfig, head_dim: int) -> np.ndarray:
-    """0 where a frequency turns more than beta_fast times in the original length, 1 below beta_slow."""
+    """From 0 (more than beta_fast turns in the original length) to 1 (fewer than beta_slow)."""
 
     def dimension(rotations: float) -> float:
         turns = rope.original_max_positions / (rotations * 2 * math.pi)

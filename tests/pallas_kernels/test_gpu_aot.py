@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib.metadata
 import json
 import os
 import subprocess
@@ -55,22 +55,16 @@ def _build(bits: int, symmetric: bool, tokens: int):
 @pytest.fixture(scope="module")
 def kernels() -> dict[str, list[dict]]:
     """The reports for sm_90a, from one process of its own: it loads the CUDA plugin."""
-    for package in ("jax_plugins.xla_cuda13", "nvidia.cu13"):
-        if not _is_installed(package):
-            pytest.skip(f"{package} is not installed: tests/gpu_aot.py says how to install it")
+    try:
+        importlib.metadata.version("jax-cuda13-plugin")
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("jax-cuda13-plugin is not installed: tests/gpu_aot.py says how to install it")
     cases = "tests.pallas_kernels.test_gpu_aot:list_cases"
     command = [sys.executable, "-m", "tests.gpu_aot", cases, "--json"]
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(command, cwd=_ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
-
-
-def _is_installed(package: str) -> bool:
-    try:
-        return importlib.util.find_spec(package) is not None
-    except ModuleNotFoundError:  # its parent is not there
-        return False
 
 
 @pytest.mark.parametrize("case", [_name(*case) for case in _CASES])

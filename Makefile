@@ -1,0 +1,46 @@
+# Two commands: `make demo` and `make test`. Both make what they need in .venv.
+# PYTHON names the interpreter (3.11 or newer): make test PYTHON=python3.12
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test lint clean bench
+
+demo: $(VENV)/.demo
+	$(BIN)/python examples/demo.py
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+# CPU benchmarks against transformers; results go to benchmarks/results
+bench: $(VENV)/.test
+	$(BIN)/python benchmarks/language_speed.py
+	$(BIN)/python benchmarks/loading.py
+	$(BIN)/python benchmarks/plot.py
+
+clean:
+	rm -rf $(VENV)
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "jaxwna16 needs Python 3.11 or newer: make PYTHON=python3.12 ..."; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.demo: pyproject.toml | $(BIN)/python
+	$(BIN)/pip install -q -e '.[demo]'
+	touch $@
+
+# torch goes first, so that nothing else chooses a larger build of it
+$(VENV)/.test: pyproject.toml | $(BIN)/python
+	$(BIN)/pip install -q 'torch==2.13.0'
+	$(BIN)/pip install -q -e '.[test]'
+	touch $@
+
+$(VENV)/.lint: pyproject.toml $(VENV)/.test
+	$(BIN)/pip install -q -e '.[lint]'
+	touch $@

@@ -1,0 +1,1 @@
+"""The command `jaxwna16`: one module per verb, with `configure`, `run` and `show`."""

@@ -1,0 +1,53 @@
+"""An error of ours as the command line shows it: for people on stderr, for programs as JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import defaultdict
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+from jaxwna16.cli.names import fold_names
+from jaxwna16.cli.screen import escape_controls
+from jaxwna16.errors import InputError, ModelError
+from loaders.errors import CheckpointError, Fault
+from pallas_kernels.errors import Wna16Error
+
+
+def describe_error(error: Wna16Error) -> dict[str, Any]:
+    """The error as {"message", "faults"}: every fault with file, tensor, what and way_out."""
+    faults = [dataclasses.asdict(fault) for fault in _list_faults(error)]
+    return {"message": _summarize(error), "faults": faults}
+
+
+def show_error(error: Wna16Error, console: Console) -> None:
+    """Print the error; faults that differ in layer numbers alone are one line."""
+    headline = Text("error: ", style="bold red").append(escape_controls(_summarize(error)), "not bold default")
+    console.print(headline)
+    alike: dict[Fault, list[str]] = defaultdict(list)
+    for fault in _list_faults(error):
+        alike[dataclasses.replace(fault, tensor="")].append(fault.tensor)
+    for fault, tensors in alike.items():
+        for tensor in fold_names(tensors):
+            line = str(dataclasses.replace(fault, tensor=tensor))
+            console.print(escape_controls(f"  - {line}"))
+
+
+def _summarize(error: Wna16Error) -> str:
+    return str(error).partition("\n  - ")[0]
+
+
+def _list_faults(error: Wna16Error) -> list[Fault]:
+    if isinstance(error, CheckpointError):
+        return list(error.faults)
+    if isinstance(error, InputError | ModelError):
+        return list(map(_read_reason, error.reasons))
+    return []
+
+
+def _read_reason(reason: str) -> Fault:
+    """A reason such as "model.norm.weight: expected …" names its tensor first."""
+    name, colon, what = reason.partition(": ")
+    return Fault(what, tensor=name) if colon and " " not in name else Fault(reason)

@@ -1,0 +1,43 @@
+"""Names with layer numbers, many at a time: `model.layers.*.mlp` and `model.layers.{0-29}.mlp`."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import defaultdict
+from collections.abc import Iterable
+
+
+def star_numbers(name: str) -> str:
+    """Replace the numbers in a dotted name: "layers.3.mlp" -> "layers.*.mlp"."""
+    return ".".join("*" if part.isdecimal() else part for part in name.split("."))
+
+
+def fold_names(names: Iterable[str]) -> list[str]:
+    """Write names that differ in layer numbers as one, so that the reader can tell every one of them.
+
+    ["layers.0.q", "layers.1.q", "layers.3.q"] becomes ["layers.{0-1,3}.q"]. Names are only folded if
+    they are all the combinations of their numbers; else they stay as they are.
+    """
+    alike: dict[str, list[str]] = defaultdict(list)
+    for name in names:
+        alike[star_numbers(name)].append(name)
+    return list(itertools.chain.from_iterable(map(_fold, alike.values())))
+
+
+def _fold(names: list[str]) -> list[str]:
+    places = [sorted(set(parts)) for parts in zip(*(name.split(".") for name in names), strict=True)]
+    if len(names) == 1 or math.prod(map(len, places)) != len(set(names)):
+        return names
+    return [".".join(p[0] if len(p) == 1 else f"{{{_write_ranges(map(int, p))}}}" for p in places)]
+
+
+def _write_ranges(numbers: Iterable[int]) -> str:
+    """[0, 1, 2, 5] -> "0-2,5"."""
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ",".join(str(r[0]) if len(r) == 1 else f"{r[0]}-{r[-1]}" for r in runs)

@@ -1,0 +1,1 @@
+"""Language models as Flax NNX modules."""

@@ -1,0 +1,131 @@
+"""Quantized modules and checkpoint folders made by compressed-tensors itself, our reference."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import compressed_tensors
+import ml_dtypes
+import numpy as np
+import torch
+from compressed_tensors.compressors import PackedQuantizationCompressor
+from compressed_tensors.quantization import (
+    QuantizationArgs,
+    QuantizationConfig,
+    QuantizationScheme,
+    QuantizationStatus,
+)
+from compressed_tensors.quantization.utils import calculate_qparams
+from safetensors.torch import load_file, save_file
+
+from pallas_kernels.spec import QuantSpec
+
+SCALE_DTYPES = {
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float32": torch.float32,
+}
+
+
+def make_args(spec: QuantSpec, scale_dtype: str | None = None) -> QuantizationArgs:
+    """The arguments of a spec; one group is strategy "channel"."""
+    channel = spec.groups == 1
+    return QuantizationArgs(
+        num_bits=spec.bits,
+        symmetric=spec.symmetric,
+        strategy="channel" if channel else "group",
+        group_size=None if channel else spec.group_size,
+        scale_dtype=None if scale_dtype is None else SCALE_DTYPES[scale_dtype],
+    )
+
+
+def make_scheme(args: QuantizationArgs, *targets: str) -> QuantizationScheme:
+    """A scheme for weights alone."""
+    return QuantizationScheme(targets=list(targets or ["Linear"]), weights=args)
+
+
+def make_weight(shape: tuple[int, int], seed: int = 0) -> torch.Tensor:
+    """Random float32 [N, K], each row at its own magnitude."""
+    rng = np.random.default_rng(seed)
+    rows = rng.uniform(0.01, 1, (shape[0], 1))
+    return torch.from_numpy((rows * rng.standard_normal(shape)).astype(np.float32))
+
+
+def choose_parameters(
+    weight: torch.Tensor, args: QuantizationArgs
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale and zero point [N, G] from the range of each group."""
+    size = args.group_size or weight.shape[1]
+    groups = weight.reshape(weight.shape[0], -1, size)
+    return calculate_qparams(groups.amin(-1), groups.amax(-1), args)
+
+
+def compress(weight: torch.Tensor, args: QuantizationArgs) -> dict[str, torch.Tensor]:
+    """The tensors of one module by role; the scale has the dtype `args.scale_dtype`."""
+    scale, zero_point = choose_parameters(weight, args)
+    if args.scale_dtype is not None:
+        scale = scale.to(args.scale_dtype)
+    state = {"weight": weight, "weight_scale": scale, "weight_zero_point": zero_point}
+    return PackedQuantizationCompressor.compress(state, make_scheme(args))
+
+
+def decompress(tensors: Mapping[str, Any], args: QuantizationArgs) -> torch.Tensor:
+    """The float weight [N, K] of one module's tensors."""
+    state = PackedQuantizationCompressor.decompress(dict(tensors), make_scheme(args))
+    return state["weight"]
+
+
+def write_folder(
+    folder: Path, modules: Mapping[str, tuple[dict[str, torch.Tensor], QuantizationArgs]]
+) -> Path:
+    """Write a checkpoint of several modules, each a config group of its own, with its exact path."""
+    groups = {
+        f"group_{i}": make_scheme(args, path) for i, (path, (_, args)) in enumerate(modules.items())
+    }
+    quantization = QuantizationConfig(
+        config_groups=groups,
+        format="pack-quantized",
+        quantization_status=QuantizationStatus.COMPRESSED,
+    )
+    described = quantization.model_dump(mode="json") | {"version": compressed_tensors.__version__}
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"quantization_config": described}))
+    tensors = {
+        f"{path}.{role}": tensor.contiguous()
+        for path, (roles, _) in modules.items()
+        for role, tensor in roles.items()
+    }
+    save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+def read_files(folder: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a folder, read by safetensors itself."""
+    tensors: dict[str, torch.Tensor] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        tensors |= load_file(path)
+    return tensors
+
+
+def to_numpy(tensor: torch.Tensor) -> np.ndarray:
+    """The same bits as a NumPy array, bfloat16 too."""
+    tensor = tensor.detach().contiguous()
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    return tensor.numpy()
+
+
+def assert_same_bits(found: Any, expected: Any) -> None:
+    """Dtype, shape and every bit are equal."""
+    found, expected = (
+        to_numpy(a) if isinstance(a, torch.Tensor) else np.asarray(a) for a in (found, expected)
+    )
+    assert found.dtype == expected.dtype
+    assert found.shape == expected.shape
+    bits = np.dtype(f"u{found.dtype.itemsize}")
+    np.testing.assert_array_equal(
+        np.ascontiguousarray(found).view(bits), np.ascontiguousarray(expected).view(bits)
+    )

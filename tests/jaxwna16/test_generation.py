@@ -1,0 +1,193 @@
+"""Generation against transformers' own, and its promises: one trace, seeds, stops, clear errors."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from hf_models import convert, make_reference, random_tokens
+
+from jaxwna16 import generation
+from jaxwna16.errors import InputError
+from jaxwna16.generation import generate_tokens, round_up
+
+PROMPTS = [random_tokens(n, seed=n).tolist() for n in (7, 19, 3)]
+NEW = 33
+
+
+@functools.cache
+def make_pair(family: str):
+    reference = make_reference(family)
+    return reference, convert(reference)
+
+
+@pytest.fixture
+def model():
+    return make_pair("llama")[1]
+
+
+@pytest.mark.parametrize(
+    "family",
+    [
+        "llama",
+        "llama, dynamic rope past its length",
+        "mistral, window of 5",
+        "qwen2, second layer sliding",
+        "qwen3",
+    ],
+)
+def test_greedy_tokens_of_a_batch_equal_those_of_transformers_row_by_row(family):
+    reference, model = make_pair(family)
+    result = generate_tokens(model, PROMPTS, max_new_tokens=NEW)
+    for prompt, ours in zip(PROMPTS, result.tokens, strict=True):
+        reference = make_reference(family)  # dynamic rope keeps state from call to call
+        with torch.no_grad():
+            expected = reference.generate(
+                torch.tensor([prompt]), max_new_tokens=NEW, do_sample=False
+            )
+        assert ours == expected[0, len(prompt) :].tolist()
+    assert result.finish_reasons == ["length"] * 3
+
+
+def test_decoding_is_traced_once_whatever_the_number_of_tokens_and_the_options(model):
+    generate_tokens(model, PROMPTS[:2], max_new_tokens=17)
+    before = dict(generation.trace_counts)
+    for new, temperature in [(17, 0.0), (25, 0.7), (30, 1.3)]:
+        generate_tokens(
+            model,
+            PROMPTS[:2],
+            max_new_tokens=new,
+            temperature=temperature,
+            top_k=new,
+            seed=new,
+            stop_tokens=range(new - 16),
+            stream=lambda new_tokens: None,
+        )
+    assert dict(generation.trace_counts) == before
+
+
+def test_the_first_call_of_a_shape_traces_decoding_once(model):
+    generation.trace_counts.clear()
+    generate_tokens(model, [PROMPTS[0]] * 5, max_new_tokens=40)
+    assert generation.trace_counts == {"prefill": 1, "decode": 1}
+
+
+def test_a_stream_yields_all_tokens_piece_by_piece(model):
+    pieces = []
+    result = generate_tokens(model, PROMPTS, max_new_tokens=NEW, stream=pieces.append)
+    joined = [[t for piece in pieces for t in piece[row]] for row in range(3)]
+    assert joined == result.tokens
+    assert result.tokens == generate_tokens(model, PROMPTS, max_new_tokens=NEW).tokens
+    assert [len(piece[0]) for piece in pieces] == [1, 8, 8, 8, 8]
+
+
+def test_a_stop_token_ends_its_row_only_and_is_left_out(model):
+    whole = generate_tokens(model, PROMPTS, max_new_tokens=NEW).tokens
+    stop = whole[1][10]
+    pieces = []
+    result = generate_tokens(
+        model, PROMPTS, max_new_tokens=NEW, stop_tokens=[stop], stream=pieces.append
+    )
+    for row, tokens in enumerate(whole):
+        cut = tokens.index(stop) if stop in tokens else len(tokens)
+        assert result.tokens[row] == tokens[:cut]
+        assert result.finish_reasons[row] == ("stop" if stop in tokens else "length")
+        assert [t for piece in pieces for t in piece[row]] == tokens[:cut]
+
+
+def test_the_loop_ends_when_every_row_has_stopped(model):
+    first = generate_tokens(model, PROMPTS, max_new_tokens=1).tokens
+    result = generate_tokens(
+        model, PROMPTS, max_new_tokens=NEW, stop_tokens=[row[0] for row in first]
+    )
+    assert result.tokens == [[], [], []]
+    assert result.decoded_tokens == 0
+    assert result.decode_tokens_per_second == 0.0
+
+
+def test_the_same_seed_gives_the_same_tokens_and_another_one_others(model):
+    def draw(seed, prompts=PROMPTS):
+        return generate_tokens(
+            model, prompts, max_new_tokens=NEW, temperature=1.0, top_p=0.9, seed=seed
+        ).tokens
+
+    assert draw(5) == draw(5)
+    assert draw(5) != draw(6)
+    assert draw(5)[:1] == draw(5, PROMPTS[:1])
+
+
+def test_top_k_of_one_is_greedy_at_any_temperature(model):
+    hot = generate_tokens(model, PROMPTS, max_new_tokens=NEW, temperature=2.0, top_k=1)
+    assert hot.tokens == generate_tokens(model, PROMPTS, max_new_tokens=NEW).tokens
+
+
+def test_numbers_of_the_result_add_up(model):
+    result = generate_tokens(model, PROMPTS, max_new_tokens=NEW)
+    assert result.prompt_tokens == 29
+    assert result.decoded_tokens == 3 * (NEW - 1)
+    assert result.prefill_seconds > 0 and result.decode_seconds > 0
+    assert result.decode_tokens_per_second == result.decoded_tokens / result.decode_seconds
+    assert result.prefill_tokens_per_second == 29 / result.prefill_seconds
+
+
+def test_one_new_token_needs_no_decoding(model):
+    result = generate_tokens(model, PROMPTS, max_new_tokens=1)
+    assert [len(row) for row in result.tokens] == [1, 1, 1]
+
+
+def test_numpy_prompts_are_prompts(model):
+    result = generate_tokens(model, [np.array(PROMPTS[0])], max_new_tokens=3)
+    assert result.tokens == generate_tokens(model, [PROMPTS[0]], max_new_tokens=3).tokens
+
+
+def test_lengths_are_rounded_up_by_at_most_a_quarter():
+    assert [round_up(n) for n in (1, 16, 17, 100, 129, 1000)] == [16, 16, 32, 112, 160, 1024]
+    lengths = {round_up(n) for n in range(1, 4097)}
+    assert all(n <= round_up(n) <= max(16, math.ceil(1.25 * n) + 15) for n in range(1, 4097))
+    assert len(lengths) == 28
+
+
+@pytest.mark.parametrize(
+    ("prompts", "options", "reason"),
+    [
+        ([], {}, "prompts: expected at least one, got none"),
+        ([[1], []], {}, "prompt 1: empty, a model needs at least one token to continue"),
+        ([[1, 128]], {}, "prompt 0: expected tokens 0 .. 127, got 128"),
+        ([[-1]], {}, "prompt 0: expected tokens 0 .. 127, got -1"),
+        ([[1.5]], {}, "prompt 0: expected tokens 0 .. 127, got 1.5"),
+        ([[1] * 100], {}, "100 tokens and max_new_tokens = 33 are more than the 128"),
+        ([[1]], {"max_new_tokens": 0}, "max_new_tokens: expected an integer of at least 1, got 0"),
+        ([[1]], {"temperature": -0.1}, "temperature: expected a number of at least 0, got -0.1"),
+        ([[1]], {"temperature": math.nan}, "temperature: expected a number of at least 0, got nan"),
+        ([[1]], {"top_k": -1}, "top_k: expected an integer of at least 0 (off), got -1"),
+        ([[1]], {"top_k": 2.0}, "top_k: expected an integer of at least 0 (off), got 2.0"),
+        ([[1]], {"top_p": 0.0}, "top_p: expected a number above 0 and at most 1 (off), got 0.0"),
+        ([[1]], {"top_p": 1.1}, "top_p: expected a number above 0 and at most 1 (off), got 1.1"),
+        ([[1]], {"seed": -1}, "seed: expected an integer from 0 to 2^32 - 1, got -1"),
+        ([[1]], {"stop_tokens": ["end"]}, "stop_tokens: expected tokens, got 'end'"),
+    ],
+)
+def test_what_cannot_be_generated_is_refused_with_the_reason(model, prompts, options, reason):
+    with pytest.raises(InputError) as raised:
+        generate_tokens(model, prompts, **{"max_new_tokens": NEW, **options})
+    assert reason in str(raised.value)
+
+
+def test_all_reasons_are_listed_at_once(model):
+    with pytest.raises(InputError) as raised:
+        generate_tokens(model, [[], [500]], max_new_tokens=-1, top_p=7)
+    assert len(raised.value.reasons) == 4
+
+
+def test_the_cache_has_the_models_dtype_and_room_for_every_token():
+    model = convert(make_reference("llama"), dtype=jnp.bfloat16)
+    options = generation._make_options(0.0, 0, 1.0, 0, ())
+    tokens, lengths = generation._pad_prompts(PROMPTS)
+    cache = generation._prefill(model, tokens, lengths, options, width=48).cache
+    assert len(cache) == 2
+    assert cache[0].k.shape == cache[1].v.shape == (3 * 2, 32 + 48, 16)
+    assert cache[0].k.dtype == jnp.bfloat16

@@ -1,0 +1,118 @@
+"""The model definition against transformers, and against itself through the cache."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+from hf_models import (
+    FAMILIES,
+    convert,
+    forward,
+    make_reference,
+    random_tokens,
+    reference_logits,
+    relative_error,
+    run_hidden,
+)
+
+from jaxwna16.models.attention import LayerCache
+from jaxwna16.models.config import ModelConfig
+from jaxwna16.models.llama import Llama
+
+LENGTH = 24
+
+
+def positions_of(tokens: np.ndarray, start: int = 0) -> jax.Array:
+    return jnp.broadcast_to(start + jnp.arange(tokens.shape[1])[None, :], tokens.shape)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_equal_those_of_transformers(family):
+    reference = make_reference(family)
+    tokens = random_tokens(2, LENGTH)
+    ours = forward(convert(reference), jnp.asarray(tokens))
+    assert ours.dtype == jnp.float32
+    assert relative_error(ours, reference_logits(reference, tokens)) < 1e-4
+
+
+@pytest.mark.parametrize("family", ["llama, tied, all biases", "qwen3"])
+def test_bfloat16_is_as_close_to_float32_as_transformers_in_bfloat16_is(family):
+    reference = make_reference(family)
+    tokens = random_tokens(2, LENGTH)
+    exact = reference_logits(reference, tokens)
+    ours = forward(convert(reference, dtype=jnp.bfloat16), jnp.asarray(tokens))
+    theirs = reference_logits(reference.to(torch.bfloat16), tokens)
+    assert ours.dtype == jnp.float32
+    assert 1e-4 < relative_error(ours, exact) < 1.5 * relative_error(theirs, exact)
+
+
+@pytest.mark.parametrize(
+    "family", [f for f in FAMILIES if f != "llama, dynamic rope past its length"]
+)
+def test_decoding_token_by_token_equals_one_forward_pass(family):
+    model = convert(make_reference(family))
+    tokens = jnp.asarray(random_tokens(2, LENGTH))
+    whole, _ = run_hidden(model, tokens, positions_of(tokens))
+    start = 7
+    piece, cache = run_hidden(model, tokens[:, :start], positions_of(tokens[:, :start]))
+    room = ((0, 0), (0, LENGTH - start), (0, 0))
+    cache = tuple(LayerCache(jnp.pad(k, room), jnp.pad(v, room)) for k, v in cache)
+    pieces = [piece]
+    for i in range(start, LENGTH):
+        one = tokens[:, i : i + 1]
+        piece, cache = run_hidden(model, one, positions_of(one, i), cache)
+        pieces.append(piece)
+    np.testing.assert_allclose(jnp.concatenate(pieces, axis=1), whole, rtol=2e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    "family", ["llama", "llama, dynamic rope past its length", "qwen2, second layer sliding"]
+)
+def test_a_row_does_not_depend_on_its_neighbours(family):
+    model = convert(make_reference(family))
+    lengths = np.array([5, LENGTH, 17], np.int32)
+    tokens = random_tokens(3, LENGTH)
+    positions = np.minimum(np.arange(LENGTH, dtype=np.int32)[None, :], lengths[:, None] - 1)
+    together, _ = run_hidden(model, jnp.asarray(tokens), jnp.asarray(positions))
+    for row, length in enumerate(lengths):
+        single = tokens[row : row + 1, :length]
+        alone, _ = run_hidden(model, jnp.asarray(single), positions_of(single))
+        np.testing.assert_allclose(together[row, :length], alone[0], rtol=2e-4, atol=2e-5)
+
+
+def test_what_is_behind_a_token_does_not_change_its_logits():
+    model = convert(make_reference("llama"))
+    tokens = random_tokens(1, LENGTH)
+    other = tokens.copy()
+    other[:, 10:] = (other[:, 10:] + 1) % 128
+    first, second = forward(model, jnp.asarray(tokens)), forward(model, jnp.asarray(other))
+    np.testing.assert_array_equal(first[:, :10], second[:, :10])
+
+
+@pytest.mark.parametrize("stray", [128, -1])
+def test_a_token_outside_the_vocabulary_gives_nan_and_not_another_tokens_logits(stray):
+    model = convert(make_reference("llama"))
+    assert jnp.isnan(model(jnp.array([[3, stray]], jnp.int32))[:, 1]).all()
+
+
+def test_under_eval_shape_no_array_is_made_and_paths_are_the_checkpoints():
+    reference = make_reference("qwen3, tied, sliding, biases")
+    config = ModelConfig.from_dict(reference.config.to_dict())
+    abstract = nnx.eval_shape(lambda: Llama(config, dtype=jnp.bfloat16))
+    leaves = dict(nnx.to_flat_state(nnx.state(abstract)))
+    assert all(isinstance(v.get_value(), jax.ShapeDtypeStruct) for v in leaves.values())
+    names = {".".join(map(str, path)) for path in leaves}
+    assert names == {name for name, _ in reference.named_parameters()}
+
+
+def test_layers_of_one_shape_are_traced_once():
+    model = convert(make_reference("llama", num_hidden_layers=3))
+    tokens = jnp.zeros((1, 4), jnp.int32)
+    jaxpr = jax.make_jaxpr(Llama.__call__)(model, tokens)
+    calls = [e for e in jaxpr.eqns if e.params.get("name") == "_run_layer"]
+    assert len(calls) == 3
+    assert len({id(e.params["jaxpr"]) for e in calls}) == 1

@@ -1,0 +1,138 @@
+"""`config.json` in all its spellings, and what is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+from hf_models import FAMILIES, SMALL, make_reference
+
+from jaxwna16.errors import ModelError
+from jaxwna16.models.config import MODEL_TYPES, ModelConfig
+from jaxwna16.models.rope import attention_factor, inverse_frequencies
+
+LLAMA = {"model_type": "llama", **SMALL}
+YARN = {"factor": 4.0, "original_max_position_embeddings": 32}
+
+
+def parse(**changes) -> ModelConfig:
+    return ModelConfig.from_dict({**LLAMA, **changes})
+
+
+def test_the_old_spelling_means_the_same_as_the_new_one():
+    old = parse(rope_theta=5e5, rope_scaling={"type": "yarn", **YARN}, torch_dtype="bfloat16")
+    new = parse(rope_parameters={"rope_type": "yarn", "rope_theta": 5e5, **YARN}, dtype="bfloat16")
+    assert old == new
+    assert new.rope.theta == 5e5
+    assert new.dtype == "bfloat16"
+
+
+def test_absent_keys_take_the_defaults_of_transformers():
+    config = parse(num_key_value_heads=None, rope_scaling=None)
+    assert config.num_key_value_heads == 4
+    assert config.head_dim == 16
+    assert config.rope.rope_type == "default"
+    assert config.rope.theta == 10000.0
+    assert not config.tie_word_embeddings
+    assert parse(model_type="qwen3").head_dim == 128
+    assert parse(model_type="mistral").windows == (4096, 4096)
+    assert parse(model_type="mistral", sliding_window=None).windows == (None, None)
+
+
+def test_windows_follow_the_rules_of_each_family():
+    window = {"sliding_window": 8, "max_window_layers": 1}
+    assert parse(**window).windows == (None, None)
+    assert parse(model_type="mistral", sliding_window=8).windows == (8, 8)
+    assert parse(model_type="qwen2", **window).windows == (None, None)
+    assert parse(model_type="qwen2", use_sliding_window=True, **window).windows == (None, 8)
+    types = ["sliding_attention", "full_attention"]
+    explicit = parse(model_type="qwen3", use_sliding_window=True, layer_types=types, **window)
+    assert explicit.windows == (8, None)
+
+
+def test_biases_and_norms_follow_the_family():
+    facts = {
+        model_type: (config.qkv_bias, config.out_bias, config.mlp_bias, config.qk_norm)
+        for model_type in MODEL_TYPES
+        for config in [parse(model_type=model_type, attention_bias=True, mlp_bias=True)]
+    }
+    assert facts == {
+        "llama": (True, True, True, False),
+        "mistral": (False, False, False, False),
+        "qwen2": (True, False, False, False),
+        "qwen3": (True, True, False, True),
+    }
+
+
+def test_end_tokens_are_none_one_or_several():
+    assert parse(eos_token_id=None).eos_token_ids == ()
+    assert parse(eos_token_id=2).eos_token_ids == (2,)
+    assert parse(eos_token_id=[2, 7]).eos_token_ids == (2, 7)
+
+
+def test_dynamic_rope_stretches_the_length_by_its_factor():
+    assert parse().max_length == 128
+    assert parse(rope_scaling={"type": "dynamic", "factor": 2.0}).max_length == 256
+
+
+def test_a_configuration_is_hashable():
+    assert hash(parse()) == hash(parse())
+
+
+@pytest.mark.parametrize("family", [f for f in FAMILIES if "dynamic" not in f])
+def test_frequencies_equal_those_of_transformers_to_the_last_bits(family):
+    reference = make_reference(family)
+    config = ModelConfig.from_dict(reference.config.to_dict())
+    rotary = reference.model.rotary_emb
+    ours = inverse_frequencies(config.rope, config.head_dim)
+    assert ours.dtype == np.float32
+    np.testing.assert_array_max_ulp(ours, rotary.inv_freq.numpy(), maxulp=2)
+    assert attention_factor(config.rope) == pytest.approx(rotary.attention_scaling, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"model_type": "mamba"}, "model_type: expected one of llama, mistral, qwen2, qwen3"),
+        ({"model_type": None}, "model_type: expected one of llama, mistral, qwen2, qwen3"),
+        ({"hidden_act": "gelu"}, "hidden_act: expected one of silu, swish, found 'gelu'"),
+        ({"hidden_size": None}, "hidden_size: expected an integer of at least 1, found None"),
+        ({"vocab_size": 12.5}, "vocab_size: expected an integer of at least 1, found 12.5"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers: expected an integer of at least 1, found 0"),
+        ({"hidden_size": 66}, "hidden_size: expected a multiple of num_attention_heads = 4"),
+        ({"num_key_value_heads": 3}, "num_attention_heads: expected a multiple of kv heads = 3"),
+        ({"head_dim": 15}, "head_dim: expected an even number, found 15"),
+        ({"tie_word_embeddings": "yes"}, "tie_word_embeddings: expected true or false"),
+        ({"rms_norm_eps": -1.0}, "rms_norm_eps: expected a positive number"),
+        ({"torch_dtype": "int8"}, "torch_dtype: expected one of float32, bfloat16, float16"),
+        ({"eos_token_id": "end"}, "eos_token_id: expected a token or a list of tokens"),
+        ({"is_causal": False}, "is_causal: expected only causal attention, found False"),
+        ({"rope_scaling": {"type": "longrope"}}, "rope_scaling.rope_type: expected one of default"),
+        ({"rope_scaling": {"type": "linear"}}, "rope_scaling.factor: expected a positive number"),
+        ({"rope_scaling": {"type": "llama3", "factor": 8.0}}, "rope_scaling.low_freq_factor"),
+        ({"rope_parameters": {"full_attention": {}}}, "one flat set of parameters"),
+        ({"rope_theta": "big"}, "rope_theta: expected a positive number, found 'big'"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor: expected 1.0, found 0.5"),
+        ({"model_type": "mistral", "layer_types": ["full_attention"] * 2}, "layer_types"),
+        ({"model_type": "qwen2", "layer_types": ["linear_attention"] * 2}, "layer_types"),
+        ({"model_type": "qwen2", "layer_types": ["full_attention"]}, "expected 2 entries"),
+        ({"model_type": "qwen2", "layer_types": ["sliding_attention"] * 2}, "is off"),
+        ({"model_type": "mistral", "sliding_window": 0}, "sliding_window: expected an integer"),
+    ],
+)
+def test_what_is_not_supported_is_refused_with_the_key_and_the_choices(changes, reason):
+    with pytest.raises(ModelError) as raised:
+        parse(**changes)
+    assert reason in str(raised.value)
+
+
+def test_every_reason_is_listed_at_once():
+    with pytest.raises(ModelError) as raised:
+        parse(hidden_act="gelu", vocab_size=None, rope_scaling={"type": "su"})
+    assert len(raised.value.reasons) == 3
+
+
+def test_a_configuration_stays_as_it_is():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        parse().vocab_size = 3  # type: ignore[misc]

@@ -1,0 +1,115 @@
+"""Models with packed linears against transformers with the weights they stand for."""
+
+from __future__ import annotations
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+from hf_models import (
+    forward,
+    make_reference,
+    nest_params,
+    random_tokens,
+    reference_logits,
+    relative_error,
+)
+
+from jaxwna16.errors import ModelError
+from jaxwna16.generation import _decode, _make_options, _pad_prompts, _prefill, generate_tokens
+from jaxwna16.models.config import ModelConfig
+from jaxwna16.models.llama import Llama
+from jaxwna16.models.params import load_params
+from pallas_kernels import QuantSpec, dequantize, quantize
+
+KINDS = [
+    ("llama", 4, 32, False, jnp.bfloat16),
+    ("llama, tied, all biases", 8, -1, True, jnp.float16),
+    ("mistral, window of 5", 4, -1, True, jnp.bfloat16),
+    ("qwen2", 4, 32, False, jnp.float32),
+    ("qwen3", 8, 32, False, jnp.float16),
+]
+
+
+@functools.cache
+def quantize_reference(family, bits, group_size, symmetric, scale_dtype):
+    """Quantize every linear (`lm_head` too), give transformers the rounded weights; both models."""
+    reference = make_reference(family)
+    params = nest_params(reference)
+    specs = {}
+    for path, module in reference.named_modules():
+        if not isinstance(module, torch.nn.Linear):
+            continue
+        if path == "lm_head" and reference.config.tie_word_embeddings:
+            continue
+        spec = QuantSpec(
+            bits=bits,
+            group_size=group_size,
+            symmetric=symmetric,
+            in_features=module.in_features,
+            out_features=module.out_features,
+        )
+        node = functools.reduce(lambda tree, key: tree[key], path.split("."), params)
+        weights = quantize(jnp.asarray(node.pop("weight")), spec, scale_dtype=scale_dtype)
+        node.update(weights)
+        specs[path] = spec
+        rounded = np.array(dequantize(weights, spec, jnp.float32))
+        module.weight = torch.nn.Parameter(torch.from_numpy(rounded))
+    config = ModelConfig.from_dict(reference.config.to_dict())
+    abstract = nnx.eval_shape(lambda: Llama(config, specs, dtype=jnp.float32))
+    return reference, load_params(abstract, params)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: "-".join(map(str, kind[:4])))
+def test_logits_equal_those_of_the_dequantized_weights(kind):
+    reference, model = quantize_reference(*kind)
+    tokens = random_tokens(2, 24)
+    error = relative_error(forward(model, jnp.asarray(tokens)), reference_logits(reference, tokens))
+    assert error < 1e-4
+
+
+def test_the_scales_keep_the_dtype_of_the_checkpoint():
+    _, model = quantize_reference(*KINDS[1])
+    assert model.model.layers[0].mlp.up_proj.scale.get_value().dtype == jnp.float16
+
+
+def test_greedy_tokens_equal_those_of_the_dequantized_weights():
+    reference, model = quantize_reference(*KINDS[0])
+    prompt = random_tokens(1, 11)
+    with torch.no_grad():
+        expected = reference.generate(
+            torch.from_numpy(prompt).long(), max_new_tokens=32, do_sample=False
+        )
+    result = generate_tokens(model, [prompt[0].tolist()], max_new_tokens=32)
+    assert result.tokens[0] == expected[0, 11:].tolist()
+
+
+def test_no_float_copy_of_a_weight_lives_through_the_decode_loop():
+    _, model = quantize_reference(*KINDS[0])
+    options = _make_options(0.0, 0, 1.0, 0, ())
+    progress = _prefill(model, *_pad_prompts([[1, 2, 3]]), options, width=16)
+    program = _decode.lower(model, progress, options, jnp.int32(1)).compile().as_text()
+    carried = [line for line in program.splitlines() if re.search(r"\bwhile\(", line)]
+    assert any("u16[" in line for line in carried)
+    weight_shapes = {f"f32[{n},{k}]" for n, k in [(64, 64), (32, 64), (96, 64), (64, 96), (64, 32)]}
+    assert not any(shape in line for line in carried for shape in weight_shapes)
+
+
+def test_a_wrong_integer_dtype_is_an_error_of_ours():
+    spec = QuantSpec(bits=4, group_size=32, symmetric=True, in_features=64, out_features=96)
+    reference = make_reference("llama")
+    config = ModelConfig.from_dict(reference.config.to_dict())
+    path = "model.layers.0.mlp.up_proj"
+    abstract = nnx.eval_shape(lambda: Llama(config, {path: spec}, dtype=jnp.float32))
+    params = nest_params(reference)
+    node = params["model"]["layers"]["0"]["mlp"]["up_proj"]
+    node.clear()
+    node.update(quantize(jax.random.normal(jax.random.key(0), (96, 64)), spec))
+    node["packed"] = node["packed"].astype(jnp.int16)
+    with pytest.raises(ModelError, match=r"up_proj.packed: expected uint16 .* found int16"):
+        load_params(abstract, params)
