@@ -64,7 +64,7 @@ def measure_perplexity(
       InputError: if the text is shorter than a window, or a number is out of range.
       ModelError: if a likelihood is not finite.
     """
-    windows = _cut_windows(np.asarray(tokens), window, max_windows)
+    windows = cut_windows(np.asarray(tokens), window, max_windows)
     if batch < 1:
         raise InputError(f"batch must be at least 1, got {batch}")
     batch = min(batch, len(windows))
@@ -113,8 +113,8 @@ def _score(graphdef: nnx.GraphDef, state: nnx.State, tokens: jax.Array) -> jax.A
     return jax.nn.logsumexp(logits, axis=-1) - chosen
 
 
-def _cut_windows(tokens: np.ndarray, window: int, max_windows: int | None) -> np.ndarray:
-    """Cut ids [T] into int32 [windows, window]."""
+def cut_windows(tokens: np.ndarray, window: int, max_windows: int | None) -> np.ndarray:
+    """Cut ids [T] into int32 [windows, window]; arguments and errors as in `measure_perplexity`."""
     if tokens.ndim != 1 or (tokens.size and not np.issubdtype(tokens.dtype, np.integer)):
         raise InputError(f"tokens must be a row of ids, got {tokens.dtype} {list(tokens.shape)}")
     if tokens.size and not 0 <= tokens.min() <= tokens.max() < 2**31:

@@ -100,8 +100,11 @@ def dequantize_checkpoint(
 
     Raises:
       CheckpointError: listing every fault of the source; or if the destination exists.
+      InputError: if nothing in it is quantized.
     """
     plan = make_plan(Path(source))
+    if not plan.quantized:
+        raise InputError(f"{plan.folder}: no module is quantized")
     dropped = ("quantization_config", "compression_config")
     config = {key: value for key, value in plan.config.items() if key not in dropped}
     _write(plan, destination, config, dtype, "dequantizing", progress, {})

@@ -38,7 +38,7 @@ def load_params(plan: Plan, *, dtype: Any = None, progress: Progress | None = No
     params: dict[str, Any] = {}
     faults: list[Fault] = []
     done, total = 0, plan.nbytes
-    for part, arrays in _read_ahead(plan):
+    for part, arrays in read_parts(plan):
         if isinstance(part, TensorInfo):
             _put(params, part.name, _place(arrays[part.name], dtype))
         else:
@@ -57,7 +57,8 @@ def load_params(plan: Plan, *, dtype: Any = None, progress: Progress | None = No
 def check_values(module: QuantizedModule, arrays: dict[str, np.ndarray]) -> list[Fault]:
     """Faults in the numbers of one module: scales that are NaN, infinite, negative or zero."""
     scale, info = arrays["weight_scale"], module.tensors["weight_scale"]
-    bad = ~(np.isfinite(scale) & (scale > 0))
+    with np.errstate(invalid="ignore"):  # comparing a bfloat16 NaN warns
+        bad = ~(np.isfinite(scale) & (scale > 0))
     if not bad.any():
         return []
     first = tuple(int(i) for i in np.argwhere(bad)[0])
@@ -65,8 +66,34 @@ def check_values(module: QuantizedModule, arrays: dict[str, np.ndarray]) -> list
     return [Fault(what, info.file.name, info.name, "quantize the model again")]
 
 
-def _read_ahead(plan: Plan) -> Iterator[tuple[QuantizedModule | TensorInfo, dict[str, np.ndarray]]]:
-    """Yield each part with its arrays, while a thread reads the next one."""
+def check_padding(module: QuantizedModule, arrays: dict[str, np.ndarray]) -> list[str]:
+    """Warnings about bits that are set where no value stands, past K or N in the last words.
+
+    They change nothing, but whoever wrote them does not pack as compressed-tensors does.
+    """
+    spec = module.spec
+    last_words = {"weight_packed": (arrays["weight_packed"][:, -1], spec.in_features)}
+    if not spec.symmetric:
+        last_words["weight_zero_point"] = (arrays["weight_zero_point"][-1], spec.out_features)
+    warnings = []
+    for role, (words, length) in last_words.items():
+        used = length * spec.bits % 32
+        dirty = np.count_nonzero(words.view(np.uint32) >> np.uint32(used)) if used else 0
+        if dirty:
+            name = module.tensors[role].name
+            warnings.append(f"{name}: padding bits are set in {dirty} of {words.size} last words")
+    return warnings
+
+
+def read_parts(plan: Plan) -> Iterator[tuple[QuantizedModule | TensorInfo, dict[str, np.ndarray]]]:
+    """Yield each part of a plan with its arrays, in the order of the files; a thread reads ahead.
+
+    The arrays of a module stand under their roles ("weight_packed", ..., "bias"), that of any other
+    tensor under its name.
+
+    Raises:
+      CheckpointError: if a file ends early.
+    """
     with ThreadPoolExecutor(1) as reader:
         previous = None
         for part in plan.list_parts():
@@ -85,7 +112,7 @@ def _read_part(part: QuantizedModule | TensorInfo) -> dict[str, np.ndarray]:
 
 def _place_module(module: QuantizedModule, arrays: dict[str, np.ndarray], dtype: Any) -> dict[str, Any]:
     bias = arrays.pop("bias", None)
-    weights = pack(arrays, module.spec)
+    weights: dict[str, Any] = pack(arrays, module.spec)
     if bias is not None:
         weights["bias"] = _place(bias, dtype)
     # the host buffers may be freed only after they were used

@@ -15,13 +15,24 @@ from pallas_kernels.spec import SLAB_K, QuantSpec
 def matmul(x: jax.Array, weights: Mapping[str, jax.Array], spec: QuantSpec) -> jax.Array:
     """Compute x @ W.T for x [M, K] -> [M, N] in x's dtype, accumulated in float32.
 
-    W is rounded to the scale's dtype as compressed-tensors does, then to x's dtype. The barrier ties
-    the weight to x: without it XLA lifts the expansion out of a decode loop, and every float weight
-    of the model would live as long as the loop.
+    W is rounded to the scale's dtype as compressed-tensors does, then to x's dtype.
     """
-    x, packed = lax.optimization_barrier((x, dict(weights)))
+    tied = _tie(dict(weights), x)
     multiply = _multiply_slabs if x.shape[0] == 1 and has_whole_slabs(spec) else _multiply
-    return multiply(x, packed, spec).astype(x.dtype)
+    return multiply(x, tied, spec).astype(x.dtype)
+
+
+def _tie(weights: dict[str, jax.Array], x: jax.Array) -> dict[str, jax.Array]:
+    """`weights`, unchanged, but as something that can only be computed once x is there.
+
+    Nothing else makes the expansion of a weight wait for its input: XLA would expand every weight of a
+    model at the start of a step, or once before a decode loop, and hold all of them as floats. An
+    `optimization_barrier` is dissolved before instructions are ordered, so it does not help.
+    """
+    words = lax.bitcast_convert_type(x[0, :8].astype(jnp.float32), jnp.int32)
+    # A reduction is computed by itself. Without it, XLA fuses all that leads to x into the expansion.
+    zero = jnp.minimum(jnp.min(words & 1), 0)  # always 0, which XLA does not see
+    return {name: leaf + zero.astype(leaf.dtype) for name, leaf in weights.items()}
 
 
 def _multiply(x: jax.Array, weights: dict[str, jax.Array], spec: QuantSpec) -> jax.Array:
@@ -34,11 +45,15 @@ def _multiply_slabs(x: jax.Array, weights: dict[str, jax.Array], spec: QuantSpec
     For a single row of x the cost is the expansion, and slabs expand fastest; from a few rows on the
     many small products cost more than that saves.
     """
-    rows, width = x.shape[0], spec.tiles_k * spec.tile_k
-    padded = jnp.pad(x, ((0, 0), (0, width - spec.in_features)))
-    slabs = padded.reshape(rows, spec.tiles_k, spec.planes, SLAB_K).transpose(1, 2, 0, 3)
-    products = _dot(slabs, expand_slabs(weights, spec), ((3,), (3,)), ((0, 1), (0, 1)))
-    return products.sum(axis=(0, 1))[:, : spec.out_features]
+    slabs = -(-spec.in_features // SLAB_K)
+    padded = jnp.pad(x, ((0, 0), (0, slabs * SLAB_K - spec.in_features)))
+    by_slab = padded.reshape(x.shape[0], slabs, SLAB_K).transpose(1, 0, 2)
+    total = jnp.float32(0)
+    for covered, w in expand_slabs(weights, spec):
+        part = by_slab[covered].reshape(*w.shape[:2], x.shape[0], SLAB_K)
+        products = _dot(part, w, ((3,), (3,)), ((0, 1), (0, 1)))
+        total = total + products.sum(axis=(0, 1))[:, : spec.out_features]
+    return total
 
 
 def _dot(x: jax.Array, w: jax.Array, contract, batch) -> jax.Array:

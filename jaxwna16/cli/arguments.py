@@ -9,7 +9,9 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 def add_json(parser: argparse.ArgumentParser, verb: object) -> None:
     """Add `--json`, and say which module runs this verb."""
-    parser.add_argument("--json", action="store_true", help="print the report as JSON (docs/cli.md)")
+    parser.add_argument(
+        "--json", action="store_true", help="print the report as JSON (docs/cli.md)"
+    )
     parser.set_defaults(verb=verb)
 
 
@@ -34,4 +36,6 @@ def add_rewrite(parser: argparse.ArgumentParser, source: str) -> None:
     """Add where a checkpoint is read and where the new one is made."""
     parser.add_argument("source", metavar="SRC", help=f"{source}: a folder, or a name on the hub")
     parser.add_argument("destination", metavar="DST", help="folder to make; it must not exist")
-    parser.add_argument("--dtype", choices=DTYPES, help="cast every float tensor; by default none is")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, help="cast every float tensor; by default none is"
+    )

@@ -6,8 +6,6 @@ import os
 from collections.abc import Iterable
 from typing import Any
 
-from rich.console import Console
-
 from jaxwna16.cli.arguments import DTYPES
 from pallas_kernels.matmul import explain
 from pallas_kernels.spec import QuantSpec
@@ -25,9 +23,7 @@ def list_backends(widths: Iterable[int] = (4, 8)) -> list[dict[str, Any]]:
     """The choice of `quant_matmul` for weights of each number of bits, with the reason."""
     choices = []
     for bits in widths:
-        spec = QuantSpec(
-            bits=bits, group_size=-1, symmetric=True, in_features=64, out_features=64
-        )
+        spec = QuantSpec(bits=bits, group_size=-1, symmetric=True, in_features=64, out_features=64)
         for dtype in DTYPES:
             choice = explain(spec, dtype)
             found = {"backend": choice.backend, "reason": choice.reason}
@@ -35,12 +31,14 @@ def list_backends(widths: Iterable[int] = (4, 8)) -> list[dict[str, Any]]:
     return choices
 
 
-def show_backends(choices: list[dict[str, Any]], console: Console) -> None:
-    """Print one line for each backend and reason."""
+def word_backends(choices: list[dict[str, Any]]) -> list[str]:
+    """One line for each backend and reason."""
     alike: dict[tuple[str, str], list[str]] = {}
     for choice in choices:
         dtypes = alike.setdefault((choice["backend"], choice["reason"]), [])
         if choice["dtype"] not in dtypes:
             dtypes.append(choice["dtype"])
-    for (backend, reason), dtypes in alike.items():
-        console.print(f"  {backend:6} for {', '.join(dtypes)}: {reason}")
+    return [
+        f"{backend} for {', '.join(dtypes)}: {reason}"
+        for (backend, reason), dtypes in alike.items()
+    ]

@@ -24,8 +24,7 @@ def describe_error(error: Wna16Error) -> dict[str, Any]:
 
 def show_error(error: Wna16Error, console: Console) -> None:
     """Print the error; faults that differ in layer numbers alone are one line."""
-    headline = Text("error: ", style="bold red").append(escape_controls(_summarize(error)), "not bold default")
-    console.print(headline)
+    console.print(Text.assemble(("error: ", "bold red"), escape_controls(_summarize(error))))
     alike: dict[Fault, list[str]] = defaultdict(list)
     for fault in _list_faults(error):
         alike[dataclasses.replace(fault, tensor="")].append(fault.tensor)
@@ -42,12 +41,12 @@ def _summarize(error: Wna16Error) -> str:
 def _list_faults(error: Wna16Error) -> list[Fault]:
     if isinstance(error, CheckpointError):
         return list(error.faults)
-    if isinstance(error, InputError | ModelError):
-        return list(map(_read_reason, error.reasons))
-    return []
+    if isinstance(error, ModelError):
+        return list(map(read_reason, error.reasons))
+    return list(map(Fault, error.reasons)) if isinstance(error, InputError) else []
 
 
-def _read_reason(reason: str) -> Fault:
-    """A reason such as "model.norm.weight: expected …" names its tensor first."""
+def read_reason(reason: str) -> Fault:
+    """A ModelError's reason as a fault: "model.norm.weight: expected …" names its tensor first."""
     name, colon, what = reason.partition(": ")
     return Fault(what, tensor=name) if colon and " " not in name else Fault(reason)

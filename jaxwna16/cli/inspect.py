@@ -6,7 +6,7 @@ import argparse
 import math
 import sys
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from jaxwna16.cli.arguments import add_json
@@ -48,15 +48,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def show(report: dict[str, Any], console: Console) -> None:
-    from rich.filesize import decimal
+    from jaxwna16.cli.backends import word_backends
+    from jaxwna16.cli.screen import escape_controls, make_facts, make_table
 
-    from jaxwna16.cli.backends import show_backends
-    from jaxwna16.cli.screen import bold, escape_controls, make_table
-
-    totals, support = report["totals"], report["load_model"]
     kind = ", ".join(map(str, report["architectures"])) or report["model_type"] or "no architecture"
-    console.print(bold(report["folder"]))
-    console.print(escape_controls(f"{kind}, {_round_count(totals['parameters'])} parameters"))
+    console.print(escape_controls(f"{report['folder']}: {kind}"), style="bold")
     console.print()
     table = make_table("", "module", "shape", "kind", "size", numbers=("", "size"))
     for row in report["quantized"]:
@@ -67,34 +63,29 @@ def show(report: dict[str, Any], console: Console) -> None:
         table.add_row(*_make_cells(name, row["shape"], row["dtype"], row))
     console.print(table)
     console.print()
-    _show_sizes(totals, console)
-    if report["backends"]:
-        console.print("backend of the quantized layers on this machine:")
-        show_backends(report["backends"], console)
-    if support["supported"]:
-        console.print(f"load_model: this {report['model_type']} model is supported")
+    facts = [*_word_sizes(report["totals"])]
+    facts += [("backend", line) for line in word_backends(report["backends"])]
+    if report["load_model"]["supported"]:
+        facts.append(("load_model", f"supports this {report['model_type']} model"))
     else:
-        console.print("load_model: not supported (load_checkpoint reads it all the same)")
-        for reason in support["reasons"]:
-            console.print(escape_controls(f"  - {reason}"))
-    for warning in report["warnings"]:
-        console.print(escape_controls(f"warning: {warning}"))
-    console.print(f"{decimal(totals['bytes'])} in all; `jaxwna16 verify` reads and checks every tensor")
+        facts.append(("load_model", "does not support it (load_checkpoint does):"))
+        facts += [("", reason) for reason in report["load_model"]["reasons"]]
+    facts += [("warning", warning) for warning in report["warnings"]]
+    console.print(make_facts(facts))
 
 
-def _show_sizes(totals: dict[str, Any], console: Console) -> None:
+def _word_sizes(totals: dict[str, Any]) -> Iterator[tuple[str, str]]:
     from rich.filesize import decimal
 
+    parts = f"{decimal(totals['bytes'])} for {_round_count(totals['parameters'])} parameters"
     if totals["quantized_parameters"]:
-        console.print(
-            f"quantized: {decimal(totals['quantized_bytes'])} for "
-            f"{_round_count(totals['quantized_parameters'])} parameters, "
-            f"{totals['bits_per_weight']:.2f} bits each; the rest: {decimal(totals['plain_bytes'])}"
+        parts += (
+            f": {decimal(totals['quantized_bytes'])} quantized at {totals['bits_per_weight']:.2f} "
+            f"bits a weight, {decimal(totals['plain_bytes'])} not quantized"
         )
-    console.print(
-        f"as bfloat16 it would be {decimal(totals['bfloat16_bytes'])}, "
-        f"{totals['ratio']:.2f} times what it is"
-    )
+    yield "size", parts
+    if totals["bytes"]:
+        yield "bfloat16", f"{decimal(totals['bfloat16_bytes'])}, {totals['ratio']:.2f} times that"
 
 
 def _make_cells(name: str, shape: Iterable[int], kind: str, row: dict[str, Any]) -> tuple[str, ...]:
@@ -108,7 +99,7 @@ def _make_cells(name: str, shape: Iterable[int], kind: str, row: dict[str, Any])
 
 def _name_scheme(row: dict[str, Any]) -> str:
     """As "W4 g32 asym" or "W8 channel sym"."""
-    group = "channel" if row["group_size"] == "channel" else f"g{row['group_size']}"
+    group = "channel" if row["strategy"] == "channel" else f"g{row['group_size']}"
     return f"W{row['bits']} {group} {'sym' if row['symmetric'] else 'asym'}"
 
 
@@ -128,7 +119,8 @@ def _group_modules(modules: Iterable[QuantizedModule]) -> list[dict[str, Any]]:
             "out_features": spec.out_features,
             "in_features": spec.in_features,
             "bits": spec.bits,
-            "group_size": "channel" if spec.groups == 1 else spec.group_size,
+            "strategy": "channel" if spec.groups == 1 else "group",
+            "group_size": spec.group_size,
             "symmetric": spec.symmetric,
             "scale_dtype": scale_dtype,
             "bias": bias,

@@ -1,9 +1,9 @@
 """The command `jaxwna16 VERB`: reads the call, runs the verb, prints its report.
 
-Each verb is a module with three functions: `configure(parser)` adds its arguments, `run(args)` does
-the work and returns a plain dict, `show(report, console)` prints that dict for people. With `--json`
-the dict itself is printed. What a verb needs beyond the standard library is imported in `run`, so
-that `--help` does not wait for JAX.
+Each verb is a module with three functions: `configure(parser)` adds its arguments, `run(args)`
+does the work and returns a plain dict, `show(report, console)` prints that dict for people. With
+`--json` the dict itself is printed. What a verb needs beyond the standard library is imported in
+`run` and `show`, so that `--help` does not wait for JAX.
 
 Exit codes: 0 good, 1 the input is at fault, 2 the call is, 130 interrupted.
 """
@@ -47,14 +47,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("jaxwna16", description=_DESCRIPTION, epilog=_EPILOG)
-    parser.add_argument("--version", action="version", version=f"jaxwna16 {_read_version()}")
+    parser.add_argument("-V", "--version", action="version", version=f"jaxwna16 {_read_version()}")
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
     inspect.configure(verbs.add_parser("inspect", help="show what a checkpoint holds"))
-    verify.configure(verbs.add_parser("verify", help="read a checkpoint and check everything in it"))
+    verify.configure(
+        verbs.add_parser("verify", help="read a checkpoint and check everything in it")
+    )
     generate.configure(verbs.add_parser("generate", help="continue a prompt"))
     evaluate.configure(verbs.add_parser("eval", help="measure how good a model is"))
     quantize.configure(verbs.add_parser("quantize", help="make a packed checkpoint of a float one"))
-    dequantize.configure(verbs.add_parser("dequantize", help="make a float checkpoint of a packed one"))
+    dequantize.configure(
+        verbs.add_parser("dequantize", help="make a float checkpoint of a packed one")
+    )
     doctor.configure(verbs.add_parser("doctor", help="show what this machine can run"))
     return parser
 

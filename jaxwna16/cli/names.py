@@ -14,10 +14,10 @@ def star_numbers(name: str) -> str:
 
 
 def fold_names(names: Iterable[str]) -> list[str]:
-    """Write names that differ in layer numbers as one, so that the reader can tell every one of them.
+    """Write names that differ in layer numbers as one, from which each of them can be told.
 
-    ["layers.0.q", "layers.1.q", "layers.3.q"] becomes ["layers.{0-1,3}.q"]. Names are only folded if
-    they are all the combinations of their numbers; else they stay as they are.
+    ["layers.0.q", "layers.1.q", "layers.3.q"] becomes ["layers.{0-1,3}.q"]. Names are folded only
+    if they are all the combinations of their numbers; else they stay as they are.
     """
     alike: dict[str, list[str]] = defaultdict(list)
     for name in names:
@@ -26,7 +26,9 @@ def fold_names(names: Iterable[str]) -> list[str]:
 
 
 def _fold(names: list[str]) -> list[str]:
-    places = [sorted(set(parts)) for parts in zip(*(name.split(".") for name in names), strict=True)]
+    places = [
+        sorted(set(parts)) for parts in zip(*(name.split(".") for name in names), strict=True)
+    ]
     if len(names) == 1 or math.prod(map(len, places)) != len(set(names)):
         return names
     return [".".join(p[0] if len(p) == 1 else f"{{{_write_ranges(map(int, p))}}}" for p in places)]

@@ -1,13 +1,13 @@
-"""What a terminal is given to show: plain text and tables, no markup in names that come from files."""
+"""What a terminal gets to show: text and tables, in which names from files are only names."""
 
 from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterable
 
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
 _PIPE_WIDTH = 200
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
@@ -34,14 +34,19 @@ def make_table(*columns: str, numbers: tuple[str, ...] = ()) -> Table:
     return table
 
 
+def make_facts(rows: Iterable[tuple[str, str]]) -> Table:
+    """Labels and what is to be said about each, in two columns."""
+    table = Table.grid(padding=(0, 2, 0, 0))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for label, text in rows:
+        table.add_row(label, escape_controls(text))
+    return table
+
+
 def escape_controls(text: str) -> str:
-    """Write control characters, which a terminal would obey, as \\x escapes; keep newline and tab."""
+    """Write control characters, which terminals obey, as escapes; newline and tab stay."""
     return _CONTROLS.sub(lambda match: f"\\x{ord(match[0]):02x}", text)
-
-
-def bold(text: str) -> Text:
-    """Text in bold."""
-    return Text(escape_controls(text), style="bold")
 
 
 def count(number: float, thing: str) -> str:

@@ -172,14 +172,19 @@ def _read_windows(reader: _Reader, model_type: str, layers: int) -> tuple[int | 
         return full
     window = reader.count("sliding_window", 4096) if reader.flag("use_sliding_window") else None
     first = config.get("max_window_layers", 28)
+    if not isinstance(first, int):
+        reader.refuse("max_window_layers", first, "an integer")
+        first = 0
     types = config.get("layer_types")
     if types is None and window is None:
         return full
     if types is None:
         types = [_SLIDING if i >= first else _FULL for i in range(layers)]
-    if len(types) != layers or not set(types) <= {_FULL, _SLIDING}:
+    known = isinstance(types, list) and all(kind in (_FULL, _SLIDING) for kind in types)
+    if not known or len(types) != layers:
         reader.refuse("layer_types", types, f"{layers} entries, each {_FULL} or {_SLIDING}")
-    elif _SLIDING in types and window is None:
+        return full
+    if _SLIDING in types and window is None:
         reader.refuse("layer_types", types, "no sliding_attention while use_sliding_window is off")
     return tuple(window if kind == _SLIDING else None for kind in types)
 
@@ -202,6 +207,7 @@ def _read_rope(reader: _Reader, max_positions: int) -> RopeConfig:
         original = config.get("original_max_position_embeddings", original)
     if rope_type not in ROPE_TYPES:
         reader.refuse(f"{where}.rope_type", rope_type, f"one of {', '.join(ROPE_TYPES)}")
+        rope_type = "default"
     if partial != 1.0:
         reader.refuse("partial_rotary_factor", partial, "1.0")
     if rope_type == "yarn" and _is_positive(original):

@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from hf_models import convert, make_reference, random_tokens
 
 from jaxwna16 import generation
 from jaxwna16.errors import InputError
 from jaxwna16.generation import generate_tokens, round_up
+from tests.jaxwna16.hf_models import convert, make_reference, random_tokens
 
 PROMPTS = [random_tokens(n, seed=n).tolist() for n in (7, 19, 3)]
 NEW = 33

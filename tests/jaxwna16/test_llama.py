@@ -8,7 +8,11 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
-from hf_models import (
+
+from jaxwna16.models.attention import LayerCache
+from jaxwna16.models.config import ModelConfig
+from jaxwna16.models.llama import Llama
+from tests.jaxwna16.hf_models import (
     FAMILIES,
     convert,
     forward,
@@ -18,10 +22,6 @@ from hf_models import (
     relative_error,
     run_hidden,
 )
-
-from jaxwna16.models.attention import LayerCache
-from jaxwna16.models.config import ModelConfig
-from jaxwna16.models.llama import Llama
 
 LENGTH = 24
 

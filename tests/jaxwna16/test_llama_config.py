@@ -6,11 +6,11 @@ import dataclasses
 
 import numpy as np
 import pytest
-from hf_models import FAMILIES, SMALL, make_reference
 
 from jaxwna16.errors import ModelError
 from jaxwna16.models.config import MODEL_TYPES, ModelConfig
 from jaxwna16.models.rope import attention_factor, inverse_frequencies
+from tests.jaxwna16.hf_models import FAMILIES, SMALL, make_reference
 
 LLAMA = {"model_type": "llama", **SMALL}
 YARN = {"factor": 4.0, "original_max_position_embeddings": 32}
@@ -118,6 +118,10 @@ def test_frequencies_equal_those_of_transformers_to_the_last_bits(family):
         ({"model_type": "qwen2", "layer_types": ["linear_attention"] * 2}, "layer_types"),
         ({"model_type": "qwen2", "layer_types": ["full_attention"]}, "expected 2 entries"),
         ({"model_type": "qwen2", "layer_types": ["sliding_attention"] * 2}, "is off"),
+        ({"rope_scaling": {"type": ["linear"]}}, "rope_scaling.rope_type: expected one of"),
+        ({"rope_scaling": "linear"}, "rope_scaling: expected one flat set of parameters"),
+        ({"model_type": "qwen2", "layer_types": 2}, "layer_types: expected 2 entries"),
+        ({"model_type": "qwen2", "max_window_layers": "x"}, "max_window_layers: expected an int"),
         ({"model_type": "mistral", "sliding_window": 0}, "sliding_window: expected an integer"),
     ],
 )

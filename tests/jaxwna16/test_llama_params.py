@@ -8,13 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from hf_models import make_reference, nest_params, random_tokens
 
 from jaxwna16.errors import ModelError
 from jaxwna16.models.config import ModelConfig
 from jaxwna16.models.llama import Llama
 from jaxwna16.models.params import load_params
 from pallas_kernels.spec import QuantSpec
+from tests.jaxwna16.hf_models import make_reference, nest_params, random_tokens
 
 
 @pytest.fixture

@@ -11,14 +11,6 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
-from hf_models import (
-    forward,
-    make_reference,
-    nest_params,
-    random_tokens,
-    reference_logits,
-    relative_error,
-)
 
 from jaxwna16.errors import ModelError
 from jaxwna16.generation import _decode, _make_options, _pad_prompts, _prefill, generate_tokens
@@ -26,6 +18,14 @@ from jaxwna16.models.config import ModelConfig
 from jaxwna16.models.llama import Llama
 from jaxwna16.models.params import load_params
 from pallas_kernels import QuantSpec, dequantize, quantize
+from tests.jaxwna16.hf_models import (
+    forward,
+    make_reference,
+    nest_params,
+    random_tokens,
+    reference_logits,
+    relative_error,
+)
 
 KINDS = [
     ("llama", 4, 32, False, jnp.bfloat16),

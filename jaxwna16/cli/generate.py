@@ -1,0 +1,119 @@
+"""`jaxwna16 generate`: continues prompts, and prints the text as it comes."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import TYPE_CHECKING, Any
+
+from jaxwna16.cli.arguments import add_json, add_model
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Continue a prompt. The text goes to stdout as it comes (of several prompts: at the end), "
+        "the speed goes to stderr."
+    )
+    add_model(parser)
+    parser.add_argument(
+        "--prompt", metavar="TEXT", action="append", required=True, help="repeat it for a batch"
+    )
+    parser.add_argument(
+        "--chat",
+        action=argparse.BooleanOptionalAction,
+        help="put the prompt into the checkpoint's chat template; by default if it has one",
+    )
+    parser.add_argument(
+        "--max-new-tokens", metavar="N", type=int, default=128, help="at most (default: 128)"
+    )
+    parser.add_argument(
+        "--temperature", metavar="T", type=float, default=0.0, help="0 (the default) is greedy"
+    )
+    parser.add_argument(
+        "--top-k", metavar="K", type=int, default=0, help="draw among the K likeliest; 0 is off"
+    )
+    parser.add_argument(
+        "--top-p",
+        metavar="P",
+        type=float,
+        default=1.0,
+        help="draw among the likeliest that reach P",
+    )
+    parser.add_argument(
+        "--seed", metavar="N", type=int, default=0, help="of the draws (default: 0)"
+    )
+    add_json(parser, sys.modules[__name__])
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    from jaxwna16.cli.model import open_model, open_tokenizer
+    from jaxwna16.cli.screen import make_console
+    from jaxwna16.errors import InputError
+    from jaxwna16.language import generate
+
+    if not all(args.prompt):
+        raise InputError("the prompt is empty: give it at least one character")
+    tokenizer = open_tokenizer(args)
+    chat = tokenizer.has_chat_template if args.chat is None else args.chat
+    model, facts = open_model(args)
+    streams = len(args.prompt) == 1 and not args.json
+    with make_console(stderr=True).status("compiling and generating") as status:
+
+        def print_piece(texts: list[str]) -> None:
+            status.stop()
+            print(texts[0], end="", flush=True)
+
+        generation = generate(
+            model,
+            args.prompt,
+            tokenizer=tokenizer,
+            chat=chat,
+            max_new_tokens=args.max_new_tokens,
+            temperature=args.temperature,
+            top_k=args.top_k,
+            top_p=args.top_p,
+            seed=args.seed,
+            stream=print_piece if streams else None,
+        )
+    result = generation.result
+    timings = {
+        "load_seconds": facts.pop("load_seconds"),
+        "compile_seconds": result.compile_seconds,
+        "prefill_seconds": result.prefill_seconds,
+        "decode_seconds": result.decode_seconds,
+        "prompt_tokens": result.prompt_tokens,
+        "decoded_tokens": result.decoded_tokens,
+        "prefill_tokens_per_second": result.prefill_tokens_per_second,
+        "decode_tokens_per_second": result.decode_tokens_per_second,
+    }
+    return {
+        **facts,
+        "chat": chat,
+        "prompts": args.prompt,
+        "texts": generation.texts,
+        "tokens": result.tokens,
+        "finish_reasons": result.finish_reasons,
+        "timings": timings,
+    }
+
+
+def show(report: dict[str, Any], console: Console) -> None:
+    from jaxwna16.cli.screen import escape_controls, make_console
+
+    if len(report["texts"]) == 1:
+        print()  # the text itself was printed while it came
+    else:
+        for prompt, text in zip(report["prompts"], report["texts"], strict=True):
+            console.print(escape_controls(f"> {prompt}"), style="bold")
+            print(text)
+    times = report["timings"]
+    make_console(stderr=True).print(
+        f"prefill {times['prompt_tokens']} tokens, {times['prefill_tokens_per_second']:.1f}/s; "
+        f"decode {times['decoded_tokens']} tokens, {times['decode_tokens_per_second']:.1f}/s; "
+        f"load {times['load_seconds']:.1f} s, compile {times['compile_seconds']:.1f} s; "
+        f"{report['dtype']}",
+        style="dim",
+    )

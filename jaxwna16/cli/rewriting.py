@@ -1,0 +1,37 @@
+"""What `quantize` and `dequantize` report about the checkpoint that they made."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.filesize import decimal
+
+from jaxwna16.cli.screen import escape_controls
+from loaders.plan import make_plan
+
+
+def compare(source: Path, destination: Path, seconds: float) -> dict[str, Any]:
+    """Sizes of both checkpoints; `modules` are the quantized ones of either."""
+    old, new = make_plan(source), make_plan(destination)
+    return {
+        "source": str(source),
+        "destination": str(destination),
+        "modules": len(old.quantized) + len(new.quantized),
+        "source_bytes": old.nbytes,
+        "bytes": new.nbytes,
+        "ratio": old.nbytes / new.nbytes,
+        "seconds": seconds,
+    }
+
+
+def show_sizes(report: dict[str, Any], console: Console) -> None:
+    """Print what was made, in how many bytes of how many, and where."""
+    ratio = report["ratio"]
+    change = f"{ratio:.2f} times smaller" if ratio >= 1 else f"{1 / ratio:.2f} times larger"
+    console.print(
+        f"{decimal(report['source_bytes'])} -> {decimal(report['bytes'])}, {change}, "
+        f"in {report['seconds']:.1f} s"
+    )
+    console.print(escape_controls(f"made {report['destination']}"))

@@ -1,0 +1,63 @@
+"""The small checkpoint, float and packed, and the command called in-process."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from jaxwna16.cli.main import main
+from jaxwna16.rewrite import quantize_checkpoint
+from tests.jaxwna16.cli.checkpoints import write_float_checkpoint
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What a call of the command left behind."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def report(self) -> dict:
+        return json.loads(self.out)
+
+
+@pytest.fixture
+def call(capsys) -> Callable[..., Outcome]:
+    """Run the command; no outcome may ever be a traceback."""
+
+    def call(*argv: object) -> Outcome:
+        code = main([str(argument) for argument in argv])
+        captured = capsys.readouterr()
+        assert "Traceback" not in captured.err
+        return Outcome(code, captured.out, captured.err)
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def float_folder(tmp_path_factory) -> Path:
+    """A checkpoint that is not quantized."""
+    folder = tmp_path_factory.mktemp("float") / "tiny"
+    write_float_checkpoint(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def packed_folder(float_folder, tmp_path_factory) -> Path:
+    """The same in 4 bits, groups of 32, with zero points."""
+    folder = tmp_path_factory.mktemp("packed") / "tiny"
+    quantize_checkpoint(float_folder, folder, bits=4, group_size=32, symmetric=False)
+    return folder
+
+
+@pytest.fixture
+def broken(packed_folder, tmp_path) -> Path:
+    """A copy of the packed checkpoint, to be damaged."""
+    return Path(shutil.copytree(packed_folder, tmp_path / "broken"))

@@ -1,0 +1,59 @@
+"""docs/cli.md states the shape of every report, and is right."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+DOCS = Path(__file__).parents[3] / "docs" / "cli.md"
+SHAPES = {
+    title: json.loads(block)
+    for title, block in re.findall(
+        r"^## ([^\n]+)\n.*?```json\n(.*?)```", DOCS.read_text(), re.M | re.S
+    )
+}
+
+
+def list_keys(value) -> set[str]:
+    """Paths of all keys, "timings.load_seconds"; of a list, those of its first entry."""
+    if isinstance(value, list):
+        return {f"[].{path}" for path in list_keys(value[0])} if value else set()
+    if not isinstance(value, dict):
+        return set()
+    return {
+        path
+        for key, inner in value.items()
+        for path in {key, *(f"{key}.{p}" for p in list_keys(inner))}
+    }
+
+
+@pytest.fixture
+def calls(packed_folder, float_folder, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("It was a dark and stormy night. " * 4)
+    return {
+        "inspect": ["inspect", packed_folder],
+        "verify": ["verify", packed_folder],
+        "generate": ["generate", packed_folder, "--prompt", "Hi", "--max-new-tokens", 2],
+        "eval perplexity": [*"eval perplexity --window 16 --text".split(), text, packed_folder],
+        "quantize": ["quantize", float_folder, tmp_path / "q", "--group-size", 32],
+        "dequantize": ["dequantize", packed_folder, tmp_path / "d"],
+        "doctor": ["doctor"],
+        "error": ["inspect", tmp_path / "nothing"],
+    }
+
+
+@pytest.mark.parametrize("title", SHAPES)
+def test_a_report_has_the_documented_keys(call, calls, title):
+    report = call(*calls[title], "--json").report
+    unlike = {"extras"}  # its entries have the packages of one extra each as keys
+    found = list_keys({key: value for key, value in report.items() if key not in unlike})
+    documented = {key: value for key, value in SHAPES[title].items() if key not in unlike}
+    assert found == list_keys(documented)
+
+
+def test_every_verb_is_documented(calls):
+    assert SHAPES.keys() == calls.keys()

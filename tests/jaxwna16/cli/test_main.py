@@ -1,0 +1,71 @@
+"""The command as a whole: calls, exit codes, pipes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+import jaxwna16
+from jaxwna16.cli import inspect
+
+VERBS = ("inspect", "verify", "generate", "eval", "quantize", "dequantize", "doctor")
+
+
+def test_help_names_every_verb(call):
+    outcome = call("--help")
+    assert outcome.code == 0
+    assert all(verb in outcome.out for verb in VERBS)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_has_help(call, verb):
+    outcome = call(verb, "--help")
+    assert outcome.code == 0
+    assert f"usage: jaxwna16 {verb}" in outcome.out
+
+
+def test_the_version_is_printed(call):
+    assert call("--version").out == f"jaxwna16 {jaxwna16.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [[], ["convert"], ["inspect"], ["inspect", "a", "--colour"], ["eval"], ["generate", "a"]],
+    ids=" ".join,
+)
+def test_a_wrong_call_is_exit_code_2_with_the_usage(call, argv):
+    outcome = call(*argv)
+    assert outcome.code == 2
+    assert outcome.out == ""
+    assert "usage: jaxwna16" in outcome.err
+
+
+def test_ctrl_c_is_exit_code_130(call, monkeypatch):
+    def interrupt(args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(inspect, "run", interrupt)
+    outcome = call("inspect", "anything")
+    assert outcome.code == 130
+    assert outcome.err == "interrupted\n"
+
+
+def test_a_reader_that_leaves_early_is_no_error(packed_folder):
+    command = [sys.executable, "-m", "jaxwna16", "inspect", str(packed_folder), "--json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 141
+
+
+def test_what_the_terminal_cannot_write_is_escaped(packed_folder, tmp_path):
+    folder = tmp_path / "gr\u00fcn"
+    folder.symlink_to(packed_folder)
+    command = [sys.executable, "-m", "jaxwna16", "inspect", str(folder)]
+    done = subprocess.run(command, capture_output=True, env={"PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 0
+    assert b"gr\\xfcn" in done.stdout

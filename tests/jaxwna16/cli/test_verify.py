@@ -1,0 +1,98 @@
+"""`jaxwna16 verify`."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from tests.jaxwna16.cli.checkpoints import edit_config, edit_tensors
+
+Q = "model.layers.0.self_attn.q_proj"
+DOWN = "model.layers.1.mlp.down_proj"
+
+
+def test_a_good_checkpoint_is_good(call, packed_folder):
+    outcome = call("verify", packed_folder)
+    assert outcome.code == 0
+    assert "good: 14 quantized modules and 7 other tensors" in outcome.out
+    assert "the llama model finds every tensor it needs" in outcome.out
+    assert "warning" not in outcome.out
+
+
+def test_the_report_counts_what_was_read(call, packed_folder):
+    report = call("verify", packed_folder, "--json").report
+    assert (report["modules"], report["tensors"], report["warnings"]) == (14, 7, [])
+    assert report["model"] == {"model_type": "llama", "checked": True, "reason": ""}
+
+
+def test_faults_of_the_model_and_of_the_numbers_are_listed_together(call, broken):
+    def damage(tensors):
+        tensors[f"{Q}.weight_scale"][3, 1] = np.nan
+        tensors[f"{DOWN}.weight_scale"][0] = 0
+        del tensors["model.norm.weight"]
+
+    edit_tensors(broken, damage)
+    outcome = call("verify", broken, "--json")
+    assert outcome.code == 1
+    faults = {fault["tensor"]: fault for fault in outcome.report["error"]["faults"]}
+    assert {"model.norm.weight", f"{Q}.weight_scale", f"{DOWN}.weight_scale"} == faults.keys()
+    assert "[3, 1]" in faults[f"{Q}.weight_scale"]["what"]
+
+
+def test_a_model_that_we_do_not_know_is_not_checked_but_its_tensors_are(call, broken):
+    edit_config(broken, lambda config: config.update(model_type="gpt_neox"))
+    outcome = call("verify", broken)
+    assert outcome.code == 0
+    assert "model not checked: this model is not supported" in outcome.out
+
+
+@pytest.fixture
+def loose_bits(broken):
+    """36 inputs and 20 outputs at 4 bits: half of the last words is padding. No model uses it."""
+    edit_config(broken, lambda config: config.update(model_type="none"))
+    config = json.loads((broken / "config.json").read_text())["quantization_config"]
+    config["config_groups"]["group_0"]["weights"] |= {"strategy": "channel", "group_size": None}
+    edit_config(broken, lambda whole: whole.update(quantization_config=config))
+
+    def replace(tensors):
+        tensors.clear()
+        tensors["odd.weight_packed"] = np.zeros((20, 5), np.int32)
+        tensors["odd.weight_scale"] = np.ones((20, 1), np.float32)
+        tensors["odd.weight_zero_point"] = np.zeros((3, 1), np.int32)
+        tensors["odd.weight_shape"] = np.array([20, 36])
+
+    edit_tensors(broken, replace)
+    return broken
+
+
+def test_bits_of_values_are_not_taken_for_padding(call, loose_bits):
+    def fill(tensors):
+        tensors["odd.weight_packed"][:, -1] = 0xFFFF
+        tensors["odd.weight_zero_point"][-1] = 0xFFFF
+
+    edit_tensors(loose_bits, fill)
+    assert not any("padding" in w for w in call("verify", loose_bits, "--json").report["warnings"])
+
+
+def test_set_padding_bits_are_a_warning(call, loose_bits):
+    def fill(tensors):
+        tensors["odd.weight_packed"][7, -1] = 1 << 16
+        tensors["odd.weight_zero_point"][-1] = -1
+
+    edit_tensors(loose_bits, fill)
+    outcome = call("verify", loose_bits)
+    assert outcome.code == 0
+    assert "odd.weight_packed: padding bits are set in 1 of 20 last words" in outcome.out
+    assert "odd.weight_zero_point: padding bits are set in 1 of 1 last words" in outcome.out
+
+
+def test_numbers_that_are_not_finite_in_plain_tensors_are_a_warning(call, broken):
+    def damage(tensors):
+        tensors["model.norm.weight"][:2] = [np.nan, np.inf]
+
+    edit_tensors(broken, damage)
+    outcome = call("verify", broken)
+    assert outcome.code == 0
+    assert "warning: model.norm.weight: 2 of 64 values are not finite" in outcome.out
