@@ -13,7 +13,6 @@ from jaxwna16.errors import InputError as InputError
 from jaxwna16.errors import ModelError as ModelError
 from jaxwna16.evaluation import measure_perplexity as measure_perplexity
 from jaxwna16.language import Generation as Generation
-from jaxwna16.language import build_model as build_model
 from jaxwna16.language import generate as generate
 from jaxwna16.language import load_model as load_model
 from jaxwna16.rewrite import dequantize_checkpoint as dequantize_checkpoint

@@ -11,7 +11,7 @@ from typing import Any
 from jaxwna16.errors import InputError
 from jaxwna16.extras import import_extra
 from jaxwna16.progress import show_bytes
-from loaders.plan import make_plan
+from loaders.plan import Plan, make_plan
 from loaders.stream import Progress, load_params
 from pallas_kernels.spec import QuantSpec
 
@@ -60,14 +60,19 @@ def load_checkpoint(
       CheckpointError: listing every fault of the files, the config and the modules.
       InputError: if there is no such folder and the name cannot be fetched.
     """
-    plan = make_plan(resolve_folder(path_or_hub_id))
-    specs = {path: module.spec for path, module in plan.quantized.items()}
+    return read_plan(make_plan(resolve_folder(path_or_hub_id)), dtype=dtype, progress=progress)
+
+
+def read_plan(
+    plan: Plan, *, dtype: Any = None, progress: bool | Progress | None = None
+) -> Checkpoint:
+    """Read everything a plan names; arguments and errors as `load_checkpoint`."""
     if callable(progress):
         params = load_params(plan, dtype=dtype, progress=progress)
     else:
         with show_bytes(f"loading {plan.folder.name}", visible=progress) as report:
             params = load_params(plan, dtype=dtype, progress=report)
-    return Checkpoint(params, specs, plan.config, plan.folder, plan.warnings)
+    return Checkpoint(params, plan.specs, plan.config, plan.folder, plan.warnings)
 
 
 def resolve_folder(path_or_hub_id: str | os.PathLike[str]) -> Path:

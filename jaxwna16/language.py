@@ -9,13 +9,14 @@ from typing import Any
 
 from flax import nnx
 
-from jaxwna16.checkpoint import Checkpoint, load_checkpoint
+from jaxwna16.checkpoint import read_plan, resolve_folder
 from jaxwna16.errors import InputError
 from jaxwna16.generation import GenerationResult, generate_tokens
 from jaxwna16.models.config import ModelConfig
 from jaxwna16.models.llama import Llama
-from jaxwna16.models.params import load_params
+from jaxwna16.models.params import check_leaves, load_params
 from jaxwna16.text import TextStream, Tokenizer
+from loaders.plan import Plan, make_plan
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,22 +51,23 @@ def load_model(
       ModelError: if the architecture is not supported, or listing every tensor that is missing,
         unexpected or of another shape.
     """
-    checkpoint = load_checkpoint(path_or_hub_id, progress=progress)
-    return build_model(checkpoint, dtype=dtype, backend=backend)
+    plan = make_plan(resolve_folder(path_or_hub_id))
+    model = plan_model(plan, dtype=dtype, backend=backend)
+    checkpoint = read_plan(plan, dtype=model.dtype, progress=progress)
+    return load_params(model, checkpoint.params)
 
 
-def build_model(checkpoint: Checkpoint, *, dtype: Any = None, backend: str | None = None) -> Llama:
-    """Make the model of a loaded checkpoint; see `load_model`.
+def plan_model(plan: Plan, *, dtype: Any = None, backend: str | None = None) -> Llama:
+    """Make the model of a checkpoint without its arrays, and check that every tensor has its place.
 
     Raises:
-      ModelError: as `load_model`.
+      ModelError: as `load_model`; no weight has been read by then.
     """
-    config = ModelConfig.from_dict(checkpoint.config)
-    dtype = dtype or config.dtype or "float32"
-    specs = checkpoint.specs
+    config = ModelConfig.from_dict(plan.config)
+    dtype, specs = dtype or config.dtype or "float32", plan.specs
     model = nnx.eval_shape(lambda: Llama(config, specs, dtype=dtype, backend=backend))
-    model = load_params(model, checkpoint.params)
-    model.folder = str(checkpoint.folder)
+    check_leaves(model, plan.describe_leaves(), f"{plan.folder}: tensors")
+    model.folder = str(plan.folder)
     return model
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from loaders.errors import CheckpointError, Fault
@@ -74,6 +75,8 @@ def build_folder(destination: Path) -> Iterator[Path]:
     except OSError as error:
         fault = Fault(f"cannot be written: {error.strerror or error}", str(error.filename or ""))
         raise CheckpointError(destination, [fault]) from error
+    except SafetensorError as error:  # what a full disk is to safetensors
+        raise CheckpointError(destination, [Fault(f"cannot be written: {error}")]) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

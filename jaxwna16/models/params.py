@@ -19,36 +19,56 @@ def load_params(model: Llama, params: Mapping[str, Any]) -> Llama:
     """Give a model, usually an abstract one of `nnx.eval_shape`, the arrays of a params tree.
 
     Plain weights, norms and biases are cast to the dtype the model was constructed with; leaves of
-    quantized linears are taken as they are. Two things of old checkpoints are left out without an
-    error: `rotary_emb.inv_freq`, and a copy of a tied embedding under `lm_head.weight`.
+    quantized linears are taken as they are. Leaves that `check_leaves` lets pass though the model has
+    no place for them are left out.
 
     Args:
+      model: what to fill.
       params: nested dict under the checkpoint's module paths, keys strings.
+
+    Raises:
+      ModelError: as `check_leaves`.
+    """
+    found = dict(_list_leaves(params, ""))
+    check_leaves(model, found)
+    graph, state = nnx.split(model)
+    plain = {path for path, module in nnx.iter_modules(model) if isinstance(module, _PLAIN_MODULES)}
+    leaves = []
+    for path, variable in nnx.to_flat_state(state):
+        array = found[".".join(map(str, path))]
+        kept = variable.get_value().dtype if path[:-1] in plain else array.dtype
+        leaves.append((path, variable.replace(jnp.asarray(array, kept))))
+    return nnx.merge(graph, nnx.from_flat_state(leaves))
+
+
+def check_leaves(model: Llama, found: Mapping[str, Any], source: str = "parameters") -> None:
+    """Check that leaves (arrays, or only their shapes and dtypes) are those of a model.
+
+    Two things of old checkpoints are let pass: `rotary_emb.inv_freq`, and a copy of a tied embedding
+    under `lm_head.weight`.
+
+    Args:
+      model: the model, possibly abstract.
+      found: path of each leaf -> something with `shape` and `dtype`.
+      source: what the leaves come from, for the message.
 
     Raises:
       ModelError: listing every leaf that is missing, unexpected, of another shape or of another
         kind of number.
     """
-    found = dict(_list_leaves(params, ""))
-    graph, state = nnx.split(model)
-    plain = {path for path, module in nnx.iter_modules(model) if isinstance(module, _PLAIN_MODULES)}
-    faults, leaves = [], []
-    for path, variable in nnx.to_flat_state(state):
+    faults, unexpected = [], dict(found)
+    for path, variable in nnx.to_flat_state(nnx.state(model)):
         name, wanted = ".".join(map(str, path)), variable.get_value()
-        array = found.pop(name, None)
-        if array is None or array.shape != wanted.shape or not _same_kind(array, wanted):
-            faults.append(f"{name}: expected {_describe(wanted)}, found {_describe(array)}")
-        else:
-            kept = jnp.asarray(array, wanted.dtype if path[:-1] in plain else array.dtype)
-            leaves.append((path, variable.replace(kept)))
+        leaf = unexpected.pop(name, None)
+        if leaf is None or leaf.shape != wanted.shape or not _same_kind(leaf, wanted):
+            faults.append(f"{name}: expected {_describe(wanted)}, found {_describe(leaf)}")
     faults += [
-        f"{name}: expected nothing, found {_describe(array)}"
-        for name, array in found.items()
-        if not _is_leftover(name, array, model)
+        f"{name}: expected nothing, found {_describe(leaf)}"
+        for name, leaf in unexpected.items()
+        if not _is_leftover(name, leaf, model)
     ]
     if faults:
-        raise ModelError("parameters do not fit the model", faults)
-    return nnx.merge(graph, nnx.from_flat_state(leaves))
+        raise ModelError(f"{source} do not fit the model", faults)
 
 
 def _list_leaves(tree: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
@@ -74,5 +94,5 @@ def _same_kind(array: Any, wanted: jax.ShapeDtypeStruct) -> bool:
     return array.dtype == wanted.dtype
 
 
-def _describe(array: Any) -> str:
-    return "nothing" if array is None else f"{array.dtype.name} {list(array.shape)}"
+def _describe(leaf: Any) -> str:
+    return "nothing" if leaf is None else f"{leaf.dtype.name} {list(leaf.shape)}"
