@@ -1,7 +1,7 @@
 """The main job on a real model: quantize SmolLM2-135M-Instruct, load it, ask it, measure it.
 
-Run by `make demo`. The model is fetched once into `.cache/` (see fetch_smollm2.py); the two quantized
-versions are made anew each time, so what is measured is what this code wrote.
+Run by `make demo`. The model is fetched once into `.cache/` (see fetch_smollm2.py); the two
+quantized versions are made anew each time, so what is measured is what this code wrote.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fetch_smollm2 import fetch
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -40,14 +41,14 @@ def main() -> None:
 
     rows = [
         measure("float32", source),
-        measure("W4A16 symmetric g32", symmetric),
-        measure("W4A16 asymmetric g32", asymmetric),
+        measure("W4 symmetric g32", symmetric),
+        measure("W4 asymmetric g32", asymmetric),
     ]
     console.print()
     console.print(make_table(rows))
     console.print(
-        f"Perplexity: {WINDOWS} windows of {WINDOW} tokens from the middle of Persuasion, computed in "
-        f"float32. Speed: {PROMPT_TOKENS} prompt tokens, {NEW_TOKENS} new ones, batch 1, on this "
+        f"Perplexity: {WINDOWS} windows of {WINDOW} tokens from the middle of Persuasion, "
+        f"computed in float32. Speed: {PROMPT_TOKENS} prompt tokens, {NEW_TOKENS} new ones, batch 1, on this "
         f"machine's CPU. Everything took {time.perf_counter() - started:.0f} s."
     )
 
@@ -57,7 +58,10 @@ def quantize(source: Path, name: str, *, symmetric: bool) -> Path:
     destination = ROOT / ".cache" / "demo" / name
     shutil.rmtree(destination, ignore_errors=True)
     sign = "--symmetric" if symmetric else "--asymmetric"
-    say(f"jaxwna16 quantize {source.relative_to(ROOT)} {destination.relative_to(ROOT)} --bits 4 --group-size 32 {sign}")
+    say(
+        f"jaxwna16 quantize {source.relative_to(ROOT)} {destination.relative_to(ROOT)} "
+        f"--bits 4 --group-size 32 {sign}"
+    )
     jaxwna16.quantize_checkpoint(source, destination, bits=4, group_size=32, symmetric=symmetric)
     return destination
 
@@ -78,7 +82,9 @@ def measure(name: str, folder: Path) -> dict[str, Any]:
     text = read_text(TEXT)
     tokens = tokenizer.encode(text[len(text) // 2 :])
     quality = jaxwna16.measure_perplexity(model, tokens, window=WINDOW, max_windows=WINDOWS)
-    speed = generate_tokens(model, [tokens[:PROMPT_TOKENS]], max_new_tokens=NEW_TOKENS)
+    prompt = [tokens[:PROMPT_TOKENS]]
+    generate_tokens(model, prompt, max_new_tokens=NEW_TOKENS)  # compiles
+    speed = generate_tokens(model, prompt, max_new_tokens=NEW_TOKENS)
     return {
         "name": name,
         "bytes": sum(file.stat().st_size for file in folder.glob("*.safetensors")),
@@ -91,10 +97,11 @@ def measure(name: str, folder: Path) -> dict[str, Any]:
 
 def make_table(rows: list[dict[str, Any]]) -> Table:
     """The figures of all versions side by side."""
-    table = Table(title="SmolLM2-135M-Instruct")
-    columns = ("version", "MB on disk", "load s", "perplexity", "prefill tok/s", "decode tok/s")
+    table = Table(title="SmolLM2-135M-Instruct", box=box.SIMPLE_HEAD)
+    columns = ("version", "MB", "load s", "perplexity", "prefill tok/s", "decode tok/s")
     for column in columns:
-        table.add_column(column, justify="left" if column == "version" else "right")
+        justify = "left" if column == "version" else "right"
+        table.add_column(column, justify=justify, no_wrap=True)
     for row in rows:
         table.add_row(
             row["name"],

@@ -48,10 +48,10 @@ def load_checkpoint(
     Args:
       path_or_hub_id: a folder, or the name of a repository on the Hugging Face hub (downloaded with
         `huggingface_hub`, which the extra `text` brings).
-      dtype: float dtype for the tensors that are not quantized; None leaves them as they are. Scales
-        keep the dtype of the file, since it decides how weights round.
-      progress: True for a bar of bytes on stderr, False for none, None for a bar on a terminal only;
-        or a function called as progress(bytes_done, bytes_total, name).
+      dtype: float dtype for the tensors that are not quantized; None leaves them as they are.
+        Scales keep the dtype of the file, since it decides how weights round.
+      progress: True for a bar of bytes on stderr, False for none, None for a bar on a terminal
+        only; or a function called as progress(bytes_done, bytes_total, name).
 
     Returns:
       The arrays, on JAX's default device.

@@ -16,7 +16,7 @@ from pallas_kernels.weights import check_weights, make_abstract
 
 
 class QuantParam(nnx.Variable):
-    """An integer leaf of a packed weight. It is not an `nnx.Param`, so optimizers and `nnx.grad` skip it."""
+    """An integer leaf of a packed weight: no `nnx.Param`, so optimizers and `nnx.grad` skip it."""
 
 
 class QuantDense(nnx.Module):
@@ -53,7 +53,8 @@ class QuantDense(nnx.Module):
           bias_dtype: dtype of the bias; None is `dtype`, or `scale_dtype` where that is None.
           dtype: dtype that x is cast to, and of the result; None leaves x as it is.
           backend: None, "triton" or "xla", see `quant_matmul`.
-          kernel_metadata: metadata of `packed`, `scale` and `zero_point`, for instance sharding names.
+          kernel_metadata: metadata of `packed`, `scale` and `zero_point`, for instance sharding
+            names.
           rngs: not used; taken so that the layer can stand where `nnx.Linear` stood.
 
         Raises:
@@ -64,7 +65,9 @@ class QuantDense(nnx.Module):
             raise SpecError(f"QuantDense takes a QuantSpec, got {type(spec).__name__}")
         check_backend(backend, dtype)
         self.spec, self.dtype, self.backend = spec, dtype, backend
-        shapes = make_abstract(spec, scale_dtype, (bias_dtype or dtype or scale_dtype) if use_bias else None)
+        shapes = make_abstract(
+            spec, scale_dtype, (bias_dtype or dtype or scale_dtype) if use_bias else None
+        )
         zeros = {name: jnp.zeros(leaf.shape, leaf.dtype) for name, leaf in shapes.items()}
         metadata = dict(kernel_metadata or {})
         self.packed = QuantParam(zeros["packed"], **metadata)
@@ -73,7 +76,9 @@ class QuantDense(nnx.Module):
         self.bias = nnx.Param(zeros["bias"]) if use_bias else None
 
     @classmethod
-    def from_weights(cls, weights: Mapping[str, jax.Array], spec: QuantSpec, **options) -> QuantDense:
+    def from_weights(
+        cls, weights: Mapping[str, jax.Array], spec: QuantSpec, **options
+    ) -> QuantDense:
         """Make the layer that holds `weights` (a leaf dict; with "bias", the layer has one).
 
         Raises:
@@ -88,7 +93,12 @@ class QuantDense(nnx.Module):
 
     def __call__(self, x: jax.Array, out_sharding: Any = None) -> jax.Array:
         """Map x [..., K] to [..., N], constrained to `out_sharding` where that is given."""
-        leaves = {"packed": self.packed, "scale": self.scale, "zero_point": self.zero_point, "bias": self.bias}
+        leaves = {
+            "packed": self.packed,
+            "scale": self.scale,
+            "zero_point": self.zero_point,
+            "bias": self.bias,
+        }
         weights = {name: leaf.get_value() for name, leaf in leaves.items() if leaf is not None}
         x = x if self.dtype is None else x.astype(self.dtype)
         y = quant_matmul(x, weights, self.spec, backend=self.backend)

@@ -122,7 +122,8 @@ def generate(
         top_p=top_p,
         seed=seed,
         stop_tokens=sorted(tokenizer.stop_tokens),
-        stream=stream and (lambda new: stream([row.push(ids) for row, ids in zip(rows, new, strict=True)])),
+        stream=stream
+        and (lambda new: stream([row.push(ids) for row, ids in zip(rows, new, strict=True)])),
     )
     if stream is not None:
         stream([row.flush() for row in rows])

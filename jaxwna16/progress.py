@@ -15,7 +15,12 @@ from loaders.stream import Progress as Report
 def show_bytes(title: str, *, visible: bool | None = None) -> Iterator[Report]:
     """Show a bar of bytes while the block runs; `visible` None is: on a terminal only."""
     console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+    )
     disable = not (console.is_terminal if visible is None else visible)
     with Progress(*columns, console=console, disable=disable, transient=visible is None) as bar:
         task = bar.add_task(title, total=None)

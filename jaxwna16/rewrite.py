@@ -46,8 +46,8 @@ def quantize_checkpoint(
 ) -> None:
     """Round the linear weights of a Hugging Face folder to the nearest integers.
 
-    Writes a compressed-tensors `pack-quantized` checkpoint, which compressed-tensors, transformers and
-    vLLM read. Linear weights are the 2-D tensors named `*.weight`, but for embeddings and what
+    Writes a compressed-tensors `pack-quantized` checkpoint, which compressed-tensors, transformers
+    and vLLM read. Linear weights are the 2-D tensors named `*.weight`, but for embeddings and what
     `ignore` names. Scales have the dtype of the weights.
 
     Args:
@@ -61,24 +61,34 @@ def quantize_checkpoint(
       progress: True, False, or None for a bar on a terminal only.
 
     Raises:
-      CheckpointError: listing every fault of the source, or every weight that the group size does not
-        divide; or if the destination exists.
+      CheckpointError: listing every fault of the source, or every weight that the group size does
+        not divide; or if the destination exists.
       InputError: if nothing would be quantized.
     """
     plan = make_plan(Path(source))
     ignore = tuple(ignore)
     if plan.quantized:
-        fault = Fault(f"{len(plan.quantized)} modules are quantized already", way_out="dequantize it first")
+        fault = Fault(
+            f"{len(plan.quantized)} modules are quantized already", way_out="dequantize it first"
+        )
         raise CheckpointError(plan.folder, [fault])
     linears = {i.name: i for i in plan.plain.values() if _is_linear(i, ignore)}
     if not linears:
-        raise InputError(f"{plan.folder}: no linear weight is left to quantize", ["loosen `ignore`"])
+        raise InputError(
+            f"{plan.folder}: no linear weight is left to quantize", ["loosen `ignore`"]
+        )
     specs = _make_specs(plan, linears, bits, group_size, symmetric)
-    kept = [i.name.removesuffix(".weight") for i in plan.plain.values() if _is_matrix(i) and i.name not in linears]
+    kept = [
+        i.name.removesuffix(".weight")
+        for i in plan.plain.values()
+        if _is_matrix(i) and i.name not in linears
+    ]
     modules = [name for name in kept if not _EMBEDDINGS.fullmatch(name)]
     if plan.config.get("tie_word_embeddings") and "lm_head" not in modules:
         modules.append("lm_head")  # a Linear to those who read the config, though it has no tensor
-    config = dict(plan.config) | {"quantization_config": _describe(bits, group_size, symmetric, modules)}
+    config = dict(plan.config) | {
+        "quantization_config": _describe(bits, group_size, symmetric, modules)
+    }
     _write(plan, destination, config, dtype, "quantizing", progress, specs)
 
 
@@ -89,13 +99,13 @@ def dequantize_checkpoint(
     dtype: Any = None,
     progress: bool | None = None,
 ) -> None:
-    """Write a checkpoint's weights as floats, equal bit for bit to compressed-tensors' `decompress`.
+    """Write a checkpoint's weights as floats, the same bits as compressed-tensors' `decompress`.
 
     Args:
       source: a pack-quantized checkpoint.
       destination: the folder to make; it must not exist.
-      dtype: float dtype that every float tensor is cast to at the end; None is the scales' dtype for
-        the weights and its own for every other tensor.
+      dtype: float dtype that every float tensor is cast to at the end; None is the scales' dtype
+        for the weights and its own for every other tensor.
       progress: True, False, or None for a bar on a terminal only.
 
     Raises:
@@ -142,11 +152,14 @@ def _convert(
         if faults := check_values(part, arrays):
             raise CheckpointError(part.tensors["weight_scale"].file.parent, faults)
         bias = arrays.pop("bias", None)
-        yield f"{part.path}.weight", np.asarray(dequantize(pack(arrays, part.spec), part.spec, dtype))
+        yield (
+            f"{part.path}.weight",
+            np.asarray(dequantize(pack(arrays, part.spec), part.spec, dtype)),
+        )
         if bias is not None:
-            yield f"{part.path}.bias", _cast(bias, dtype)
+            yield f"{part.path}.bias", _cast(bias, dtype, part.tensors["bias"])
         return
-    array = _cast(read_tensor(part), dtype)
+    array = _cast(read_tensor(part), dtype, part)
     if part.name not in specs:
         yield part.name, array
         return
@@ -154,15 +167,24 @@ def _convert(
     try:
         tensors = unpack(quantize(jnp.asarray(array), spec, scale_dtype=array.dtype), spec)
     except SpecError as error:
-        raise CheckpointError(part.file.parent, [Fault(str(error), part.file.name, part.name)]) from None
+        raise CheckpointError(
+            part.file.parent, [Fault(str(error), part.file.name, part.name)]
+        ) from None
     for name, tensor in tensors.items():
         yield f"{module}.{name}", tensor
 
 
-def _cast(array: np.ndarray, dtype: Any) -> np.ndarray:
+def _cast(array: np.ndarray, dtype: Any, info: TensorInfo) -> np.ndarray:
     if dtype is None or not jnp.issubdtype(array.dtype, jnp.floating):
         return array
-    return array.astype(dtype)
+    with np.errstate(over="ignore"):
+        cast = array.astype(dtype)
+    overflows = int((np.isinf(cast) & np.isfinite(array)).sum())
+    if overflows:
+        what = f"{overflows} of {array.size} values are too large for {cast.dtype.name}"
+        fault = Fault(what, info.file.name, info.name, "choose another dtype")
+        raise CheckpointError(info.file.parent, [fault])
+    return cast
 
 
 def _is_matrix(info: TensorInfo) -> bool:
@@ -175,7 +197,8 @@ _FLOATS = ("float16", "bfloat16", "float32")
 def _is_linear(info: TensorInfo, ignore: tuple[str, ...]) -> bool:
     module = info.name.removesuffix(".weight")
     ignored = any(
-        re.match(i.removeprefix("re:"), module) if i.startswith("re:") else i == module for i in ignore
+        re.match(i.removeprefix("re:"), module) if i.startswith("re:") else i == module
+        for i in ignore
     )
     return _is_matrix(info) and not ignored and not _EMBEDDINGS.fullmatch(module)
 
@@ -191,7 +214,9 @@ def _make_specs(
                 bits=bits, group_size=group_size, symmetric=symmetric, in_features=k, out_features=n
             )
         except SpecError as error:
-            faults.append(Fault(str(error), info.file.name, name, "choose another group size, or ignore it"))
+            faults.append(
+                Fault(str(error), info.file.name, name, "choose another group size, or ignore it")
+            )
     if faults:
         raise CheckpointError(plan.folder, faults)
     return specs

@@ -1,1 +1,1 @@
-"""Files on disk -> arrays in the packed tile layout. Users import `jaxwna16`, which re-exports this."""
+"""Files on disk -> arrays in the packed tile layout. Users import `jaxwna16` instead."""

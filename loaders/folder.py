@@ -20,7 +20,9 @@ def read_config(folder: Path) -> dict[str, Any]:
       CheckpointError: if `folder` is no folder, or config.json is missing or not a JSON object.
     """
     if not folder.is_dir():
-        raise CheckpointError(folder, [Fault("this is not a folder", way_out="name a checkpoint folder")])
+        raise CheckpointError(
+            folder, [Fault("this is not a folder", way_out="name a checkpoint folder")]
+        )
     return read_json(folder / "config.json")
 
 
@@ -55,7 +57,11 @@ def list_tensors(folder: Path) -> dict[str, TensorInfo]:
     if not (folder / INDEX).exists():
         return read_header(_check_shard(folder, SINGLE))
     weight_map = read_json(folder / INDEX).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(f, str) for f in weight_map.values()):
+    if (
+        not isinstance(weight_map, dict)
+        or not weight_map
+        or not all(isinstance(f, str) for f in weight_map.values())
+    ):
         raise CheckpointError(folder, [Fault('"weight_map" must map tensor names to files', INDEX)])
     tensors: dict[str, TensorInfo] = {}
     faults: list[Fault] = []

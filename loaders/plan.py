@@ -21,15 +21,14 @@ from loaders.repack import expected_tensors
 from loaders.safetensors_file import TensorInfo, read_tensor
 from pallas_kernels.errors import SpecError
 from pallas_kernels.spec import QuantSpec
-from pallas_kernels.weights import make_abstract
-from pallas_kernels.weights import SCALE_DTYPES
+from pallas_kernels.weights import SCALE_DTYPES, make_abstract
 
 _ROLES = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx")
 
 
 @dataclasses.dataclass(frozen=True)
 class QuantizedModule:
-    """One quantized linear: its spec, and where its tensors lie, by role ("weight_packed", ..., "bias")."""
+    """One quantized linear: its spec, and where its tensors lie by role ("weight_packed", …)."""
 
     path: str
     spec: QuantSpec
@@ -129,7 +128,9 @@ def make_plan(folder: str | Path) -> Plan:
     return Plan(folder, config, quantized, plain, tuple(_list_warnings(quantization, modules)))
 
 
-def _plan_module(path: str, found: dict[str, TensorInfo], config: QuantizationConfig) -> QuantizedModule:
+def _plan_module(
+    path: str, found: dict[str, TensorInfo], config: QuantizationConfig
+) -> QuantizedModule:
     file = next(iter(found.values())).file
     scheme = config.find_scheme(path)
     faults = []
@@ -155,7 +156,9 @@ def _plan_module(path: str, found: dict[str, TensorInfo], config: QuantizationCo
             faults.append(Fault("the tensor is missing", file.name, tensor, way_out))
         elif role not in expected:
             way_out = "the config says symmetric" if role == "weight_zero_point" else ""
-            faults.append(Fault("the tensor is not expected", found[role].file.name, tensor, way_out))
+            faults.append(
+                Fault("the tensor is not expected", found[role].file.name, tensor, way_out)
+            )
         else:
             dtypes, shape = expected[role]
             if found[role].dtype.name not in dtypes or found[role].shape != shape:
@@ -165,7 +168,9 @@ def _plan_module(path: str, found: dict[str, TensorInfo], config: QuantizationCo
                 )
                 faults.append(Fault(what, found[role].file.name, tensor))
     bias = found.get("bias")
-    if bias is not None and (bias.shape != (spec.out_features,) or bias.dtype.name not in SCALE_DTYPES):
+    if bias is not None and (
+        bias.shape != (spec.out_features,) or bias.dtype.name not in SCALE_DTYPES
+    ):
         what = (
             f"expected {' or '.join(SCALE_DTYPES)} [{spec.out_features}], "
             f"found {bias.dtype.name} {list(bias.shape)}"
@@ -192,7 +197,9 @@ def _make_spec(path: str, found: dict[str, TensorInfo], scheme: Scheme) -> Quant
             out_features=n,
         )
     except SpecError as error:
-        raise CheckpointError(info.file.parent, [Fault(str(error), info.file.name, tensor)]) from None
+        raise CheckpointError(
+            info.file.parent, [Fault(str(error), info.file.name, tensor)]
+        ) from None
 
 
 def _list_warnings(config: QuantizationConfig, modules: Collection[str]) -> Iterator[str]:

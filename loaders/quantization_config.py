@@ -30,7 +30,7 @@ _SUPPORTED_WEIGHTS: dict[str, tuple] = {
 
 @dataclasses.dataclass(frozen=True)
 class Scheme:
-    """How the weights of a group of modules are quantized; group_size -1 is one group per channel."""
+    """How the weights of some modules are quantized; group_size -1 is one group per channel."""
 
     bits: int
     group_size: int
@@ -39,7 +39,7 @@ class Scheme:
 
 @dataclasses.dataclass(frozen=True)
 class QuantizationConfig:
-    """Targets with their scheme, and what is ignored; empty for a checkpoint that is not quantized."""
+    """Targets with their scheme, and what is ignored; empty where nothing is quantized."""
 
     targets: tuple[tuple[str, Scheme], ...] = ()
     ignore: tuple[str, ...] = ()
@@ -55,7 +55,7 @@ class QuantizationConfig:
 
 
 def parse_quantization(config: dict[str, Any]) -> tuple[QuantizationConfig, list[Fault]]:
-    """Read `quantization_config`; the faults name each field that asks for something unsupported."""
+    """Read `quantization_config`; the faults name each field that asks for the unsupported."""
     raw = config.get("quantization_config", config.get("compression_config"))
     if raw is None:
         return QuantizationConfig(), []
@@ -64,7 +64,10 @@ def parse_quantization(config: dict[str, Any]) -> tuple[QuantizationConfig, list
     faults = _check_header(raw)
     groups = raw.get("config_groups") or {}
     if not isinstance(groups, dict) or not groups:
-        return QuantizationConfig(), [*faults, _fault("config_groups", "no group of modules is described")]
+        return QuantizationConfig(), [
+            *faults,
+            _fault("config_groups", "no group of modules is described"),
+        ]
     targets: dict[str, Scheme] = {}
     for name, group in groups.items():
         if name.upper() in _PRESETS and isinstance(group, list):
@@ -84,16 +87,22 @@ def parse_quantization(config: dict[str, Any]) -> tuple[QuantizationConfig, list
         ignore = []
     for pattern in [*targets, *ignore]:
         faults += _check_pattern(pattern)
-    return QuantizationConfig(tuple(targets.items()), tuple(ignore), str(raw.get("version") or "")), faults
+    return QuantizationConfig(
+        tuple(targets.items()), tuple(ignore), str(raw.get("version") or "")
+    ), faults
 
 
 def _check_header(raw: dict[str, Any]) -> list[Fault]:
     faults = []
     method = raw.get("quant_method")
     if method not in ("compressed-tensors", None):
-        faults.append(_fault("quant_method", f"expected 'compressed-tensors', found {method!r}", _REQUANTIZE))
+        faults.append(
+            _fault("quant_method", f"expected 'compressed-tensors', found {method!r}", _REQUANTIZE)
+        )
     if raw.get("format") not in ("pack-quantized", "mixed-precision"):
-        faults.append(_fault("format", f"expected 'pack-quantized', found {raw.get('format')!r}", _REQUANTIZE))
+        faults.append(
+            _fault("format", f"expected 'pack-quantized', found {raw.get('format')!r}", _REQUANTIZE)
+        )
     for field in ("kv_cache_scheme", "sparsity_config", "transform_config"):
         value = raw.get(field)
         if value and value not in ({"format": "dense"}, {"config_groups": {}}):
@@ -101,20 +110,28 @@ def _check_header(raw: dict[str, Any]) -> list[Fault]:
     return faults
 
 
-def _parse_group(group: dict[str, Any], field: str, default_format: Any) -> tuple[Scheme | None, list[Fault]]:
+def _parse_group(
+    group: dict[str, Any], field: str, default_format: Any
+) -> tuple[Scheme | None, list[Fault]]:
     faults = []
     for side in ("input_activations", "output_activations"):
         if group.get(side):
-            faults.append(_fault(f"{field}.{side}", "quantized activations are not supported", _REQUANTIZE))
+            faults.append(
+                _fault(f"{field}.{side}", "quantized activations are not supported", _REQUANTIZE)
+            )
     layout = group.get("format") or default_format
     if layout not in ("pack-quantized", "mixed-precision"):
-        faults.append(_fault(f"{field}.format", f"expected 'pack-quantized', found {layout!r}", _REQUANTIZE))
+        faults.append(
+            _fault(f"{field}.format", f"expected 'pack-quantized', found {layout!r}", _REQUANTIZE)
+        )
     weights = group.get("weights")
     if not isinstance(weights, dict):
         return None, [*faults, _fault(f"{field}.weights", "expected an object", _REQUANTIZE)]
     for key, allowed in _SUPPORTED_WEIGHTS.items():
         if (type(weights.get(key)), weights.get(key)) not in [(type(a), a) for a in allowed]:
-            expected = " or ".join(repr(value) for value in allowed if value is not None) or "nothing"
+            expected = (
+                " or ".join(repr(value) for value in allowed if value is not None) or "nothing"
+            )
             what = f"expected {expected}, found {weights.get(key)!r}"
             faults.append(_fault(f"{field}.weights.{key}", what, _REQUANTIZE))
     if weights.get("actorder") not in (None, False, "weight", "static"):
@@ -127,21 +144,31 @@ def _parse_group(group: dict[str, Any], field: str, default_format: Any) -> tupl
         )
     size, strategy = weights.get("group_size"), weights.get("strategy")
     if size is not None and (type(size) is not int or size == 0 or size < -1):
-        faults.append(_fault(f"{field}.weights.group_size", f"expected a size above 0 or -1, found {size!r}"))
+        faults.append(
+            _fault(f"{field}.weights.group_size", f"expected a size above 0 or -1, found {size!r}")
+        )
         return None, faults
     if strategy is None:
         strategy = "tensor" if size is None else "group" if size > 0 else "channel"
     if strategy not in ("group", "channel"):
-        faults.append(_fault(f"{field}.weights.strategy", f"expected group or channel, found {strategy!r}", _REQUANTIZE))
+        faults.append(
+            _fault(
+                f"{field}.weights.strategy",
+                f"expected group or channel, found {strategy!r}",
+                _REQUANTIZE,
+            )
+        )
     elif (strategy == "group") != (size is not None and size > 0):
         what = f"{size!r} contradicts strategy {strategy!r}"
         faults.append(_fault(f"{field}.weights.group_size", what))
     symmetric = weights.get("symmetric", True)
     if not isinstance(symmetric, bool):
-        faults.append(_fault(f"{field}.weights.symmetric", f"expected true or false, found {symmetric!r}"))
+        faults.append(
+            _fault(f"{field}.weights.symmetric", f"expected true or false, found {symmetric!r}")
+        )
     if faults:
         return None, faults
-    return Scheme(weights["num_bits"], size if strategy == "group" else -1, symmetric), []
+    return Scheme(weights["num_bits"], size or -1, symmetric), []
 
 
 def _check_pattern(pattern: str) -> list[Fault]:

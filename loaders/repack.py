@@ -1,4 +1,4 @@
-"""A checkpoint's tensors of one module <-> the leaf dict in the tile layout, on the default device."""
+"""A checkpoint's tensors of one module <-> the leaf dict in the tile layout."""
 
 from __future__ import annotations
 
@@ -87,8 +87,8 @@ def unpack(weights: Mapping[str, jax.Array], spec: QuantSpec) -> dict[str, np.nd
     """Turn a leaf dict back into the tensors of a pack-quantized checkpoint; the inverse of `pack`.
 
     Returns:
-      NumPy arrays `weight_packed`, `weight_scale`, `weight_shape`, and `weight_zero_point` and `bias`
-      where the leaf dict has them.
+      NumPy arrays `weight_packed`, `weight_scale`, `weight_shape`, and `weight_zero_point` and
+      `bias` where the leaf dict has them.
 
     Raises:
       SpecError: if the arrays contradict the spec.

@@ -43,7 +43,7 @@ _ALIGNMENT = 64  # what XLA needs to take a host buffer without copying it
 
 @dataclasses.dataclass(frozen=True)
 class TensorInfo:
-    """Where one tensor lies: `nbytes` bytes at `start` of `file`, counted from the file's beginning."""
+    """Where one tensor lies: `nbytes` bytes from byte `start` of `file` on."""
 
     name: str
     file: Path
@@ -109,7 +109,7 @@ def read_tensor(info: TensorInfo) -> np.ndarray:
     try:
         with info.file.open("rb", buffering=0) as file:
             file.seek(info.start)
-            view, done = memoryview(buffer), 0
+            view, done = buffer.data, 0
             while done < info.nbytes and (count := file.readinto(view[done:])):
                 done += count
     except OSError as error:
@@ -160,7 +160,11 @@ def _find_gaps(path: Path, infos: list[TensorInfo], data_start: int, size: int) 
     position, faults = data_start, []
     for info in sorted(infos, key=lambda info: (info.start, info.nbytes)):
         if info.start != position:
-            kind = "overlaps the tensor before it" if info.start < position else "leaves a hole before it"
+            kind = (
+                "overlaps the tensor before it"
+                if info.start < position
+                else "leaves a hole before it"
+            )
             what = f"{kind}: starts at byte {info.start}, expected {position}"
             faults.append(Fault(what, path.name, info.name))
         position = max(position, info.start + info.nbytes)

@@ -23,7 +23,9 @@ Progress = Callable[[int, int, str], None]
 """Called as progress(bytes_done, bytes_total, name) after every part."""
 
 
-def load_params(plan: Plan, *, dtype: Any = None, progress: Progress | None = None) -> dict[str, Any]:
+def load_params(
+    plan: Plan, *, dtype: Any = None, progress: Progress | None = None
+) -> dict[str, Any]:
     """Read every tensor of a plan into a nested dict under the checkpoint's module paths.
 
     Args:
@@ -33,7 +35,8 @@ def load_params(plan: Plan, *, dtype: Any = None, progress: Progress | None = No
       progress: told of the bytes read.
 
     Raises:
-      CheckpointError: listing every scale that is not finite and above zero; or if a file ends early.
+      CheckpointError: listing every scale that is not finite and above zero; or if a file ends
+        early.
     """
     params: dict[str, Any] = {}
     faults: list[Fault] = []
@@ -62,7 +65,10 @@ def check_values(module: QuantizedModule, arrays: dict[str, np.ndarray]) -> list
     if not bad.any():
         return []
     first = tuple(int(i) for i in np.argwhere(bad)[0])
-    what = f"{int(bad.sum())} of {scale.size} scales are not finite and above 0, the first at {list(first)}: {scale[first]}"
+    what = (
+        f"{int(bad.sum())} of {scale.size} scales are not finite and above 0, "
+        f"the first at {list(first)}: {scale[first]}"
+    )
     return [Fault(what, info.file.name, info.name, "quantize the model again")]
 
 
@@ -110,7 +116,9 @@ def _read_part(part: QuantizedModule | TensorInfo) -> dict[str, np.ndarray]:
     return {name: read_tensor(info) for name, info in tensors.items()}
 
 
-def _place_module(module: QuantizedModule, arrays: dict[str, np.ndarray], dtype: Any) -> dict[str, Any]:
+def _place_module(
+    module: QuantizedModule, arrays: dict[str, np.ndarray], dtype: Any
+) -> dict[str, Any]:
     bias = arrays.pop("bias", None)
     weights: dict[str, Any] = pack(arrays, module.spec)
     if bias is not None:

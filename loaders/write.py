@@ -63,9 +63,11 @@ def build_folder(destination: Path) -> Iterator[Path]:
     Raises:
       CheckpointError: if the destination exists, or the file system refuses.
     """
-    if destination.exists():
+    if os.path.lexists(destination):
         way_out = "name a new folder, or remove this one"
-        raise CheckpointError(destination, [Fault("the destination exists already", way_out=way_out)])
+        raise CheckpointError(
+            destination, [Fault("the destination exists already", way_out=way_out)]
+        )
     partial = destination.absolute().with_name(f".{destination.name}.partial")
     try:
         shutil.rmtree(partial, ignore_errors=True)

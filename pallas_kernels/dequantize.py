@@ -33,8 +33,8 @@ def expand_slabs(
     """Compute W as `expand` does, but in the order of the tiles.
 
     Every axis is one that the packed words have too, so XLA's loops run over contiguous words and
-    vectorise: 3 to 5 times as fast on a CPU as `expand`. A last tile that is not full is a part of its
-    own, since padding inside the loop would undo that.
+    vectorise: 3 to 5 times as fast on a CPU as `expand`. A last tile that is not full is a part of
+    its own, since padding inside the loop would undo that.
 
     Yields:
       The slabs covered (of 32 input features each) and their weights, float32
@@ -75,11 +75,12 @@ def _multiply_rounded(q: jax.Array, scale: jax.Array) -> jax.Array:
     """q * scale, rounded to the scale's dtype, as float32.
 
     compressed-tensors (`quantization/lifecycle/forward_helpers.py`, `_dequantize`) computes in the
-    scale's dtype. q - zero_point has at most 9 bits, so it is exact there and only the product rounds;
-    here the product is exact in float32 and rounded once to the same value. For bfloat16 that is
-    written out in integers (round to nearest even), since XLA may skip a float32 -> bfloat16 ->
-    float32 round trip, and its `reduce_precision` costs twice as much. A NaN stays one: a bfloat16's
-    payload leaves the lower half free. For float16 XLA keeps the round trip, which handles subnormals.
+    scale's dtype. q - zero_point has at most 9 bits, so it is exact there and only the product
+    rounds; here the product is exact in float32 and rounded once to the same value. For bfloat16
+    that is written out in integers (round to nearest even), since XLA may skip a float32 ->
+    bfloat16 -> float32 round trip, and its `reduce_precision` costs twice as much. A NaN stays one:
+    a bfloat16's payload leaves the lower half free. For float16 XLA keeps the round trip, which
+    handles subnormals.
     """
     if scale.dtype == jnp.float16:
         return (q.astype(jnp.float16) * scale).astype(jnp.float32)

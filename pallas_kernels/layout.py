@@ -1,12 +1,13 @@
-"""The tile layout: how the integers of a weight lie in memory, and how a checkpoint's words become it.
+"""The tile layout: how the integers of a weight lie in memory, and how they get there.
 
 Three forms of the same integers, all without a sign (u = q + 2^(bits-1)):
 
-* words, uint32 [rows, ceil(columns * bits / 32)]: the checkpoint's little-endian bit stream along a row;
-* codes, uint8 [rows, columns]: one integer per element, the form in which a person would check them;
+* words, uint32 [rows, ceil(columns * bits / 32)]: the checkpoint's little-endian bit stream;
+* codes, uint8 [rows, columns]: one integer per element, the form that a person would check;
 * tiles, uint16 [ceil(N/64), ceil(K/tile_k), 64, 32] with tile_k = 32 * planes, planes = 16 / bits:
 
-      bits  bits*i .. bits*i + bits-1  of  tiles[nt, kt, r, j]  =  codes[64 nt + r, tile_k kt + 32 i + j]
+      bits  bits*i .. bits*i + bits-1  of  tiles[nt, kt, r, j]
+      =  codes[64 nt + r, tile_k kt + 32 i + j]
 
   so plane i of a tile is 32 consecutive input features, and groups of 32, 64 and 128 end on planes.
   Positions past N or K hold 0.
@@ -36,7 +37,8 @@ def codes_from_words(words: Array, bits: int, columns: int) -> Array:
     Bits past `columns` are dropped. `bits` must divide 32.
 
     Raises:
-      SpecError: if the row length in words is not ceil(columns * bits / 32), or the dtype not uint32.
+      SpecError: if the row length in words is not ceil(columns * bits / 32), or the dtype not
+        uint32.
     """
     per_word = 32 // bits
     _check(words, np.uint32, (words.shape[0], -(-columns // per_word)), "words")
@@ -47,7 +49,7 @@ def codes_from_words(words: Array, bits: int, columns: int) -> Array:
 
 
 def words_from_codes(codes: Array, bits: int) -> Array:
-    """Write a checkpoint's bit stream: codes uint8 [rows, columns] -> uint32 [rows, words], padded with 0."""
+    """Write a checkpoint's bit stream: codes uint8 [rows, columns] -> uint32 [rows, words]."""
     xp = _namespace(codes)
     per_word = 32 // bits
     rows, columns = codes.shape

@@ -9,12 +9,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels import triton, xla
+from pallas_kernels import xla
 from pallas_kernels.errors import BackendError, SpecError
 from pallas_kernels.spec import QuantSpec
 from pallas_kernels.weights import check_weights
@@ -33,7 +34,9 @@ class Choice:
     reason: str
 
 
-def explain(spec: QuantSpec, dtype, *, platform: str | None = None, backend: str | None = None) -> Choice:
+def explain(
+    spec: QuantSpec, dtype, *, platform: str | None = None, backend: str | None = None
+) -> Choice:
     """Say which backend `quant_matmul` runs for x of `dtype`.
 
     Args:
@@ -61,11 +64,15 @@ def explain(spec: QuantSpec, dtype, *, platform: str | None = None, backend: str
             return Choice("triton", "asked for by name")
         if platform == "cpu":
             return Choice("triton", "asked for by name; on cpu the kernel is interpreted, slowly")
-        raise BackendError(f'backend "triton" runs on cuda, and interpreted on cpu, not on {platform}')
+        raise BackendError(
+            f'backend "triton" runs on cuda, and interpreted on cpu, not on {platform}'
+        )
     if platform != "cuda":
         return Choice("xla", f"the fused kernels need an NVIDIA GPU, this is {platform}")
     if dtype not in _TRITON_DTYPES:
-        return Choice("xla", f"the fused kernels multiply 16-bit activations, x is {jnp.dtype(dtype).name}")
+        return Choice(
+            "xla", f"the fused kernels multiply 16-bit activations, x is {jnp.dtype(dtype).name}"
+        )
     return Choice("triton", f"fused {spec.bits}-bit kernel for 16-bit activations on cuda")
 
 
@@ -96,7 +103,8 @@ def quant_matmul(
         backend or an error.
 
     Returns:
-      [..., N] in the dtype of x; sums are float32. `docs/numerics.md` states how the backends round.
+      [..., N] in the dtype of x; sums are float32. `docs/numerics.md` states how the backends
+      round.
 
     Raises:
       SpecError: if x or the arrays contradict the spec.
@@ -111,7 +119,10 @@ def quant_matmul(
     weights = dict(weights)
     bias = weights.pop("bias", None)
     rows = x.reshape(-1, spec.in_features)
-    y = _matmul(spec, backend, rows, weights) if rows.shape[0] else _empty(rows, spec)
+    if rows.shape[0]:
+        y: jax.Array = _matmul(spec, backend, rows, weights)
+    else:
+        y = jnp.zeros((0, spec.out_features), x.dtype)
     if bias is not None:
         y = (y.astype(jnp.float32) + bias.astype(jnp.float32)[None, :]).astype(x.dtype)
     return y.reshape(*x.shape[:-1], spec.out_features)
@@ -147,15 +158,14 @@ _matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
 def _by_triton(x: jax.Array, weights: dict, spec: QuantSpec, interpret: bool) -> jax.Array:
+    # imported here, so that all else works where a later jax has no Pallas-Triton
+    from pallas_kernels import triton
+
     packed, scale, zero_point = weights["packed"], weights["scale"], weights.get("zero_point")
     return triton.matmul(x, packed, scale, zero_point, spec, interpret=interpret)
 
 
-def _empty(rows: jax.Array, spec: QuantSpec) -> jax.Array:
-    return jnp.zeros((0, spec.out_features), rows.dtype)
-
-
-def _platform(device: jax.Device) -> str:
+def _platform(device: Any) -> str:
     if device.platform != "gpu":
         return device.platform
     return "rocm" if "rocm" in device.client.platform_version.lower() else "cuda"

@@ -36,17 +36,21 @@ def quantize(w: jax.Array, spec: QuantSpec, *, scale_dtype=jnp.bfloat16) -> dict
       The leaf dict of the packed weight.
 
     Raises:
-      SpecError: if w's shape or dtype does not fit the spec, w is not finite, or `scale_dtype` is not
-        one of the three.
+      SpecError: if w's shape or dtype does not fit the spec, w is not finite, or `scale_dtype` is
+        not one of the three.
     """
     w = jnp.asarray(w)
-    if w.shape != (spec.out_features, spec.in_features) or not jnp.issubdtype(w.dtype, jnp.floating):
+    if w.shape != (spec.out_features, spec.in_features) or not jnp.issubdtype(
+        w.dtype, jnp.floating
+    ):
         raise SpecError(
             f"w must be floats [{spec.out_features}, {spec.in_features}], "
             f"got {w.dtype} {list(w.shape)}"
         )
     if jnp.dtype(scale_dtype).name not in SCALE_DTYPES:
-        raise SpecError(f"scale_dtype must be one of {SCALE_DTYPES}, got {jnp.dtype(scale_dtype).name}")
+        raise SpecError(
+            f"scale_dtype must be one of {SCALE_DTYPES}, got {jnp.dtype(scale_dtype).name}"
+        )
     least, most, finite = _find_ranges(w, spec)
     scale, zero_point = _choose_parameters(least, most, spec, jnp.dtype(scale_dtype))
     if not (finite and jnp.isfinite(scale).all()):
@@ -69,9 +73,9 @@ def _choose_parameters(
 ) -> tuple[jax.Array, jax.Array]:
     """Scale in `scale_dtype` and zero point int8 (0 if symmetric), [N, G].
 
-    Not jitted, and divided by arrays: XLA would multiply by the reciprocal of a constant instead, and
-    may skip the rounding to bfloat16 where a float32 follows ("excess precision"). Either changes
-    integers.
+    Not jitted, and divided by arrays: XLA would multiply by the reciprocal of a constant instead,
+    and may skip the rounding to bfloat16 where a float32 follows ("excess precision"). Either
+    changes integers.
     """
     low, steps = -spec.offset, 2**spec.bits - 1
     if spec.symmetric:
@@ -95,7 +99,9 @@ def _round(
     groups = _group(w, spec)
     divisor = jnp.broadcast_to(scale.astype(jnp.float32)[:, :, None], groups.shape)
     # the barrier keeps the division: by a broadcast, XLA would multiply with the reciprocal
-    shifted = groups / lax.optimization_barrier(divisor) + zero_point.astype(jnp.float32)[:, :, None]
+    shifted = (
+        groups / lax.optimization_barrier(divisor) + zero_point.astype(jnp.float32)[:, :, None]
+    )
     q = jnp.round(jnp.clip(shifted, low, high)).astype(jnp.int32)
     codes = (q + spec.offset).astype(jnp.uint8).reshape(spec.out_features, spec.in_features)
     weights = {"packed": tiles_from_codes(codes, spec), "scale": pad_groups(scale, spec)}

@@ -7,7 +7,7 @@ import dataclasses
 from pallas_kernels.errors import SpecError
 
 LAYOUT_VERSION = 1
-"""Version of the tile layout (see `pallas_kernels.layout`); it changes when a stored tree would be misread."""
+"""Version of `pallas_kernels.layout`; it changes when a stored tree would be misread."""
 
 TILE_N = 64
 SLAB_K = 32
@@ -19,7 +19,8 @@ _BITS = (4, 8)
 class QuantSpec:
     """The static facts of one quantized weight W[N, K] with `W = (q - zero_point) * scale`.
 
-    Frozen and hashable, so it can be a static argument of `jax.jit`; it never stands in a param tree.
+    Frozen and hashable, so it can be a static argument of `jax.jit`; it never stands in a param
+    tree.
 
     Attributes:
       bits: width of the integers q, 4 or 8; q lies in [-2^(bits-1), 2^(bits-1) - 1].
@@ -100,7 +101,7 @@ class QuantSpec:
 
     @property
     def scale_shape(self) -> tuple[int, int]:
-        """Shape of `scale` and `zero_point`: [G, N padded to whole tiles], N contiguous for the kernels."""
+        """Shape of `scale` and `zero_point`: [G, N padded to whole tiles]."""
         return (self.groups, self.tiles_n * TILE_N)
 
     @property

@@ -43,7 +43,9 @@ def check_weights(weights: Mapping[str, jax.Array], spec: QuantSpec) -> None:
             f"weights must be the dict of arrays that pack() or load_checkpoint() gives, "
             f"got {type(weights).__name__}"
         )
-    others = {name: type(leaf).__name__ for name, leaf in weights.items() if not hasattr(leaf, "dtype")}
+    others = {
+        name: type(leaf).__name__ for name, leaf in weights.items() if not hasattr(leaf, "dtype")
+    }
     if others:
         raise SpecError(f"weights must be arrays, found {others}")
     scale, bias = weights.get("scale"), weights.get("bias")

@@ -25,12 +25,13 @@ def matmul(x: jax.Array, weights: Mapping[str, jax.Array], spec: QuantSpec) -> j
 def _tie(weights: dict[str, jax.Array], x: jax.Array) -> dict[str, jax.Array]:
     """`weights`, unchanged, but as something that can only be computed once x is there.
 
-    Nothing else makes the expansion of a weight wait for its input: XLA would expand every weight of a
-    model at the start of a step, or once before a decode loop, and hold all of them as floats. An
-    `optimization_barrier` is dissolved before instructions are ordered, so it does not help.
+    Nothing else makes the expansion of a weight wait for its input: XLA would expand every weight
+    of a model at the start of a step, or once before a decode loop, and hold all of them as floats.
+    An `optimization_barrier` is dissolved before instructions are ordered, so it does not help.
     """
     words = lax.bitcast_convert_type(x[0, :8].astype(jnp.float32), jnp.int32)
-    # A reduction is computed by itself. Without it, XLA fuses all that leads to x into the expansion.
+    # A reduction is computed by itself. Without it, XLA fuses all that leads to x into the
+    # expansion.
     zero = jnp.minimum(jnp.min(words & 1), 0)  # always 0, which XLA does not see
     return {name: leaf + zero.astype(leaf.dtype) for name, leaf in weights.items()}
 
@@ -42,8 +43,8 @@ def _multiply(x: jax.Array, weights: dict[str, jax.Array], spec: QuantSpec) -> j
 def _multiply_slabs(x: jax.Array, weights: dict[str, jax.Array], spec: QuantSpec) -> jax.Array:
     """One small product for each 32 input features, then their sum.
 
-    For a single row of x the cost is the expansion, and slabs expand fastest; from a few rows on the
-    many small products cost more than that saves.
+    For a single row of x the cost is the expansion, and slabs expand fastest; from a few rows on
+    the many small products cost more than that saves.
     """
     slabs = -(-spec.in_features // SLAB_K)
     padded = jnp.pad(x, ((0, 0), (0, slabs * SLAB_K - spec.in_features)))

@@ -81,7 +81,7 @@ def decompress(tensors: Mapping[str, Any], args: QuantizationArgs) -> torch.Tens
 def write_folder(
     folder: Path, modules: Mapping[str, tuple[dict[str, torch.Tensor], QuantizationArgs]]
 ) -> Path:
-    """Write a checkpoint of several modules, each a config group of its own, with its exact path."""
+    """Write a checkpoint of several modules, each a config group with its exact path as target."""
     groups = {
         f"group_{i}": make_scheme(args, path) for i, (path, (_, args)) in enumerate(modules.items())
     }

@@ -16,7 +16,7 @@ from pallas_kernels.spec import QuantSpec
 
 
 def write_bit_stream(codes: np.ndarray, bits: int) -> np.ndarray:
-    """Unsigned codes [rows, columns] -> int32 words, by Python's integers: slow and from the definition."""
+    """Unsigned codes [rows, columns] -> int32 words by Python's integers, from the definition."""
     length = 4 * -(-codes.shape[1] * bits // 32)
     rows = (sum(int(u) << (bits * i) for i, u in enumerate(row)) for row in codes)
     stream = b"".join(row.to_bytes(length, "little") for row in rows)
@@ -49,7 +49,7 @@ def make_tensors(
 def make_config(
     *specs: QuantSpec, targets: Sequence[Sequence[str]] = (("Linear",),), **changes: Any
 ) -> dict:
-    """A config.json with one group for each spec; `changes` overwrite fields of its quantization."""
+    """A config.json with a group for each spec; `changes` overwrite fields of its quantization."""
     groups = {
         f"group_{i}": {"targets": list(names), "weights": describe_weights(spec)}
         for i, (spec, names) in enumerate(zip(specs, targets, strict=True))
@@ -79,9 +79,7 @@ def prefix_names(module: str, tensors: Mapping[str, np.ndarray]) -> dict[str, np
     return {f"{module}.{role}": array for role, array in tensors.items()}
 
 
-def write_folder(
-    folder: Path, config: Mapping, shards: Sequence[Mapping[str, np.ndarray]]
-) -> Path:
+def write_folder(folder: Path, config: Mapping, shards: Sequence[Mapping[str, np.ndarray]]) -> Path:
     """Write config.json and one file, or several with their index."""
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))

@@ -32,7 +32,7 @@ def open_model(args: argparse.Namespace) -> tuple[Llama, dict[str, Any]]:
     model = load_model(folder, dtype=dtype, backend=args.backend)
     facts = {
         "folder": str(folder),
-        "dtype": jax.numpy.dtype(model.model.embed_tokens.weight.dtype).name,
+        "dtype": jax.numpy.dtype(model.dtype).name,
         "backend": args.backend,
         "load_seconds": time.perf_counter() - started,
     }

@@ -71,8 +71,8 @@ def show(report: dict[str, Any], console: Console) -> None:
 def _check_model(plan: Plan) -> tuple[dict[str, Any], list[Fault]]:
     """What became of the check of the model's tensors, and the faults that it found."""
     from jaxwna16.cli.faults import read_reason
-    from jaxwna16.cli.model_check import check_model
     from jaxwna16.errors import ModelError
+    from jaxwna16.language import plan_model
     from jaxwna16.models.config import ModelConfig
 
     facts = {"model_type": plan.config.get("model_type"), "checked": True, "reason": ""}
@@ -82,7 +82,7 @@ def _check_model(plan: Plan) -> tuple[dict[str, Any], list[Fault]]:
         reason = "; ".join([error.summary, *error.reasons])
         return facts | {"checked": False, "reason": reason}, []
     try:
-        check_model(plan)
+        plan_model(plan)
     except ModelError as error:
         return facts, [read_reason(reason) for reason in error.reasons]
     return facts, []

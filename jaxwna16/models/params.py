@@ -19,8 +19,8 @@ def load_params(model: Llama, params: Mapping[str, Any]) -> Llama:
     """Give a model, usually an abstract one of `nnx.eval_shape`, the arrays of a params tree.
 
     Plain weights, norms and biases are cast to the dtype the model was constructed with; leaves of
-    quantized linears are taken as they are. Leaves that `check_leaves` lets pass though the model has
-    no place for them are left out.
+    quantized linears are taken as they are. Leaves that `check_leaves` lets pass though the model
+    has no place for them are left out.
 
     Args:
       model: what to fill.
@@ -44,8 +44,8 @@ def load_params(model: Llama, params: Mapping[str, Any]) -> Llama:
 def check_leaves(model: Llama, found: Mapping[str, Any], source: str = "parameters") -> None:
     """Check that leaves (arrays, or only their shapes and dtypes) are those of a model.
 
-    Two things of old checkpoints are let pass: `rotary_emb.inv_freq`, and a copy of a tied embedding
-    under `lm_head.weight`.
+    Two things of old checkpoints are let pass: `rotary_emb.inv_freq`, and a copy of a tied
+    embedding under `lm_head.weight`.
 
     Args:
       model: the model, possibly abstract.

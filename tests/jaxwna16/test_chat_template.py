@@ -170,7 +170,7 @@ def test_the_special_tokens_map_counts_only_without_added_tokens(folder, added, 
 def test_without_a_template_the_way_out_is_named(folder, config):
     tokenizer = read_with(folder, **config)
     assert not tokenizer.has_chat_template
-    with pytest.raises(InputError, match="no chat template.*plain prompt"):
+    with pytest.raises(InputError, match=r"no chat template.*plain prompt"):
         tokenizer.render_chat([USER])
 
 

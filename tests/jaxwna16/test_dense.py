@@ -57,7 +57,8 @@ def test_both_layers_work_under_jit_vmap_and_grad():
     w = jaxwna16.dequantize(weights, spec, jnp.float32)
     for call in (nnx_layer, lambda x: layer.apply(variables, x)):
         expected = np.asarray(call(x))
-        # Each output sums K products in some order: K roundings of at most |x| |w| each, on both sides
+        # Each output sums K products in some order: K roundings of at most |x| |w| each, on both
+        # sides
         bound = 2 * K * 2.0**-24 * np.asarray(jnp.abs(x) @ jnp.abs(w).T).max()
         np.testing.assert_allclose(np.asarray(jax.jit(call)(x)), expected, rtol=0, atol=bound)
         np.testing.assert_allclose(np.asarray(jax.vmap(call)(x)), expected, rtol=0, atol=bound)
@@ -142,8 +143,8 @@ def test_a_stack_of_layers_scans():
     looped = x
     for leaves in stack:
         looped, _ = step(looped, leaves)
-    # |w| <= 0.5 and |x| <= 4, so a product's rounding is below 2 K 2^-24 * K * 2; tanh has slope <= 1
-    # and a layer carries an error on at most K * 0.5 times
+    # |w| <= 0.5 and |x| <= 4, so a product's rounding is below 2 K 2^-24 * K * 2; tanh has slope <=
+    # 1 and a layer carries an error on at most K * 0.5 times
     bound = 2 * K * 2.0**-24 * K * 2
     np.testing.assert_allclose(scanned, looped, rtol=0, atol=bound)
     assert np.ptp(np.asarray(looped)) > 100 * bound

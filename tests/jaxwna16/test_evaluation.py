@@ -83,11 +83,10 @@ def test_low_precision_logits_are_normalised_in_float32(tokens):
     np.testing.assert_allclose(found.nll, compute_reference(model, tokens, 16), rtol=1e-6)
 
 
-def test_limited_windows_are_those_in_the_middle(model, tokens):
-    for limit, start in [(4, 8), (3, 8), (1, 9), (20, 0), (99, 0)]:
+def test_limited_windows_are_the_first(model, tokens):
+    for limit in (4, 3, 1, 20, 99):
         found = measure_perplexity(model, tokens, window=16, max_windows=limit)
-        middle = tokens[16 * start : 16 * (start + limit)]
-        assert found.nll == measure_perplexity(model, middle, window=16).nll
+        assert found.nll == measure_perplexity(model, tokens[: 16 * limit], window=16).nll
         assert found.windows == min(limit, 20)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -248,7 +249,7 @@ TEXTS = st.one_of(UNICODE, st.lists(st.sampled_from([*LINES, *SPECIAL, " ", "▁
 def stream_in_splits(tokenizer: Tokenizer, ids: list[int], cuts: list[int], skip=True) -> list[str]:
     stream = TextStream(tokenizer, skip)
     edges = [0, *sorted(cut % (len(ids) + 1) for cut in cuts), len(ids)]
-    pieces = [stream.push(ids[a:b]) for a, b in zip(edges, edges[1:], strict=False)]
+    pieces = [stream.push(ids[a:b]) for a, b in itertools.pairwise(edges)]
     return [*pieces, stream.flush()]
 
 

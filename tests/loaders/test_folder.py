@@ -1,4 +1,4 @@
-"""A checkpoint folder: config.json, one file or an index with shards, nothing outside the folder."""
+"""A checkpoint folder: config.json, one file or an index with shards, and nothing outside."""
 
 from __future__ import annotations
 
@@ -42,7 +42,9 @@ def test_single_file_needs_no_index(tmp_path):
 
 
 def test_neither_file_nor_index_is_a_missing_file(tmp_path):
-    with pytest.raises(CheckpointError, match=r"model\.safetensors: the file is missing \(download"):
+    with pytest.raises(
+        CheckpointError, match=r"model\.safetensors: the file is missing \(download"
+    ):
         list_tensors(tmp_path)
 
 
@@ -129,7 +131,9 @@ def test_index_and_headers_that_disagree_are_listed_tensor_by_tensor(tmp_path):
 def test_tensor_that_stands_in_two_shards_is_refused(tmp_path):
     folder = _write_shards(tmp_path)
     save_file({"c": np.ones(4, np.int8), "a": np.zeros(2, np.float32)}, folder / SECOND)
-    with pytest.raises(CheckpointError, match=f"{SECOND}: a: stands in {SECOND}, but not in the index"):
+    with pytest.raises(
+        CheckpointError, match=f"{SECOND}: a: stands in {SECOND}, but not in the index"
+    ):
         list_tensors(folder)
 
 
@@ -161,7 +165,9 @@ def test_config_that_cannot_be_read_is_refused(tmp_path, content, message):
 @pytest.mark.parametrize("name", ["absent", "file"])
 def test_what_is_no_folder_is_refused(tmp_path, name):
     (tmp_path / "file").write_text("")
-    with pytest.raises(CheckpointError, match=rf"{name}: 1 fault\n.*not a folder \(name a checkpoint"):
+    with pytest.raises(
+        CheckpointError, match=rf"{name}: 1 fault\n.*not a folder \(name a checkpoint"
+    ):
         read_config(tmp_path / name)
 
 

@@ -37,7 +37,10 @@ def _without(tensors, *roles):
 
 def test_modules_and_plain_tensors_are_told_apart(tmp_path):
     tensors = prefix_names(PATH, make_tensors(SPEC) | {"bias": np.zeros(9, np.float16)})
-    tensors |= {"model.norm.weight": np.ones(64, ml_dtypes.bfloat16), "scalar": np.array(1.0, np.float32)}
+    tensors |= {
+        "model.norm.weight": np.ones(64, ml_dtypes.bfloat16),
+        "scalar": np.array(1.0, np.float32),
+    }
     tensors |= {"model.layers.0.norm.weight": np.ones(64, np.float32)}
     config = make_config(SPEC) | {"model_type": "llama"}
     plan = make_plan(str(write_folder(tmp_path / "c", config, [tensors])))
@@ -113,7 +116,11 @@ GOOD = make_tensors(SPEC)
             "weight_shape",
             "expected int64 [2], found float64 [2]",
         ),
-        (GOOD | {"weight_shape": np.array([9, 70])}, "weight_shape", "must divide in_features = 70"),
+        (
+            GOOD | {"weight_shape": np.array([9, 70])},
+            "weight_shape",
+            "must divide in_features = 70",
+        ),
         (GOOD | {"weight_shape": np.array([-9, 64])}, "weight_shape", "out_features >= 1"),
         (GOOD | {"weight_shape": np.array([9, 0])}, "weight_shape", "in_features >= 1"),
         (
@@ -135,12 +142,12 @@ def test_one_wrong_tensor_is_named_with_its_file(tmp_path, tensors, role, what):
 
 
 def test_zero_point_against_the_config_is_refused_with_the_reason(tmp_path):
-    with pytest.raises(CheckpointError, match="zero_point: .*not expected.*config says symmetric"):
+    with pytest.raises(CheckpointError, match=r"zero_point: .*not expected.*config says symmetric"):
         make_plan(_write(tmp_path, GOOD, SYMMETRIC))
 
 
 def test_missing_zero_point_says_that_the_config_is_asymmetric(tmp_path):
-    with pytest.raises(CheckpointError, match="zero_point: .*missing .the config says asymmetric"):
+    with pytest.raises(CheckpointError, match=r"zero_point: .*missing .the config says asymmetric"):
         make_plan(_write(tmp_path, _without(GOOD, "weight_zero_point")))
 
 
@@ -167,7 +174,9 @@ def test_wrong_number_of_bits_is_a_contradiction_of_shapes(tmp_path):
 
 def test_all_faults_of_all_modules_come_in_one_error(tmp_path):
     first = _without(GOOD, "weight_packed", "weight_zero_point") | {"bias": np.zeros(1, np.float32)}
-    second = _without(GOOD, "weight_shape", "weight_scale") | {"weight_g_idx": np.zeros(64, np.int32)}
+    second = _without(GOOD, "weight_shape", "weight_scale") | {
+        "weight_g_idx": np.zeros(64, np.int32)
+    }
     third = GOOD | {"weight_scale": np.ones((9, 3), np.float32)}
     shards = [prefix_names("a", first), prefix_names("b", second), prefix_names("c", third)]
     shards[0] |= prefix_names("good", GOOD)

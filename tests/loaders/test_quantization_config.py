@@ -33,11 +33,19 @@ def _parse(config):
         (_make_config(format=None), "format", "found None"),
         (_make_config(kv_cache_scheme={"num_bits": 8}), "kv_cache_scheme", "not supported"),
         (_make_config(sparsity_config={"format": "sparse-24"}), "sparsity_config", "not supported"),
-        (_make_config(transform_config={"config_groups": {"r": 1}}), "transform_config", "not supp"),
+        (
+            _make_config(transform_config={"config_groups": {"r": 1}}),
+            "transform_config",
+            "not supp",
+        ),
         (_make_config(config_groups={}), "config_groups", "no group"),
         (_make_config(config_groups=[1]), "config_groups", "no group"),
         (_make_config(config_groups={"g": 3}), "config_groups.g", "expected an object"),
-        (_make_config(config_groups={"W3A16": ["Linear"]}), "config_groups.W3A16", "expected an obj"),
+        (
+            _make_config(config_groups={"W3A16": ["Linear"]}),
+            "config_groups.W3A16",
+            "expected an obj",
+        ),
         (_make_config(ignore="lm_head"), "ignore", "found 'lm_head'"),
         (_make_config(ignore=[3]), "ignore", "found [3]"),
         (_make_config(ignore=["re:("]), "re:(", "is not a regular expression"),
@@ -111,7 +119,11 @@ def test_weights_that_are_not_supported_are_named(weights, field, what):
 def test_all_faults_of_all_groups_are_listed():
     groups = {
         "a": {"targets": ["Linear"], "weights": WEIGHTS | {"num_bits": 2, "dynamic": True}},
-        "b": {"targets": ["x"], "weights": WEIGHTS | {"group_size": 0}, "input_activations": {"n": 1}},
+        "b": {
+            "targets": ["x"],
+            "weights": WEIGHTS | {"group_size": 0},
+            "input_activations": {"n": 1},
+        },
     }
     config = _make_config(config_groups=groups, kv_cache_scheme={"num_bits": 8}, ignore=["re:("])
     fields = {fault.tensor.partition(".")[2] for fault in parse_quantization(config)[1]}
@@ -158,7 +170,12 @@ def test_a_checkpoint_that_is_not_quantized_has_no_scheme():
     assert _parse({"quantization_config": None}).find_scheme("m") is None
 
 
-MODULES = ("model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj", "model.layers.10.q", "lm_head")
+MODULES = (
+    "model.layers.0.mlp.up_proj",
+    "model.layers.1.mlp.up_proj",
+    "model.layers.10.q",
+    "lm_head",
+)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""`pack` and `unpack`: a checkpoint's tensors <-> the leaf dict, exactly, or a list of what is wrong."""
+"""`pack` and `unpack`: a checkpoint's tensors <-> the leaf dict, or a list of what is wrong."""
 
 from __future__ import annotations
 
@@ -139,5 +139,5 @@ def test_every_wrong_tensor_is_listed():
 def test_unpack_refuses_what_is_no_leaf_dict_of_the_spec():
     spec = QuantSpec(bits=4, group_size=32, symmetric=True, in_features=64, out_features=9)
     big = QuantSpec(bits=4, group_size=32, symmetric=True, in_features=64, out_features=90)
-    with pytest.raises(SpecError, match="packed has shape .*; scale has shape"):
+    with pytest.raises(SpecError, match=r"packed has shape .*; scale has shape"):
         unpack(pack(make_tensors(spec), spec), big)

@@ -16,15 +16,15 @@ from tests.folders import describe_entry as entry
 from tests.folders import write_raw
 
 
-
-
 def test_every_dtype_comes_back_bit_for_bit(tmp_path):
     rng = np.random.default_rng(0)
     dtypes = [np.uint8, np.int8, np.uint16, np.int16, np.uint32, np.int32, np.uint64, np.int64]
     dtypes += [np.float16, ml_dtypes.bfloat16, np.float32, np.float64]
     dtypes += [ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2]
     arrays = {np.dtype(t).name: rng.bytes(6 * np.dtype(t).itemsize) for t in dtypes}
-    arrays = {name: np.frombuffer(raw, np.dtype(name)).reshape(2, 3) for name, raw in arrays.items()}
+    arrays = {
+        name: np.frombuffer(raw, np.dtype(name)).reshape(2, 3) for name, raw in arrays.items()
+    }
     arrays |= {"bool": np.array([True, False]), "scalar": np.array(2.5, np.float32)}
     arrays |= {"empty": np.zeros((0, 4), np.float32), "": np.ones(1, np.int8)}
     save_file(arrays, tmp_path / "a.safetensors", metadata={"format": "pt"})
@@ -41,12 +41,20 @@ def test_every_dtype_comes_back_bit_for_bit(tmp_path):
 @pytest.mark.parametrize(
     ("header", "data", "expected"),
     [
-        ({"a": entry("F32", [2], 8, 0)}, 8, "a: F32 [2] takes 8 bytes, data_offsets [8, 0] hold -8"),
+        (
+            {"a": entry("F32", [2], 8, 0)},
+            8,
+            "a: F32 [2] takes 8 bytes, data_offsets [8, 0] hold -8",
+        ),
         ({"a": entry("F32", [2], -8, 0)}, 8, "a: shape [2] or data_offsets [-8, 0] are not lists"),
         ({"a": entry("F32", [2], 0, 8, 9)}, 8, "data_offsets [0, 8, 9] are not lists of sizes"),
         ({"a": entry("F32", [2], 0, "8")}, 8, "data_offsets [0, '8'] are not lists of sizes"),
         ({"a": entry("F32", [2], 0, True)}, 8, "data_offsets [0, True] are not lists of sizes"),
-        ({"a": entry("F32", [2], 0, 12)}, 12, "a: F32 [2] takes 8 bytes, data_offsets [0, 12] hold 12"),
+        (
+            {"a": entry("F32", [2], 0, 12)},
+            12,
+            "a: F32 [2] takes 8 bytes, data_offsets [0, 12] hold 12",
+        ),
         ({"a": entry("F32", [-2], 0, 8)}, 8, "a: shape [-2] or data_offsets [0, 8] are not lists"),
         ({"a": entry("F32", 2, 0, 8)}, 8, "a: shape 2 or data_offsets [0, 8] are not lists"),
         ({"a": entry("F32", [2.0], 0, 8)}, 8, "a: shape [2.0] or data_offsets"),
@@ -64,10 +72,22 @@ def test_every_dtype_comes_back_bit_for_bit(tmp_path):
         (b'{"a": {"shape": [' + b"9" * 5000 + b"]}}", 0, "the header is not valid JSON"),
         (b'{"a": 1, "b": 2, "a": 3}', 0, "the header is not valid JSON: keys that stand twice: a"),
         ({"a": entry("U8", [4], 2, 6)}, 6, "a: leaves a hole before it: starts at byte"),
-        ({"a": entry("U8", [4], 0, 4), "b": entry("U8", [4], 3, 7)}, 7, "b: overlaps the tensor before"),
-        ({"a": entry("U8", [4], 0, 4), "b": entry("U8", [4], 0, 4)}, 4, "b: overlaps the tensor before"),
+        (
+            {"a": entry("U8", [4], 0, 4), "b": entry("U8", [4], 3, 7)},
+            7,
+            "b: overlaps the tensor before",
+        ),
+        (
+            {"a": entry("U8", [4], 0, 4), "b": entry("U8", [4], 0, 4)},
+            4,
+            "b: overlaps the tensor before",
+        ),
         ({"a": entry("U8", [4], 0, 4)}, 3, "a: ends at byte"),
-        ({"a": entry("U8", [4], 0, 4)}, 6, "broken.safetensors: 2 bytes at the end belong to no tensor"),
+        (
+            {"a": entry("U8", [4], 0, 4)},
+            6,
+            "broken.safetensors: 2 bytes at the end belong to no tensor",
+        ),
         ({}, 6, "broken.safetensors: 6 bytes at the end belong to no tensor"),
     ],
 )
@@ -92,14 +112,18 @@ def test_a_duplicate_inside_an_entry_is_refused_too(tmp_path):
 def test_header_longer_than_the_file_is_refused_before_it_is_read(tmp_path, length):
     path = write_raw(tmp_path / "a.safetensors", {"a": 1}, length=length)
     size = path.stat().st_size
-    with pytest.raises(CheckpointError, match=f"claims {length} bytes, the file has {size} .*again"):
+    with pytest.raises(
+        CheckpointError, match=f"claims {length} bytes, the file has {size} .*again"
+    ):
         read_header(path)
 
 
 @pytest.mark.parametrize("content", [b"", b"\0" * 7, b"version https://git-lfs\n"])
 def test_file_that_is_no_safetensors_is_refused(tmp_path, content):
     (tmp_path / "a.safetensors").write_bytes(content)
-    with pytest.raises(CheckpointError, match=r"a\.safetensors: the header claims .* truncated or not"):
+    with pytest.raises(
+        CheckpointError, match=r"a\.safetensors: the header claims .* truncated or not"
+    ):
         read_header(tmp_path / "a.safetensors")
 
 

@@ -68,7 +68,9 @@ def test_shards_are_named_indexed_and_no_larger_than_asked(tmp_path, source):
     write_checkpoint(out, TENSORS.items(), {}, beside=source, shard_bytes=60)
     index = json.loads((out / INDEX).read_text())
     shards = sorted(path.name for path in out.glob("*.safetensors"))
-    assert shards == [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+    assert shards == [
+        f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))
+    ]
     assert len(shards) > 1
     assert index["metadata"]["total_size"] == sum(array.nbytes for array in TENSORS.values())
     assert sorted(set(index["weight_map"].values())) == shards
@@ -90,7 +92,7 @@ def test_small_files_come_along_and_weights_code_and_config_do_not(tmp_path, sou
 def test_existing_destination_is_refused_and_left_alone(tmp_path, source, kind):
     out = tmp_path / "out"
     out.mkdir() if kind == "folder" else out.write_text("mine")
-    with pytest.raises(CheckpointError, match="destination exists already .name a new folder"):
+    with pytest.raises(CheckpointError, match=r"destination exists already .name a new folder"):
         write_checkpoint(out, TENSORS.items(), {}, beside=source)
     assert _list_leftovers(tmp_path) == ["out"]
     assert list(out.iterdir()) == [] if kind == "folder" else out.read_text() == "mine"
@@ -117,7 +119,7 @@ def test_full_disk_is_an_error_of_ours_and_leaves_nothing(tmp_path, source):
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, before[1]))
     try:
-        with pytest.raises(CheckpointError, match="cannot be written: .*(too large|os error 27)"):
+        with pytest.raises(CheckpointError, match=r"cannot be written: .*(too large|os error 27)"):
             write_checkpoint(tmp_path / "out", big.items(), {}, beside=source)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)

@@ -145,7 +145,7 @@ def test_one_wrong_leaf_is_named(change, message):
 
 def test_what_is_no_dict_or_no_spec_is_refused():
     spec = _make_spec(4, False, (3, 64, 32))
-    with pytest.raises(SpecError, match="weights must be the dict .* got list"):
+    with pytest.raises(SpecError, match=r"weights must be the dict .* got list"):
         dequantize([1], spec)  # pyright: ignore[reportArgumentType]
     with pytest.raises(SpecError, match="spec must be a QuantSpec, got dict"):
         dequantize(pack(make_tensors(spec), spec), {})  # pyright: ignore[reportArgumentType]

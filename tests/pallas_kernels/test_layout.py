@@ -53,7 +53,10 @@ def place_by_definition(codes: np.ndarray, spec: QuantSpec) -> np.ndarray:
 @hypothesis.given(specs(), st.integers(0, 2**32 - 1))
 def test_every_form_follows_from_its_definition_and_leads_back(spec, seed):
     codes = make_codes(spec, seed)
-    words, tiles = write_bit_stream(codes, spec.bits).view(np.uint32), place_by_definition(codes, spec)
+    words, tiles = (
+        write_bit_stream(codes, spec.bits).view(np.uint32),
+        place_by_definition(codes, spec),
+    )
     for put, jit in ((np.asarray, lambda f: f), (jnp.asarray, jax.jit)):
         forms = {
             "words": jit(functools.partial(words_from_codes, bits=spec.bits))(put(codes)),
@@ -86,9 +89,7 @@ def test_zero_points_lie_along_rows_as_the_known_words():
     """[10, 2] zero points: one column -8..1, one -1..7 and -1, four bits along N."""
     columns = np.array([[*range(-8, 2)], [*range(-1, 8), -1]])
     words = np.array([[0x76543210, 0xEDCBA987], [0x98, 0x7F]], np.uint32)
-    np.testing.assert_array_equal(
-        words_from_codes((columns + 8).astype(np.uint8), 4), words.T
-    )
+    np.testing.assert_array_equal(words_from_codes((columns + 8).astype(np.uint8), 4), words.T)
     np.testing.assert_array_equal(codes_from_words(words.T.copy(), 4, 10), columns + 8)
 
 

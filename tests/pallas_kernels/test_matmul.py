@@ -143,10 +143,10 @@ def test_scan_over_stacked_weights_is_the_loop():
 def test_gradients_are_those_of_the_dense_product(scale_dtype, backend, tokens):
     """For L = sum y * c: dL/dx = c @ W, dL/dbias = sum c, dL/dscale = sum (q - z) c.T @ x.
 
-    All is bfloat16 or float32 but the sums, and c and x are small integers, exact in both. A bound as
-    in `_assert_close`: the cotangents pass at most four roundings to 16 bits (W to the dtype of x, the
-    cotangent of W to x's and to the scale's dtype, and the result), 4 * 2^-8 of the sum of magnitudes;
-    the float32 sums add less than 2^-14 of it.
+    c and x are small integers, exact in every dtype. A bound as in `_assert_close`: the cotangents
+    pass at most four roundings to 16 bits (W to the dtype of x, the cotangent of W to x's and to
+    the scale's dtype, and the result), 4 * 2^-8 of the sum of magnitudes; float32 sums add less
+    than 2^-14 of it.
     """
     spec, weights = _make(scale_dtype=scale_dtype, n=40)
     rng = np.random.default_rng(3)
@@ -174,7 +174,11 @@ def test_gradients_are_those_of_the_dense_product(scale_dtype, backend, tokens):
     assert (dx.dtype, dscale.dtype, dbias.dtype) == (x.dtype, scale_dtype, bias.dtype)
     check(dx, exact_c @ w, np.abs(exact_c) @ np.abs(w))
     outer = exact_c.T @ exact_x
-    check(dscale[:, :40], per_group(q * outer), per_group(np.abs(q) * (np.abs(exact_c).T @ np.abs(exact_x))))
+    check(
+        dscale[:, :40],
+        per_group(q * outer),
+        per_group(np.abs(q) * (np.abs(exact_c).T @ np.abs(exact_x))),
+    )
     np.testing.assert_array_equal(dscale[:, 40:], 0)
     np.testing.assert_array_equal(dbias, exact_c.sum(0))
 
@@ -187,7 +191,9 @@ def test_gradient_leaves_integers_alone():
 
 def test_lowering_decides_the_backend_and_needs_no_gpu():
     spec, weights = _make(n=64, k=128)
-    traced = jax.jit(lambda x: quant_matmul(x, weights, spec)).trace(_make_x((4, 128), jnp.bfloat16))
+    traced = jax.jit(lambda x: quant_matmul(x, weights, spec)).trace(
+        _make_x((4, 128), jnp.bfloat16)
+    )
     with warnings.catch_warnings():
         # jax >= 0.11 says when it lowers that Pallas-Triton is deprecated
         warnings.filterwarnings("ignore", ".*Triton.*", DeprecationWarning)
@@ -256,9 +262,9 @@ def test_weights_of_another_spec_are_refused():
 
 def test_named_backend_is_that_one_or_an_error():
     spec, weights = _make()
-    with pytest.raises(BackendError, match="None or one of .*got 'cuda'"):
+    with pytest.raises(BackendError, match=r"None or one of .*got 'cuda'"):
         quant_matmul(_make_x((2, 96)), weights, spec, backend="cuda")
-    with pytest.raises(BackendError, match='"triton" multiplies .* x is float32: cast x, or use'):
+    with pytest.raises(BackendError, match=r'"triton" multiplies .* x is float32: cast x, or use'):
         quant_matmul(_make_x((2, 96)), weights, spec, backend="triton")
 
 

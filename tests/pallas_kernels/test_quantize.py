@@ -53,7 +53,9 @@ def test_scales_zero_points_and_integers_are_those_of_compressed_tensors(
     spec, weight = _make_spec(bits, symmetric, n, k, group), _make_hard_weight(n, k)
     args = make_args(spec, scale_dtype)
     scale, zero_point = choose_parameters(weight, args)
-    q = reference_quantize(x=weight, scale=scale, zero_point=zero_point, args=args, dtype=torch.int8)
+    q = reference_quantize(
+        x=weight, scale=scale, zero_point=zero_point, args=args, dtype=torch.int8
+    )
     weights = quantize(jnp.asarray(weight.numpy()), spec, scale_dtype=jnp.dtype(scale_dtype))
     assert_same_bits(weights["scale"][:, :n].T, scale.to(args.scale_dtype))
     if not symmetric:
@@ -115,7 +117,9 @@ def test_sixteen_bit_weights_are_quantized_in_float32(dtype):
 
 def test_padding_is_zero():
     spec = _make_spec(4, False, 3, 40, 8)
-    weights = {name: np.asarray(a) for name, a in quantize(np.ones((3, 40), np.float32), spec).items()}
+    weights = {
+        name: np.asarray(a) for name, a in quantize(np.ones((3, 40), np.float32), spec).items()
+    }
     assert not weights["packed"][0, 0, 3:].any()
     assert not (weights["packed"][0, 0, :3, 8:] >> 4).any()
     assert not weights["scale"][:, 3:].any()
@@ -129,7 +133,11 @@ def test_padding_is_zero():
         (np.full((3, 64), -np.inf, np.float32), jnp.float32, "NaN or infinity"),
         (np.full((3, 64), 3e38, np.float32) * [[1], [-1], [1]], jnp.float16, "overflows float16"),
         (np.ones((3, 64), np.int32), jnp.float32, r"must be floats \[3, 64\], got int32"),
-        (np.ones((64, 3), np.float32), jnp.float32, r"must be floats \[3, 64\], got float32 \[64, 3\]"),
+        (
+            np.ones((64, 3), np.float32),
+            jnp.float32,
+            r"must be floats \[3, 64\], got float32 \[64, 3\]",
+        ),
         (np.ones((3, 64), np.float32), jnp.int8, "scale_dtype must be one of .*got int8"),
         (np.ones((3, 64), np.float32), jnp.float8_e4m3fn, "got float8_e4m3fn"),
     ],
