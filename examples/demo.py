@@ -48,8 +48,8 @@ def main() -> None:
     console.print(make_table(rows))
     console.print(
         f"Perplexity: {WINDOWS} windows of {WINDOW} tokens from the middle of Persuasion, "
-        f"computed in float32. Speed: {PROMPT_TOKENS} prompt tokens, {NEW_TOKENS} new ones, batch 1, on this "
-        f"machine's CPU. Everything took {time.perf_counter() - started:.0f} s."
+        f"computed in float32. Speed: {PROMPT_TOKENS} prompt tokens, {NEW_TOKENS} new ones, "
+        f"batch 1, on this machine's CPU. Everything took {time.perf_counter() - started:.0f} s."
     )
 
 

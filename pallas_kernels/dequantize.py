@@ -87,9 +87,18 @@ def _multiply_rounded(q: jax.Array, scale: jax.Array) -> jax.Array:
     exact = q.astype(jnp.float32) * scale.astype(jnp.float32)
     if scale.dtype != jnp.bfloat16:
         return exact
-    bits = lax.bitcast_convert_type(exact, jnp.uint32)
+    return _round_to_bfloat16(exact)
+
+
+@jax.custom_jvp
+def _round_to_bfloat16(x: jax.Array) -> jax.Array:
+    """Round float32 to the nearest bfloat16, ties to even, as float32; its derivative is 1."""
+    bits = lax.bitcast_convert_type(x, jnp.uint32)
     rounded = bits + jnp.uint32(0x7FFF) + ((bits >> 16) & jnp.uint32(1))
     return lax.bitcast_convert_type(rounded & jnp.uint32(0xFFFF0000), jnp.float32)
+
+
+_round_to_bfloat16.defjvps(lambda tangent, rounded, x: tangent)
 
 
 def _per_element(grouped: jax.Array, spec: QuantSpec) -> jax.Array:

@@ -150,13 +150,20 @@ def test_every_hole_and_overlap_is_listed(tmp_path):
     header = {
         "a": entry("U8", [4], 2, 6),
         "b": entry("U8", [4], 4, 8),
+        "inside b": entry("U8", [2], 5, 7),
         "c": entry("U8", [4], 9, 13),
     }
     path = write_raw(tmp_path / "a.safetensors", header, bytes(13))
     with pytest.raises(CheckpointError) as caught:
         read_header(path)
     kinds = [(fault.tensor, fault.what.split()[0]) for fault in caught.value.faults]
-    assert kinds == [("a", "leaves"), ("b", "overlaps"), ("c", "leaves")]
+    assert kinds == [
+        ("a", "leaves"),
+        ("b", "overlaps"),
+        ("inside b", "overlaps"),
+        ("c", "leaves"),
+    ]
+    assert caught.value.faults[-1].what.endswith(f"expected {_data_start(path) + 8}")
 
 
 def test_file_cut_short_after_its_header_was_read_is_an_error_when_it_is_read(tmp_path):
@@ -171,3 +178,7 @@ def test_file_cut_short_after_its_header_was_read_is_an_error_when_it_is_read(tm
     path.unlink()
     with pytest.raises(CheckpointError, match=r"a\.safetensors: b: cannot be read: No such file"):
         read_tensor(infos["b"])
+
+
+def _data_start(path) -> int:
+    return 8 + int.from_bytes(path.read_bytes()[:8], "little")

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax._src.mesh import AbstractDevice
+from jax.sharding import AbstractMesh
 
 from loaders.repack import pack
 from pallas_kernels.dequantize import dequantize
@@ -191,12 +193,12 @@ def test_gradient_leaves_integers_alone():
 
 def test_lowering_decides_the_backend_and_needs_no_gpu():
     spec, weights = _make(n=64, k=128)
-    traced = jax.jit(lambda x: quant_matmul(x, weights, spec)).trace(
-        _make_x((4, 128), jnp.bfloat16)
-    )
-    with warnings.catch_warnings():
-        # jax >= 0.11 says when it lowers that Pallas-Triton is deprecated
+    x = _make_x((4, 128), jnp.bfloat16)
+    # since jax 0.11 Pallas-Triton asks the mesh which GPU it lowers for, and warns of its end
+    gpu = AbstractMesh((1,), ("x",), abstract_device=AbstractDevice("NVIDIA H100", 132, "cuda"))
+    with jax.sharding.use_abstract_mesh(gpu), warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*Triton.*", DeprecationWarning)
+        traced = jax.jit(lambda x: quant_matmul(x, weights, spec)).trace(x)
         for_gpu = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert "triton" in for_gpu
     assert "stablehlo.dot_general" not in for_gpu
