@@ -29,11 +29,25 @@ def _tie(weights: dict[str, jax.Array], x: jax.Array) -> dict[str, jax.Array]:
     of a model at the start of a step, or once before a decode loop, and hold all of them as floats.
     An `optimization_barrier` is dissolved before instructions are ordered, so it does not help.
     """
-    words = lax.bitcast_convert_type(x[0, :8].astype(jnp.float32), jnp.int32)
-    # A reduction is computed by itself. Without it, XLA fuses all that leads to x into the
-    # expansion.
-    zero = jnp.minimum(jnp.min(words & 1), 0)  # always 0, which XLA does not see
+    zero = _find_zero(lax.stop_gradient(x))
     return {name: leaf + zero.astype(leaf.dtype) for name, leaf in weights.items()}
+
+
+@jax.custom_batching.custom_vmap
+def _find_zero(x: jax.Array) -> jax.Array:
+    """int32 0, computed from x in a way that XLA does not see through.
+
+    The reduction is an instruction by itself; without it, XLA fuses all that leads to x into the
+    expansion. Under `vmap` there is one zero for all rows, so that they share one expansion.
+    """
+    words = lax.bitcast_convert_type(x[..., :1, :8].astype(jnp.float32), jnp.int32)
+    return jnp.minimum(jnp.min(words & 1), 0)
+
+
+@_find_zero.def_vmap
+def _find_one_zero(axis_size: int, in_batched: list[bool], x: jax.Array) -> tuple[jax.Array, bool]:
+    del axis_size, in_batched
+    return _find_zero(x), False
 
 
 def _multiply(x: jax.Array, weights: dict[str, jax.Array], spec: QuantSpec) -> jax.Array:
