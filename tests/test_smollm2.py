@@ -1,0 +1,116 @@
+"""The real model end to end: SmolLM2-135M-Instruct, quantized here, against transformers.
+
+The reference weights are what compressed-tensors itself decompresses from our files, loaded into
+transformers as ordinary floats. The model is fetched once into `.cache/`.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+
+import jaxwna16
+from examples.fetch_smollm2 import fetch
+from jaxwna16.evaluation import read_text
+from jaxwna16.generation import generate_tokens
+from jaxwna16.models.llama import Llama
+from tests.checkpoints import decompress, make_args, read_files
+
+TEXT = Path(__file__).parents[1] / "examples" / "data" / "persuasion.txt"
+WINDOW, WINDOWS = 256, 4
+LAYERS = 30
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory) -> Path:
+    """W4A16 asymmetric, groups of 32, bfloat16 scales: the rounding of a scale's dtype counts."""
+    folder = tmp_path_factory.mktemp("smollm2") / "W4A16-asym-g32"
+    jaxwna16.quantize_checkpoint(
+        fetch(), folder, bits=4, group_size=32, symmetric=False, dtype=jnp.bfloat16
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(packed) -> Llama:
+    return jaxwna16.load_model(packed, dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def reference(packed, model) -> transformers.PreTrainedModel:
+    """transformers' Llama in float32 on the weights that compressed-tensors decompresses."""
+    tensors = read_files(packed)
+    state = {name: t.float() for name, t in tensors.items() if name.endswith("norm.weight")}
+    state["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"].float()
+    for path, spec in jaxwna16.load_checkpoint(packed, progress=False).specs.items():
+        module = {
+            role: tensors[f"{path}.{role}"]
+            for role in ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
+        }
+        state[f"{path}.weight"] = decompress(module, make_args(spec)).float()
+    config = transformers.AutoConfig.from_pretrained(packed)
+    del config.quantization_config
+    twin = transformers.LlamaForCausalLM(config).eval().float()
+    missing, unexpected = twin.load_state_dict(state, strict=False)
+    assert missing == ["lm_head.weight"]  # tied
+    assert not unexpected
+    twin.tie_weights()
+    return twin
+
+
+@pytest.fixture(scope="module")
+def tokens(packed) -> list[int]:
+    text = read_text(TEXT)
+    middle = text[len(text) // 2 : len(text) // 2 + 8 * WINDOW * WINDOWS]
+    return jaxwna16.Tokenizer.from_folder(packed).encode(middle)[: WINDOW * WINDOWS]
+
+
+@pytest.fixture(scope="module")
+def reference_logits(reference, tokens) -> np.ndarray:
+    with torch.inference_mode():
+        return reference(torch.tensor(tokens).reshape(WINDOWS, WINDOW)).logits.numpy()
+
+
+def test_logits_in_float32_equal_those_of_transformers(model, tokens, reference_logits):
+    ours = jax.jit(lambda model, x: model(x))(model, jnp.asarray([tokens[:WINDOW]]))
+    largest = np.abs(reference_logits).max()
+    assert np.abs(np.asarray(ours[0]) - reference_logits[0]).max() <= 1e-4 * largest
+
+
+def test_perplexity_agrees_to_four_digits(model, tokens, reference_logits):
+    found = jaxwna16.measure_perplexity(model, tokens, window=WINDOW)
+    logits = torch.from_numpy(reference_logits)[:, :-1].double().flatten(0, 1)
+    targets = torch.tensor(tokens).reshape(WINDOWS, WINDOW)[:, 1:].flatten()
+    expected = math.exp(torch.nn.functional.cross_entropy(logits, targets).item())
+    assert found.perplexity == pytest.approx(expected, rel=5e-5)
+
+
+def test_64_greedy_tokens_are_the_same(packed, model, reference):
+    prompt = jaxwna16.Tokenizer.from_folder(packed).encode("The capital of France is")
+    ours = generate_tokens(model, [prompt], max_new_tokens=64).tokens[0]
+    theirs = reference.generate(
+        torch.tensor([prompt]),
+        max_new_tokens=64,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    assert ours == theirs[0, len(prompt) :].tolist()
+
+
+def test_logits_in_bfloat16_keep_the_derived_tolerance(packed, tokens, reference_logits):
+    """docs/numerics.md: 17 roundings a layer, each 0.72 * 2^-8 / sqrt(3) of its value (rms)."""
+    model = jaxwna16.load_model(packed, dtype="bfloat16")
+    ours = jax.jit(lambda model, x: model(x))(model, jnp.asarray([tokens[:WINDOW]]))
+    expected = reference_logits[0].astype(np.float64)
+    error = np.asarray(ours[0], np.float64) - expected
+    relative = math.sqrt((error**2).mean() / (expected**2).mean())
+    assert relative <= math.sqrt(17 * LAYERS) * 0.72 * 2.0**-8 / math.sqrt(3)
+    assert relative > 2.0**-9  # it was computed in bfloat16 at all
