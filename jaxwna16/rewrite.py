@@ -87,7 +87,7 @@ def quantize_checkpoint(
     if plan.config.get("tie_word_embeddings") and "lm_head" not in modules:
         modules.append("lm_head")  # a Linear to those who read the config, though it has no tensor
     config = dict(plan.config) | {
-        "quantization_config": _describe(bits, group_size, symmetric, modules)
+        "quantization_config": describe_quantization(bits, group_size, symmetric, modules)
     }
     _write(plan, destination, config, dtype, "quantizing", progress, specs)
 
@@ -222,7 +222,9 @@ def _make_specs(
     return specs
 
 
-def _describe(bits: int, group_size: int, symmetric: bool, ignore: list[str]) -> dict[str, Any]:
+def describe_quantization(
+    bits: int, group_size: int, symmetric: bool, ignore: list[str]
+) -> dict[str, Any]:
     """The quantization_config as compressed-tensors writes it."""
     weights = {
         "num_bits": bits,

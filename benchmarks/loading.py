@@ -1,0 +1,266 @@
+"""Seconds, GB/s and peak host memory of loading a packed checkpoint, against transformers.
+
+    python benchmarks/loading.py [--rounds 3]
+
+Checkpoints: SmolLM2-135M (W4A16, groups of 32) and a Llama shape of 2 GB with random words (hidden
+4096, W4A16, groups of 128, shards of 1 GB). Each load is a fresh process. Before each, another
+process reads the files, so the page cache is warm, and touches as much memory as the load may take:
+on a virtual machine, memory that was never used before comes ten times slower. Peak memory is the
+process's maximum resident size minus what it had after its imports. transformers maps the files,
+so its load ends with a look at every page of every tensor. It loads the symmetric checkpoints only
+(asymmetric dense ones fail in 5.23).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+FOLDER = ROOT / ".cache" / "benchmarks"
+HIDDEN, INTERMEDIATE, LAYERS, VOCABULARY, GROUP = 4096, 14336, 18, 1024, 128
+SHARD_LAYERS = 9
+
+
+def main() -> None:
+    """Prepare the checkpoints, load each one with each loader, write and print the result."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--measure", nargs=2, metavar=("LOADER", "FOLDER"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.measure:
+        loader, folder = options.measure
+        return print(json.dumps(measure(loader, Path(folder))))
+
+    from benchmarks.machine import write_result
+
+    runs: dict[str, Any] = {}
+    for name, folder, symmetric in prepare():
+        loaders = ["jaxwna16", *(["transformers"] if symmetric else []), "plain read"]
+        samples: dict[str, Any] = {loader: [] for loader in loaders}
+        for _ in range(options.rounds):
+            for loader in loaders:
+                run("warm-up", folder)
+                samples[loader].append(run(loader, folder))
+        runs[name] = summarize(folder, samples)
+        print_row(name, runs[name])
+    print(write_result("loading", {"checkpoints": runs}))
+
+
+def summarize(folder: Path, samples: dict[str, Any]) -> dict[str, Any]:
+    """Medians, and whether jaxwna16 keeps its memory bound."""
+    from loaders.plan import make_plan
+    from loaders.safetensors_file import TensorInfo
+
+    plan = make_plan(folder)
+    tensors = [
+        info.nbytes
+        for part in plan.list_parts()
+        for info in ([part] if isinstance(part, TensorInfo) else part.tensors.values())
+    ]
+    result: dict[str, Any] = {
+        "bytes": plan.nbytes,
+        "largest_tensor_bytes": max(tensors),
+        "memory_bound_bytes": plan.nbytes + 2 * max(tensors) + 500_000_000,
+        "loaders": {},
+    }
+    for loader, values in samples.items():
+        seconds = statistics.median(v["seconds"] for v in values)
+        result["loaders"][loader] = {
+            "seconds": seconds,
+            "gigabytes_per_second": plan.nbytes / seconds / 1e9,
+            "peak_bytes": statistics.median(v["peak_bytes"] for v in values),
+            "samples": values,
+        }
+    return result
+
+
+def print_row(name: str, result: dict[str, Any]) -> None:
+    """One checkpoint's figures."""
+    bound = result["memory_bound_bytes"] / 1e6
+    print(f"{name}: {result['bytes'] / 1e6:.0f} MB, memory bound {bound:.0f} MB")
+    for loader, row in result["loaders"].items():
+        print(
+            f"  {loader:14} {row['seconds']:7.2f} s {row['gigabytes_per_second']:6.2f} GB/s "
+            f"peak {row['peak_bytes'] / 1e6:7.0f} MB"
+        )
+
+
+def run(loader: str, folder: Path) -> dict[str, float]:
+    """One load in a fresh process."""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, __file__, "--measure", loader, str(folder)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{loader} on {folder}:\n{done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def measure(loader: str, folder: Path) -> dict[str, float]:
+    """In the fresh process: import and start up first, then load and hold the result."""
+    load = LOADERS[loader]()
+    before = peak_bytes()
+    begin = time.perf_counter()
+    held = load(folder)
+    seconds = time.perf_counter() - begin
+    del held
+    return {"seconds": seconds, "peak_bytes": peak_bytes() - before}
+
+
+def peak_bytes() -> int:
+    """Maximum resident size of this process so far."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    raise SystemExit("peak memory needs Linux's /proc")
+
+
+def start_ours() -> Any:
+    """jaxwna16, with the backend started."""
+    import jax
+
+    import jaxwna16
+
+    jax.block_until_ready(jax.numpy.zeros(1))
+    return lambda folder: jaxwna16.load_checkpoint(folder, progress=False)
+
+
+def start_transformers() -> Any:
+    """transformers with compressed-tensors, weights kept packed (its default)."""
+    import compressed_tensors  # noqa: F401 (imported before memory is counted)
+    import torch
+    import transformers
+
+    def load(folder: Path) -> Any:
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+        for tensor in model.state_dict().values():
+            tensor.detach().reshape(-1).view(torch.uint8)[::4096].sum()
+        return model
+
+    return load
+
+
+def start_read() -> Any:
+    """The bytes alone, a megabyte at a time."""
+
+    def read(folder: Path) -> None:
+        chunk = bytearray(1 << 20)
+        for path in sorted(folder.glob("*.safetensors")):
+            with path.open("rb", buffering=0) as file:
+                while file.readinto(chunk):
+                    pass
+
+    return read
+
+
+def start_warm_up() -> Any:
+    """Not a loader: reads the files and touches memory, for the loader that runs next."""
+
+    def warm_up(folder: Path) -> None:
+        start_read()(folder)
+        size = 2 * sum(p.stat().st_size for p in folder.glob("*.safetensors"))
+        assert len(bytearray(b"x") * size) == size
+
+    return warm_up
+
+
+LOADERS = {
+    "warm-up": start_warm_up,
+    "jaxwna16": start_ours,
+    "transformers": start_transformers,
+    "plain read": start_read,
+}
+
+
+def prepare() -> list[tuple[str, Path, bool]]:
+    """Name, folder and symmetry of every checkpoint, made once."""
+    from examples.fetch_smollm2 import fetch
+
+    import jaxwna16
+
+    made = []
+    for symmetric in (True, False):
+        sign = "symmetric" if symmetric else "asymmetric"
+        small, large = FOLDER / f"smollm2-{sign}", FOLDER / f"llama-2GB-{sign}"
+        if not small.exists():
+            jaxwna16.quantize_checkpoint(fetch(), small, group_size=32, symmetric=symmetric)
+        if not large.exists():
+            write_large(large, symmetric)
+        made += [(f"SmolLM2 {sign}", small, symmetric), (f"Llama 2 GB {sign}", large, symmetric)]
+    return made
+
+
+def write_large(folder: Path, symmetric: bool) -> None:
+    """Write the Llama shape with random words, shard by shard."""
+    import ml_dtypes
+    import numpy as np
+    from safetensors.numpy import save_file
+
+    from jaxwna16.rewrite import describe_quantization
+    from loaders.write import build_folder
+
+    numbers = np.random.default_rng(0)
+    shapes = {"gate_proj": (INTERMEDIATE, HIDDEN), "up_proj": (INTERMEDIATE, HIDDEN)}
+    shapes = {f"mlp.{name}": shape for name, shape in shapes.items()}
+    shapes["mlp.down_proj"] = (HIDDEN, INTERMEDIATE)
+    shapes |= {f"self_attn.{x}_proj": (HIDDEN if x in "qo" else 1024, HIDDEN) for x in "qkvo"}
+
+    def make_words(*shape: int) -> Any:
+        return numbers.integers(-(2**31), 2**31, shape, np.int32)
+
+    def make_module(path: str, n: int, k: int) -> dict[str, Any]:
+        scale = numbers.uniform(0.001, 0.01, (n, k // GROUP)).astype(ml_dtypes.bfloat16)
+        module = {
+            f"{path}.weight_packed": make_words(n, k // 8),
+            f"{path}.weight_scale": scale,
+            f"{path}.weight_shape": np.array([n, k]),
+        }
+        if not symmetric:
+            module[f"{path}.weight_zero_point"] = make_words(n // 8, k // GROUP)
+        return module
+
+    with build_folder(folder) as partial:
+        weight_map = {}
+        for first in range(0, LAYERS, SHARD_LAYERS):
+            name, tensors = f"model-{first:05}.safetensors", {}
+            for layer in range(first, first + SHARD_LAYERS):
+                path = f"model.layers.{layer}"
+                for part, (n, k) in shapes.items():
+                    tensors |= make_module(f"{path}.{part}", n, k)
+                for norm in ("input_layernorm", "post_attention_layernorm"):
+                    tensors[f"{path}.{norm}.weight"] = np.ones(HIDDEN, ml_dtypes.bfloat16)
+            if first == 0:
+                embedding = numbers.standard_normal((VOCABULARY, HIDDEN), np.float32)
+                tensors["model.embed_tokens.weight"] = embedding.astype(ml_dtypes.bfloat16)
+                tensors["model.norm.weight"] = np.ones(HIDDEN, ml_dtypes.bfloat16)
+            save_file(tensors, partial / name, metadata={"format": "pt"})
+            weight_map |= dict.fromkeys(tensors, name)
+        index = {"metadata": {}, "weight_map": weight_map}
+        (partial / "model.safetensors.index.json").write_text(json.dumps(index))
+        config = {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "hidden_size": HIDDEN,
+            "intermediate_size": INTERMEDIATE,
+            "num_hidden_layers": LAYERS,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "vocab_size": VOCABULARY,
+            "tie_word_embeddings": True,
+            "dtype": "bfloat16",
+            "quantization_config": describe_quantization(4, GROUP, symmetric, ["lm_head"]),
+        }
+        (partial / "config.json").write_text(json.dumps(config))
+
+
+if __name__ == "__main__":
+    main()
