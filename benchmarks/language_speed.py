@@ -92,9 +92,8 @@ def summarize(values: list[float]) -> dict[str, float]:
 
 def prepare() -> None:
     """Make the packed checkpoint and its decompressed twin, once."""
-    from examples.fetch_smollm2 import fetch
-
     import jaxwna16
+    from examples.fetch_smollm2 import fetch
 
     if not (FOLDER / "packed").exists():
         jaxwna16.quantize_checkpoint(fetch(), FOLDER / "packed", group_size=32, symmetric=False)

@@ -183,9 +183,8 @@ LOADERS = {
 
 def prepare() -> list[tuple[str, Path, bool]]:
     """Name, folder and symmetry of every checkpoint, made once."""
-    from examples.fetch_smollm2 import fetch
-
     import jaxwna16
+    from examples.fetch_smollm2 import fetch
 
     made = []
     for symmetric in (True, False):

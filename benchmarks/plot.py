@@ -151,7 +151,8 @@ def tabulate(result: dict[str, Any]) -> str:
                 bound = f"{checkpoint['memory_bound_bytes'] / 1e6:.0f}" if ours else ""
                 lines.append(
                     f"| {name} | {loader} | {row['seconds']:.2f} "
-                    f"| {row['gigabytes_per_second']:.2f} | {row['peak_bytes'] / 1e6:.0f} | {bound} |"
+                    f"| {row['gigabytes_per_second']:.2f} "
+                    f"| {row['peak_bytes'] / 1e6:.0f} | {bound} |"
                 )
     origin = (
         f"{machine['date']}, commit {machine['commit'][:10]}, {machine['cores']} cores of "
