@@ -6,14 +6,16 @@ Checkpoints: SmolLM2-135M (W4A16, groups of 32) and a Llama shape of 2 GB with r
 4096, W4A16, groups of 128, shards of 1 GB). Each load is a fresh process. Before each, another
 process reads the files, so the page cache is warm, and touches as much memory as the load may take:
 on a virtual machine, memory that was never used before comes ten times slower. Peak memory is the
-process's maximum resident size minus what it had after its imports. transformers maps the files,
-so its load ends with a look at every page of every tensor. It loads the symmetric checkpoints only
-(asymmetric dense ones fail in 5.23).
+process's maximum resident size minus what it had after its imports. transformers maps the files
+(its load ends with a look at every page of every tensor) and decompresses the model when it is
+first used (its second figure: load and one token). It loads the symmetric checkpoints only,
+asymmetric dense ones fail in 5.23.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import statistics
@@ -29,6 +31,7 @@ sys.path.insert(0, str(ROOT))
 FOLDER = ROOT / ".cache" / "benchmarks"
 HIDDEN, INTERMEDIATE, LAYERS, VOCABULARY, GROUP = 4096, 14336, 18, 1024, 128
 SHARD_LAYERS = 9
+WARM = 5  # bfloat16 weights take four times the packed ones
 
 
 def main() -> None:
@@ -45,7 +48,7 @@ def main() -> None:
 
     runs: dict[str, Any] = {}
     for name, folder, symmetric in prepare():
-        loaders = ["jaxwna16", *(["transformers"] if symmetric else []), "plain read"]
+        loaders = [n for n in LOADERS if n != "warm-up" and (symmetric or n[:5] != "trans")]
         samples: dict[str, Any] = {loader: [] for loader in loaders}
         for _ in range(options.rounds):
             for loader in loaders:
@@ -90,7 +93,7 @@ def print_row(name: str, result: dict[str, Any]) -> None:
     print(f"{name}: {result['bytes'] / 1e6:.0f} MB, memory bound {bound:.0f} MB")
     for loader, row in result["loaders"].items():
         print(
-            f"  {loader:14} {row['seconds']:7.2f} s {row['gigabytes_per_second']:6.2f} GB/s "
+            f"  {loader:24} {row['seconds']:7.2f} s {row['gigabytes_per_second']:6.2f} GB/s "
             f"peak {row['peak_bytes'] / 1e6:7.0f} MB"
         )
 
@@ -134,16 +137,20 @@ def start_ours() -> Any:
     return lambda folder: jaxwna16.load_checkpoint(folder, progress=False)
 
 
-def start_transformers() -> Any:
-    """transformers with compressed-tensors, weights kept packed (its default)."""
+def start_transformers(first_use: bool = False) -> Any:
+    """transformers with compressed-tensors; it decompresses the whole model when first used."""
     import compressed_tensors  # noqa: F401 (imported before memory is counted)
     import torch
     import transformers
 
     def load(folder: Path) -> Any:
-        model = transformers.AutoModelForCausalLM.from_pretrained(folder)
-        for tensor in model.state_dict().values():
-            tensor.detach().reshape(-1).view(torch.uint8)[::4096].sum()
+        model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder)
+        if first_use:
+            with torch.inference_mode():
+                model(torch.zeros((1, 1), dtype=torch.long))
+        else:
+            for tensor in model.state_dict().values():
+                tensor.detach().reshape(-1).view(torch.uint8)[::4096].sum()
         return model
 
     return load
@@ -167,7 +174,7 @@ def start_warm_up() -> Any:
 
     def warm_up(folder: Path) -> None:
         start_read()(folder)
-        size = 2 * sum(p.stat().st_size for p in folder.glob("*.safetensors"))
+        size = WARM * sum(p.stat().st_size for p in folder.glob("*.safetensors"))
         assert len(bytearray(b"x") * size) == size
 
     return warm_up
@@ -176,7 +183,8 @@ def start_warm_up() -> Any:
 LOADERS = {
     "warm-up": start_warm_up,
     "jaxwna16": start_ours,
-    "transformers": start_transformers,
+    "transformers, mapped": start_transformers,
+    "transformers, first use": functools.partial(start_transformers, first_use=True),
     "plain read": start_read,
 }
 

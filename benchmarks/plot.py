@@ -27,8 +27,9 @@ COLORS = {
     "jaxwna16": "#0b6e4f",
     "jaxwna16 float32": "#7fb59f",
     "transformers float32": "#b0b0b0",
-    "transformers": "#b0b0b0",
-    "plain read": "#dddddd",
+    "transformers, mapped": "#c8c8c8",
+    "transformers, first use": "#8f8f8f",
+    "plain read": "#e8d9b5",
 }
 
 
@@ -72,7 +73,7 @@ def draw_speed(result: dict[str, Any]) -> Figure:
 def draw_loading(result: dict[str, Any]) -> Figure:
     """Seconds and peak memory of each loader; the line is the bound that jaxwna16 promises."""
     checkpoints = result["checkpoints"]
-    figure, axes = plt.subplots(2, len(checkpoints), figsize=(11, 6), layout="constrained")
+    figure, axes = plt.subplots(2, len(checkpoints), figsize=(12, 6), layout="constrained")
     for column, (name, checkpoint) in enumerate(checkpoints.items()):
         loaders = checkpoint["loaders"]
         seconds = {n: [s["seconds"] for s in row["samples"]] for n, row in loaders.items()}

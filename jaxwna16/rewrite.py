@@ -20,7 +20,7 @@ from loaders.errors import CheckpointError, Fault
 from loaders.plan import Plan, QuantizedModule, make_plan
 from loaders.repack import pack, unpack
 from loaders.safetensors_file import TensorInfo, read_tensor
-from loaders.stream import check_values
+from loaders.stream import check_cast, check_scales
 from loaders.write import write_checkpoint
 from pallas_kernels.dequantize import dequantize
 from pallas_kernels.errors import SpecError
@@ -62,7 +62,7 @@ def quantize_checkpoint(
 
     Raises:
       CheckpointError: listing every fault of the source, or every weight that the group size does
-        not divide; or if the destination exists.
+        not divide; naming a tensor with values too large for `dtype`; or if the destination exists.
       InputError: if nothing would be quantized.
     """
     plan = make_plan(Path(source))
@@ -109,12 +109,15 @@ def dequantize_checkpoint(
       progress: True, False, or None for a bar on a terminal only.
 
     Raises:
-      CheckpointError: listing every fault of the source; or if the destination exists.
+      CheckpointError: listing every fault of the source, bad scales included; naming a tensor with
+        values too large for `dtype`; or if the destination exists.
       InputError: if nothing in it is quantized.
     """
     plan = make_plan(Path(source))
     if not plan.quantized:
         raise InputError(f"{plan.folder}: no module is quantized")
+    if faults := check_scales(plan):
+        raise CheckpointError(plan.folder, faults)
     dropped = ("quantization_config", "compression_config")
     config = {key: value for key, value in plan.config.items() if key not in dropped}
     _write(plan, destination, config, dtype, "dequantizing", progress, {})
@@ -149,17 +152,15 @@ def _convert(
     """The tensors to write for one part of the source."""
     if isinstance(part, QuantizedModule):
         arrays = {role: read_tensor(info) for role, info in part.tensors.items()}
-        if faults := check_values(part, arrays):
-            raise CheckpointError(part.tensors["weight_scale"].file.parent, faults)
         bias = arrays.pop("bias", None)
-        yield (
-            f"{part.path}.weight",
-            np.asarray(dequantize(pack(arrays, part.spec), part.spec, dtype)),
-        )
+        name, file = f"{part.path}.weight", part.tensors["weight_packed"].file
+        weight = np.asarray(dequantize(pack(arrays, part.spec), part.spec))
+        yield name, _cast(weight, dtype, file, name)
         if bias is not None:
-            yield f"{part.path}.bias", _cast(bias, dtype, part.tensors["bias"])
+            name, file = f"{part.path}.bias", part.tensors["bias"].file
+            yield name, _cast(bias, dtype, file, name)
         return
-    array = _cast(read_tensor(part), dtype, part)
+    array = _cast(read_tensor(part), dtype, part.file, part.name)
     if part.name not in specs:
         yield part.name, array
         return
@@ -174,16 +175,13 @@ def _convert(
         yield f"{module}.{name}", tensor
 
 
-def _cast(array: np.ndarray, dtype: Any, info: TensorInfo) -> np.ndarray:
+def _cast(array: np.ndarray, dtype: Any, file: Path, name: str) -> np.ndarray:
     if dtype is None or not jnp.issubdtype(array.dtype, jnp.floating):
         return array
     with np.errstate(over="ignore"):
         cast = array.astype(dtype)
-    overflows = int((np.isinf(cast) & np.isfinite(array)).sum())
-    if overflows:
-        what = f"{overflows} of {array.size} values are too large for {cast.dtype.name}"
-        fault = Fault(what, info.file.name, info.name, "choose another dtype")
-        raise CheckpointError(info.file.parent, [fault])
+    if faults := check_cast(array, cast, file, name):
+        raise CheckpointError(file.parent, faults)
     return cast
 
 

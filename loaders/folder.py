@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from loaders.errors import CheckpointError, Fault
-from loaders.safetensors_file import TensorInfo, read_header
+from loaders.safetensors_file import TensorInfo, read_header, refuse_duplicates
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -30,10 +30,11 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object from a file of the checkpoint.
 
     Raises:
-      CheckpointError: if the file is missing or holds something else.
+      CheckpointError: if the file is missing, holds something else, or has a key twice.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        value = json.loads(text, object_pairs_hook=refuse_duplicates)
     except OSError as error:
         fault = Fault(f"cannot be read: {error.strerror}", path.name)
     except (ValueError, RecursionError) as error:

@@ -12,7 +12,9 @@ import dataclasses
 import json
 import math
 import os
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -74,7 +76,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
                     way_out="the file is truncated or not safetensors: download it again",
                 )
             text = file.read(length)
-        entries = json.loads(text, object_pairs_hook=_refuse_duplicates)
+        entries = json.loads(text, object_pairs_hook=refuse_duplicates)
         if not isinstance(entries, dict):
             raise ValueError("it is not an object")
     except OSError as error:
@@ -121,11 +123,16 @@ def read_tensor(info: TensorInfo) -> np.ndarray:
     return buffer.view(info.dtype).reshape(info.shape)
 
 
-def _refuse_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
+def refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Make a JSON object as json's `object_pairs_hook`, which by itself keeps the last of a key.
+
+    Raises:
+      ValueError: naming every key that stands twice.
+    """
     table = dict(pairs)
     if len(table) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = sorted({name for name in names if names.count(name) > 1})
+        counts = Counter(name for name, _ in pairs)
+        twice = sorted(name for name, count in counts.items() if count > 1)
         raise ValueError(f"keys that stand twice: {', '.join(twice)}")
     return table
 

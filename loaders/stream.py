@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -35,19 +36,23 @@ def load_params(
       progress: told of the bytes read.
 
     Raises:
-      CheckpointError: listing every scale that is not finite and above zero; or if a file ends
-        early.
+      CheckpointError: listing every tensor with scales that are not finite and above zero, or with
+        values too large for `dtype`; or if a file ends early.
     """
     params: dict[str, Any] = {}
     faults: list[Fault] = []
     done, total = 0, plan.nbytes
     for part, arrays in read_parts(plan):
         if isinstance(part, TensorInfo):
-            _put(params, part.name, _place(arrays[part.name], dtype))
+            leaf, overflows = _place(arrays[part.name], dtype, part)
+            faults += overflows
+            _put(params, part.name, leaf)
         else:
             faults += check_values(part, arrays)
-            for leaf, array in _place_module(part, arrays, dtype).items():
-                _put(params, f"{part.path}.{leaf}", array)
+            leaves, overflows = _place_module(part, arrays, dtype)
+            faults += overflows
+            for name, leaf in leaves.items():
+                _put(params, f"{part.path}.{name}", leaf)
         done += part.nbytes
         if progress is not None:
             progress(done, total, part.name if isinstance(part, TensorInfo) else part.path)
@@ -55,6 +60,15 @@ def load_params(
     if faults:
         raise CheckpointError(plan.folder, faults)
     return params
+
+
+def check_scales(plan: Plan) -> list[Fault]:
+    """Faults in the scales of every module; no other tensor is read."""
+    faults: list[Fault] = []
+    for module in plan.quantized.values():
+        scale = read_tensor(module.tensors["weight_scale"])
+        faults += check_values(module, {"weight_scale": scale})
+    return faults
 
 
 def check_values(module: QuantizedModule, arrays: dict[str, np.ndarray]) -> list[Fault]:
@@ -70,6 +84,22 @@ def check_values(module: QuantizedModule, arrays: dict[str, np.ndarray]) -> list
         f"the first at {list(first)}: {scale[first]}"
     )
     return [Fault(what, info.file.name, info.name, "quantize the model again")]
+
+
+def check_cast(array: np.ndarray, cast: Any, file: Path, name: str) -> list[Fault]:
+    """The fault of a tensor some of whose finite values are not finite any more once cast.
+
+    Args:
+      array: before.
+      cast: the same after, a NumPy or JAX array; looked at only if its dtype has a smaller range.
+      file: what the tensor was read from.
+      name: of the tensor.
+    """
+    if jnp.finfo(cast.dtype).max >= jnp.finfo(array.dtype).max or jnp.isfinite(cast).all():
+        return []
+    count = np.count_nonzero(np.isfinite(array) & ~np.isfinite(np.asarray(cast)))
+    what = f"{count} of {array.size} values are too large for {cast.dtype.name}"
+    return [Fault(what, file.name, name, "choose another dtype, such as float32")] if count else []
 
 
 def check_padding(module: QuantizedModule, arrays: dict[str, np.ndarray]) -> list[str]:
@@ -118,21 +148,27 @@ def _read_part(part: QuantizedModule | TensorInfo) -> dict[str, np.ndarray]:
 
 def _place_module(
     module: QuantizedModule, arrays: dict[str, np.ndarray], dtype: Any
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], list[Fault]]:
     bias = arrays.pop("bias", None)
     weights: dict[str, Any] = pack(arrays, module.spec)
+    faults: list[Fault] = []
     if bias is not None:
-        weights["bias"] = _place(bias, dtype)
+        weights["bias"], faults = _place(bias, dtype, module.tensors["bias"])
     # the host buffers may be freed only after they were used
-    return jax.block_until_ready(weights)
+    return jax.block_until_ready(weights), faults
 
 
-def _place(array: np.ndarray, dtype: Any) -> jax.Array | np.ndarray:
+def _place(
+    array: np.ndarray, dtype: Any, info: TensorInfo
+) -> tuple[jax.Array | np.ndarray, list[Fault]]:
+    """The leaf of a tensor, and the fault if casting made values infinite."""
     if dtype is not None and jnp.issubdtype(array.dtype, jnp.floating):
-        return jax.block_until_ready(jnp.asarray(array).astype(dtype))
+        with np.errstate(over="ignore"):  # from float64, JAX casts to float32 on the host
+            cast = jax.block_until_ready(jnp.asarray(array).astype(dtype))
+        return cast, check_cast(array, cast, info.file, info.name)
     if jax.dtypes.canonicalize_dtype(array.dtype) != array.dtype:
-        return array  # 64-bit numbers, which JAX would cut to 32 bits: they stay NumPy's
-    return jax.block_until_ready(jnp.asarray(array))
+        return array, []  # 64-bit numbers, which JAX would cut to 32 bits: they stay NumPy's
+    return jax.block_until_ready(jnp.asarray(array)), []
 
 
 def _put(tree: dict[str, Any], name: str, leaf: jax.Array | np.ndarray) -> None:

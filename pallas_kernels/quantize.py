@@ -19,6 +19,7 @@ def quantize(w: jax.Array, spec: QuantSpec, *, scale_dtype=jnp.bfloat16) -> dict
 
     The formulas are those of compressed-tensors (`quantization/utils/helpers.py`,
     `calculate_qparams`, and `forward_helpers.py`, `_quantize`) with `scale_dtype` set, in float32.
+    Not under `jax.jit`, `jax.vmap` or `jax.eval_shape`: it looks at the numbers to check them.
     With a = 2^bits - 1 and lo = -2^(bits-1), over each group widened to hold 0:
 
         symmetric:   scale = max |w| / (a / 2),       q = round(w / scale)
@@ -36,8 +37,8 @@ def quantize(w: jax.Array, spec: QuantSpec, *, scale_dtype=jnp.bfloat16) -> dict
       The leaf dict of the packed weight.
 
     Raises:
-      SpecError: if w's shape or dtype does not fit the spec, w is not finite, or `scale_dtype` is
-        not one of the three.
+      SpecError: if w's shape or dtype does not fit the spec, w is not finite or traced, or
+        `scale_dtype` is not one of the three.
     """
     w = jnp.asarray(w)
     if w.shape != (spec.out_features, spec.in_features) or not jnp.issubdtype(
@@ -53,7 +54,14 @@ def quantize(w: jax.Array, spec: QuantSpec, *, scale_dtype=jnp.bfloat16) -> dict
         )
     least, most, finite = _find_ranges(w, spec)
     scale, zero_point = _choose_parameters(least, most, spec, jnp.dtype(scale_dtype))
-    if not (finite and jnp.isfinite(scale).all()):
+    try:
+        valid = bool(finite and jnp.isfinite(scale).all())
+    except jax.errors.TracerBoolConversionError:
+        raise SpecError(
+            "quantize looks at the numbers of w, which a traced array does not have yet: "
+            "call it outside jax.jit, jax.vmap and jax.eval_shape"
+        ) from None
+    if not valid:
         raise SpecError(
             f"w holds NaN or infinity, or a group's range overflows {jnp.dtype(scale_dtype).name}"
         )

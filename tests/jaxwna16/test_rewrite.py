@@ -190,12 +190,33 @@ def test_value_too_large_for_the_dtype_is_refused_and_not_made_infinite(tmp_path
         jaxwna16.quantize_checkpoint(source, tmp_path / "out", group_size=32, dtype=jnp.float16)
 
 
-def test_bad_scale_is_refused_and_nothing_is_written(tmp_path):
+def test_dequantized_weight_too_large_for_the_dtype_is_refused(tmp_path):
     spec = QuantSpec(bits=4, group_size=32, symmetric=True, in_features=64, out_features=9)
-    tensors = make_tensors(spec) | {"weight_scale": np.zeros((9, 2), np.float32)}
+    scale = np.ones((9, 2), ml_dtypes.bfloat16)
+    scale[4, 1] = 2.0**15  # twice that is more than the largest float16, 65504
+    tensors = make_tensors(spec) | {"weight_scale": scale}
     source = write_raw_folder(tmp_path / "source", make_config(spec), [prefix_names("m", tensors)])
-    with pytest.raises(CheckpointError, match=r"m.weight_scale: 18 of 18 scales are not finite"):
+    jaxwna16.dequantize_checkpoint(source, tmp_path / "floats")
+    weight = read_files(tmp_path / "floats")["m.weight"]
+    count = int((weight.float().abs() > 65504).sum())
+    assert count
+    expected = f"m.weight: {count} of 576 values are too large for float16 .choose another dtype"
+    with pytest.raises(CheckpointError, match=rf"model\.safetensors: {expected}"):
+        jaxwna16.dequantize_checkpoint(source, tmp_path / "out", dtype=jnp.float16)
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_scales_of_every_module_are_listed_and_nothing_is_written(tmp_path):
+    spec = QuantSpec(bits=4, group_size=32, symmetric=True, in_features=64, out_features=9)
+    bad = make_tensors(spec) | {"weight_scale": np.zeros((9, 2), np.float32)}
+    modules = {"a": bad, "b": make_tensors(spec), "c": bad}
+    tensors = {
+        k: v for path, module in modules.items() for k, v in prefix_names(path, module).items()
+    }
+    source = write_raw_folder(tmp_path / "source", make_config(spec), [tensors])
+    with pytest.raises(CheckpointError, match="18 of 18 scales are not finite") as caught:
         jaxwna16.dequantize_checkpoint(source, tmp_path / "out")
+    assert [fault.tensor for fault in caught.value.faults] == ["a.weight_scale", "c.weight_scale"]
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 

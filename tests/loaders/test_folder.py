@@ -162,6 +162,17 @@ def test_config_that_cannot_be_read_is_refused(tmp_path, content, message):
         read_config(tmp_path)
 
 
+def test_keys_that_stand_twice_are_refused_by_name(tmp_path):
+    (tmp_path / "config.json").write_text('{"rope": {"b": 1, "a": 1, "b": 2, "a": 2, "c": 3}}')
+    with pytest.raises(CheckpointError, match=r"config\.json: .*keys that stand twice: a, b"):
+        read_config(tmp_path)
+    folder = _write_shards(tmp_path)
+    weight_map = (folder / INDEX).read_text().replace('"c": ', f'"a": "{SECOND}", "c": ')
+    (folder / INDEX).write_text(weight_map)
+    with pytest.raises(CheckpointError, match=rf"{INDEX}: .*keys that stand twice: a$"):
+        list_tensors(folder)
+
+
 @pytest.mark.parametrize("name", ["absent", "file"])
 def test_what_is_no_folder_is_refused(tmp_path, name):
     (tmp_path / "file").write_text("")

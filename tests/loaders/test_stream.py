@@ -140,6 +140,31 @@ def test_bad_scales_of_every_module_are_listed(tmp_path):
     assert [fault.tensor for fault in caught.value.faults] == ["a.weight_scale", "c.weight_scale"]
 
 
+def test_values_that_the_dtype_would_make_infinite_are_counted_tensor_by_tensor(tmp_path):
+    changes = {
+        f"{PATH}.bias": np.array([1e5, -1e5, *[1] * 7], np.float32),
+        "mean": np.array([1e300, 1]),
+        "scalar": np.array(-65536, np.float32),
+        # both round to the largest float16, and infinity was there before
+        "model.norm.weight": np.array([65519, 65504, np.inf, np.nan], np.float32),
+    }
+    tensors = _make_tensors(**changes)
+    with pytest.raises(CheckpointError) as caught:
+        _load(tmp_path / "a", [tensors], dtype=jnp.float16)
+    found = {fault.tensor: fault for fault in caught.value.faults}
+    assert {name: fault.what for name, fault in found.items()} == {
+        f"{PATH}.bias": "2 of 9 values are too large for float16",
+        "mean": "1 of 2 values are too large for float16",
+        "scalar": "1 of 1 values are too large for float16",
+    }
+    assert {fault.file for fault in found.values()} == {"model.safetensors"}
+    assert all("choose another dtype" in fault.way_out for fault in found.values())
+    with pytest.raises(CheckpointError, match=r"mean: 1 of 2 values are too large for float32"):
+        _load(tmp_path / "b", [tensors], dtype=jnp.float32)
+    params = _load(tmp_path / "c", [tensors | {"mean": np.ones(2)}], dtype=jnp.bfloat16)
+    assert np.isfinite(params["model"]["layers"]["0"]["q_proj"]["bias"]).all()
+
+
 def test_file_cut_short_after_the_plan_is_an_error_that_names_the_tensor(tmp_path):
     folder = write_folder(tmp_path / "c", make_config(SPEC), [_make_tensors()])
     plan = make_plan(folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -145,3 +146,14 @@ def test_padding_is_zero():
 def test_weight_that_cannot_be_quantized_is_refused(weight, scale_dtype, message):
     with pytest.raises(SpecError, match=message):
         quantize(weight, _make_spec(4, False, 3, 64, 32), scale_dtype=scale_dtype)
+
+
+@pytest.mark.parametrize(
+    "trace",
+    [lambda f, w: jax.jit(f)(w), lambda f, w: jax.vmap(f)(w[None]), jax.eval_shape],
+    ids=["jit", "vmap", "eval_shape"],
+)
+def test_traced_weight_is_refused_by_an_error_of_ours(trace):
+    spec = _make_spec(4, False, 3, 64, 32)
+    with pytest.raises(SpecError, match=r"call it outside jax\.jit"):
+        trace(lambda w: quantize(w, spec), jnp.ones((3, 64)))
