@@ -18,10 +18,12 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 
 RESULTS = Path(__file__).parent / "results"
 DOCUMENT = Path(__file__).parents[1] / "docs" / "benchmarks.md"
+BOUND_COLOR = "#c0392b"
 COLORS = {
     "jaxwna16 W4A16": "#0b6e4f",
     "jaxwna16": "#0b6e4f",
@@ -81,12 +83,12 @@ def draw_loading(result: dict[str, Any]) -> Figure:
         draw_bars(axes[0][column], seconds, "{:.2f}")
         draw_bars(axes[1][column], memory, "{:.0f}")
         bound = checkpoint["memory_bound_bytes"] / 1e6
-        axes[1][column].axhline(bound, color="#c0392b", linewidth=1, label="promised bound")
+        axes[1][column].axhline(bound, color=BOUND_COLOR, linewidth=1)
         axes[0][column].set_title(f"{name}\n{checkpoint['bytes'] / 1e6:.0f} MB", fontsize=10)
     axes[0][0].set_ylabel("seconds")
     axes[1][0].set_ylabel("peak memory, MB")
-    axes[1][0].legend(loc="upper right", fontsize=8, frameon=False)
-    add_legend(figure, next(iter(checkpoints.values()))["loaders"])
+    bound_line = Line2D([], [], color=BOUND_COLOR, label="bound that jaxwna16 promises")
+    add_legend(figure, next(iter(checkpoints.values()))["loaders"], bound_line)
     figure.suptitle(
         f"Loading a packed checkpoint, warm page cache ({describe(result)})", fontsize=11
     )
@@ -113,10 +115,11 @@ def draw_bars(axis: Any, bars: dict[str, list[float]], label: str) -> None:
     axis.spines[["top", "right"]].set_visible(False)
 
 
-def add_legend(figure: Figure, names: Any) -> None:
+def add_legend(figure: Figure, names: Any, *others: Line2D) -> None:
     """Who is who, below the picture."""
-    patches = [Rectangle((0, 0), 1, 1, color=COLORS[name]) for name in names]
-    figure.legend(patches, list(names), loc="outside lower center", ncols=4, frameon=False)
+    patches = [Rectangle((0, 0), 1, 1, color=COLORS[name], label=name) for name in names]
+    handles = [*patches, *others]
+    figure.legend(handles=handles, loc="outside lower center", ncols=5, frameon=False)
 
 
 def describe(result: dict[str, Any]) -> str:
