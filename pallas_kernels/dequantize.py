@@ -33,7 +33,7 @@ def expand_slabs(
     """Compute W as `expand` does, but in the order of the tiles.
 
     Every axis is one that the packed words have too, so XLA's loops run over contiguous words and
-    vectorise: 3 to 5 times as fast on a CPU as `expand`. A last tile that is not full is a part of
+    vectorise: about 3 times as fast on a CPU as `expand`. A last tile that is not full is a part of
     its own, since padding inside the loop would undo that.
 
     Yields:
@@ -78,7 +78,7 @@ def _multiply_rounded(q: jax.Array, scale: jax.Array) -> jax.Array:
     scale's dtype. q - zero_point has at most 9 bits, so it is exact there and only the product
     rounds; here the product is exact in float32 and rounded once to the same value. For bfloat16
     that is written out in integers (round to nearest even), since XLA may skip a float32 ->
-    bfloat16 -> float32 round trip, and its `reduce_precision` costs twice as much. A NaN stays one:
+    bfloat16 -> float32 round trip, and its `reduce_precision` is slower. A NaN stays one:
     a bfloat16's payload leaves the lower half free. For float16 XLA keeps the round trip, which
     handles subnormals.
     """
