@@ -11,3 +11,7 @@ class SpecError(Wna16Error, ValueError):
 
 class BackendError(Wna16Error, ValueError):
     """The backend that was named cannot do what was asked; nothing else is tried in its place."""
+
+
+class TableError(Wna16Error, ValueError):
+    """A table of tuned tiles cannot be used; the message names the file and the entry."""

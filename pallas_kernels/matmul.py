@@ -1,14 +1,14 @@
-"""`quant_matmul`: one entry to every backend, and `explain`, which says what the choice would be.
+"""`quant_matmul` and its fused forms: one entry to every backend.
 
-The choice is made when the function is lowered, not when it is traced: one traced function runs the
-XLA path on a CPU and lowers to the Triton kernel for a GPU, also for a GPU that is not there.
+The backend is chosen when the function is lowered, not when it is traced: one traced function runs
+the XLA path on a CPU and lowers to the Triton kernels for a GPU, also for a GPU that is not there.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,79 +16,23 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import xla
-from pallas_kernels.errors import BackendError, SpecError
+from pallas_kernels.backends import TRITON_DTYPES, check_activation, check_backend
+from pallas_kernels.device import find_device
+from pallas_kernels.errors import SpecError
+from pallas_kernels.schedule import Tiles, check_prefer, choose
 from pallas_kernels.spec import QuantSpec
 from pallas_kernels.weights import check_weights
 
-BACKENDS = ("triton", "xla")
-PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
-_X_DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
-_TRITON_DTYPES = (jnp.bfloat16, jnp.float16)
-
-
-@dataclasses.dataclass(frozen=True)
-class Choice:
-    """Which backend runs on a platform, and why."""
-
-    backend: str
-    reason: str
-
-
-def explain(
-    spec: QuantSpec, dtype, *, platform: str | None = None, backend: str | None = None
-) -> Choice:
-    """Say which backend `quant_matmul` runs for x of `dtype`.
-
-    Args:
-      spec: the weight's static facts.
-      dtype: dtype of x.
-      platform: "cpu", "cuda", "rocm" or "tpu"; None is the default device's.
-      backend: what the caller asks for, as in `quant_matmul`.
-
-    Raises:
-      BackendError: if the named backend cannot serve this dtype or platform, or there is no such
-        platform.
-      SpecError: if no backend takes x of this dtype.
-    """
-    dtype = jnp.dtype(dtype)
-    _check_activation(dtype)
-    check_backend(backend, dtype)
-    if platform is None:
-        platform = _platform(jax.devices()[0])
-    elif platform not in PLATFORMS:
-        raise BackendError(f"platform must be None or one of {PLATFORMS}, got {platform!r}")
-    if backend == "xla":
-        return Choice("xla", "asked for by name")
-    if backend == "triton":
-        if platform == "cuda":
-            return Choice("triton", "asked for by name")
-        if platform == "cpu":
-            return Choice("triton", "asked for by name; on cpu the kernel is interpreted, slowly")
-        raise BackendError(
-            f'backend "triton" runs on cuda, and interpreted on cpu, not on {platform}'
-        )
-    if platform != "cuda":
-        return Choice("xla", f"the fused kernels need an NVIDIA GPU, this is {platform}")
-    if dtype not in _TRITON_DTYPES:
-        return Choice(
-            "xla", f"the fused kernels multiply 16-bit activations, x is {jnp.dtype(dtype).name}"
-        )
-    return Choice("triton", f"fused {spec.bits}-bit kernel for 16-bit activations on cuda")
-
-
-def check_backend(backend: str | None, dtype) -> None:
-    """Raise a BackendError unless `backend` exists and serves x of `dtype`."""
-    if backend is not None and backend not in BACKENDS:
-        raise BackendError(f"backend must be None or one of {BACKENDS}, got {backend!r}")
-    if backend == "triton" and dtype not in _TRITON_DTYPES:
-        raise BackendError(
-            f'backend "triton" multiplies bfloat16 or float16 activations, x is '
-            f'{jnp.dtype(dtype).name}: cast x, or use backend="xla"'
-        )
+Weights = Mapping[str, jax.Array]
 
 
 def quant_matmul(
-    x: jax.Array, weights: Mapping[str, jax.Array], spec: QuantSpec, *, backend: str | None = None
+    x: jax.Array,
+    weights: Weights,
+    spec: QuantSpec,
+    *,
+    backend: str | None = None,
+    prefer: str = "speed",
 ) -> jax.Array:
     """Compute x @ W.T + bias for a packed weight W[N, K].
 
@@ -98,10 +42,13 @@ def quant_matmul(
 
     Args:
       x: [..., K] float32, bfloat16 or float16.
-      weights: leaf dict of the weight (see `pallas_kernels.weights`), with an optional "bias".
+      weights: leaf dict of the weight (see `pallas_kernels.weights`), with an optional "bias", and
+        "perm" where the input features were reordered (act-order).
       spec: the weight's static facts.
       backend: None for the best available, "triton" (on CPU: interpreted) or "xla". A name is that
         backend or an error.
+      prefer: "speed", or "memory": never expand the weight, though that is faster for about a
+        thousand tokens and more on a GPU (2 bytes for each of its elements while it is used).
 
     Returns:
       [..., N] in the dtype of x; sums are float32. `docs/numerics.md` states how the backends
@@ -110,63 +57,213 @@ def quant_matmul(
     Raises:
       SpecError: if x or the arrays contradict the spec.
       BackendError: if the named backend cannot do it.
+      TableError: if this GPU has a table of tuned tiles that cannot be used.
     """
-    check_weights(weights, spec)
+    [y] = quant_matmul_many(x, [weights], [spec], backend=backend, prefer=prefer)
+    return y
+
+
+def quant_matmul_many(
+    x: jax.Array,
+    weights: Sequence[Weights],
+    specs: Sequence[QuantSpec],
+    *,
+    backend: str | None = None,
+    prefer: str = "speed",
+) -> tuple[jax.Array, ...]:
+    """Compute `quant_matmul` for each of several weights that share x, as q, k and v do.
+
+    On a GPU all weights whose specs differ in nothing but N are one kernel.
+
+    Args:
+      x: [..., K].
+      weights: their leaf dicts.
+      specs: their specs, in the same order.
+      backend, prefer: as in `quant_matmul`.
+
+    Returns:
+      [..., N_i] for each weight.
+
+    Raises:
+      SpecError, BackendError, TableError: as `quant_matmul`.
+    """
+    x = _check_call(x, weights, specs, backend, prefer)
+    calls: dict[Any, list[int]] = {}
+    for i, (weight, spec) in enumerate(zip(weights, specs, strict=True)):
+        alike = dataclasses.replace(spec, out_features=1), weight["scale"].dtype
+        # a reordered x is shared with nobody
+        calls.setdefault((alike, i if "perm" in weight else None), []).append(i)
+    results: dict[int, jax.Array] = {}
+    for members in calls.values():
+        call = _Call(tuple(specs[i] for i in members), backend, prefer)
+        results.update(zip(members, _run(call, x, [weights[i] for i in members]), strict=True))
+    return tuple(results[i] for i in range(len(specs)))
+
+
+def quant_matmul_gated(
+    x: jax.Array,
+    gate: Weights,
+    up: Weights,
+    gate_spec: QuantSpec,
+    up_spec: QuantSpec,
+    *,
+    backend: str | None = None,
+    prefer: str = "speed",
+) -> jax.Array:
+    """Compute silu(x @ Wg.T + bg) * (x @ Wu.T + bu), rounded once, at the end.
+
+    On a GPU it is one kernel, unless specs differ or a weight has "perm": then the two products
+    are rounded to the dtype of x before the activation, as they are where a weight is expanded.
+
+    Args:
+      x: [..., K].
+      gate, up: leaf dicts of Wg and Wu.
+      gate_spec, up_spec: their specs, of one K and N.
+      backend, prefer: as in `quant_matmul`.
+
+    Returns:
+      [..., N] in the dtype of x.
+
+    Raises:
+      SpecError, BackendError, TableError: as `quant_matmul`.
+    """
+    weights, specs = [gate, up], [gate_spec, up_spec]
+    x = _check_call(x, weights, specs, backend, prefer)
+    if gate_spec.out_features != up_spec.out_features:
+        raise SpecError(
+            f"gate and up must have one N, got {gate_spec.out_features} and {up_spec.out_features}"
+        )
+    reordered = "perm" in gate or "perm" in up
+    if gate_spec != up_spec or gate["scale"].dtype != up["scale"].dtype or reordered:
+        g, u = quant_matmul_many(x, weights, specs, backend=backend, prefer=prefer)
+        return _gate(g.astype(jnp.float32), u.astype(jnp.float32)).astype(x.dtype)
+    [y] = _run(_Call((gate_spec, up_spec), backend, prefer, gated=True), x, weights)
+    return y
+
+
+@dataclasses.dataclass(frozen=True)
+class _Call:
+    """The static facts of one call: weights alike but in N, and what to do with them."""
+
+    specs: tuple[QuantSpec, ...]
+    backend: str | None
+    prefer: str
+    gated: bool = False
+
+
+def _check_call(x, weights, specs, backend, prefer) -> jax.Array:
+    if len(weights) != len(specs):
+        raise SpecError(f"as many specs as weights are needed, got {len(specs)}, {len(weights)}")
+    for weight, spec in zip(weights, specs, strict=True):
+        check_weights(weight, spec)
     x = jnp.asarray(x)
-    _check_activation(x.dtype)
-    if x.ndim < 1 or x.shape[-1] != spec.in_features:
-        raise SpecError(f"x must be [..., {spec.in_features}], got {list(x.shape)}")
+    check_activation(x.dtype)
+    for spec in specs:
+        if x.ndim < 1 or x.shape[-1] != spec.in_features:
+            raise SpecError(f"x must be [..., {spec.in_features}], got {list(x.shape)}")
     check_backend(backend, x.dtype)
-    weights = dict(weights)
-    bias = weights.pop("bias", None)
-    rows = x.reshape(-1, spec.in_features)
+    check_prefer(prefer)
+    return x
+
+
+def _run(call: _Call, x: jax.Array, weights: Sequence[Weights]) -> list[jax.Array]:
+    """Fold the leading dimensions of x, reorder its features, multiply."""
+    lead, rows = x.shape[:-1], x.reshape(-1, x.shape[-1])
+    plain = [{name: leaf for name, leaf in w.items() if name != "perm"} for w in weights]
+    if "perm" in weights[0]:
+        rows = jnp.take(rows, weights[0]["perm"], axis=1)
     if rows.shape[0]:
-        y: jax.Array = _matmul(spec, backend, rows, weights)
+        ys: Any = _multiply(call, rows, plain)
     else:
-        y = jnp.zeros((0, spec.out_features), x.dtype)
-    if bias is not None:
-        y = (y.astype(jnp.float32) + bias.astype(jnp.float32)[None, :]).astype(x.dtype)
-    return y.reshape(*x.shape[:-1], spec.out_features)
+        ys = [
+            jnp.zeros((0, s.out_features), x.dtype) for s in call.specs[: 1 if call.gated else None]
+        ]
+    return [y.reshape(*lead, y.shape[-1]) for y in ys]
 
 
-def _check_activation(dtype) -> None:
-    if dtype not in _X_DTYPES:
-        raise SpecError(f"x must be float32, bfloat16 or float16, got {dtype}: cast it first")
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _matmul(spec: QuantSpec, backend: str | None, x: jax.Array, weights: dict) -> jax.Array:
-    by_xla = functools.partial(xla.matmul, spec=spec)
-    if backend == "xla" or x.dtype not in _TRITON_DTYPES:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _multiply(call: _Call, x: jax.Array, weights: list[dict[str, jax.Array]]) -> list[jax.Array]:
+    by_xla = functools.partial(_multiply_by_xla, call)
+    if call.backend == "xla" or x.dtype not in TRITON_DTYPES:
         return by_xla(x, weights)
-    compiled = functools.partial(_by_triton, spec=spec, interpret=False)
-    if backend is None:
+    compiled = functools.partial(_multiply_by_triton, call, False)
+    if call.backend is None:
         return lax.platform_dependent(x, weights, cuda=compiled, default=by_xla)
-    interpreted = functools.partial(_by_triton, spec=spec, interpret=True)
+    interpreted = functools.partial(_multiply_by_triton, call, True)
     return lax.platform_dependent(x, weights, cuda=compiled, cpu=interpreted)
 
 
-def _matmul_forward(spec, backend, x, weights):
-    return _matmul(spec, backend, x, weights), (x, weights)
+def _multiply_forward(call, x, weights):
+    return _multiply(call, x, weights), (x, weights)
 
 
-def _matmul_backward(spec, backend, residuals, y_bar):
-    _, pull_back = jax.vjp(functools.partial(xla.matmul, spec=spec), *residuals)
+def _multiply_backward(call, residuals, y_bar):
+    _, pull_back = jax.vjp(functools.partial(_multiply_by_xla, call), *residuals)
     return pull_back(y_bar)
 
 
-_matmul.defvjp(_matmul_forward, _matmul_backward)
+_multiply.defvjp(_multiply_forward, _multiply_backward)
 
 
-def _by_triton(x: jax.Array, weights: dict, spec: QuantSpec, interpret: bool) -> jax.Array:
+def _multiply_by_xla(call: _Call, x: jax.Array, weights: list) -> list[jax.Array]:
+    ys = [xla.matmul(x, w, spec) for w, spec in zip(weights, call.specs, strict=True)]
+    return [y.astype(x.dtype) for y in ([_gate(*ys)] if call.gated else ys)]
+
+
+def _gate(gate: jax.Array, up: jax.Array) -> jax.Array:
+    return jax.nn.silu(gate) * up
+
+
+def _multiply_by_triton(call: _Call, interpret: bool, x: jax.Array, weights: list) -> list:
     # imported here, so that all else works where a later jax has no Pallas-Triton
     from pallas_kernels import triton
 
-    packed, scale, zero_point = weights["packed"], weights["scale"], weights.get("zero_point")
-    return triton.matmul(x, packed, scale, zero_point, spec, interpret=interpret)
+    def run(x, weights):
+        together = sum(spec.out_features for spec in call.specs)
+        schedule = choose(
+            dataclasses.replace(call.specs[0], out_features=together),
+            x.shape[0],
+            x.dtype,
+            weights[0]["scale"].dtype,
+            find_device(),
+            call.prefer,
+        )
+        if isinstance(schedule, Tiles):
+            return triton.multiply(
+                x, weights, call.specs, schedule, gated=call.gated, interpret=interpret
+            )
+        ys = [
+            _multiply_expanded(x, triton.expand(w, spec, x.dtype, interpret=interpret), w)
+            for w, spec in zip(weights, call.specs, strict=True)
+        ]
+        return [_gate(*(y.astype(jnp.float32) for y in ys)).astype(x.dtype)] if call.gated else ys
+
+    return _fold_vmap(run)(x, weights)
 
 
-def _platform(device: Any) -> str:
-    if device.platform != "gpu":
-        return device.platform
-    return "rocm" if "rocm" in device.client.platform_version.lower() else "cuda"
+def _multiply_expanded(x: jax.Array, w: jax.Array, weights: dict[str, jax.Array]) -> jax.Array:
+    y = lax.dot_general(x, w, (((1,), (1,)), ((), ())), preferred_element_type=x.dtype)
+    if "bias" not in weights:
+        return y
+    bias = weights["bias"].astype(jnp.float32)[None, :]
+    return (y.astype(jnp.float32) + bias).astype(x.dtype)
+
+
+def _fold_vmap(run: Callable) -> Callable:
+    """`run(x, weights)`, where `vmap` over x alone makes its axis more rows of the one product."""
+
+    @jax.custom_batching.custom_vmap
+    def call(x, weights):
+        return run(x, weights)
+
+    @call.def_vmap
+    def call_batched(axis_size, in_batched, x, weights):
+        if any(jax.tree.leaves(in_batched[1])):
+            axes = jax.tree.map(lambda batched: 0 if batched else None, in_batched)
+            ys = jax.vmap(run, in_axes=tuple(axes))(x, weights)
+        else:
+            ys = call(x.reshape(-1, x.shape[-1]), weights)
+            ys = jax.tree.map(lambda y: y.reshape(axis_size, -1, y.shape[-1]), ys)
+        return ys, jax.tree.map(lambda y: True, ys)
+
+    return call

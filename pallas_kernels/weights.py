@@ -4,6 +4,7 @@
     scale       float16 | bfloat16 | float32 `spec.scale_shape` = [G, N padded to 64]
     zero_point  int8 `spec.scale_shape`      signed; absent when symmetric
     bias        float [N]                    optional
+    perm        int32 [K]                    optional (act-order): x is taken as x[..., perm]
 
 Padding (rows past N) holds zeros in all of them.
 """
@@ -21,8 +22,17 @@ from pallas_kernels.spec import QuantSpec
 SCALE_DTYPES = ("float16", "bfloat16", "float32")
 
 
-def make_abstract(spec: QuantSpec, scale_dtype, bias_dtype=None) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes and dtypes of the leaf dict of `spec`; with a bias when `bias_dtype` is given."""
+def make_abstract(
+    spec: QuantSpec, scale_dtype, bias_dtype=None, *, act_order: bool = False
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and dtypes of the leaf dict of `spec`.
+
+    Args:
+      spec: the weight.
+      scale_dtype: of the scales.
+      bias_dtype: of the bias; None is no bias.
+      act_order: whether there is a `perm`.
+    """
     leaves = {
         "packed": jax.ShapeDtypeStruct(spec.packed_shape, jnp.uint16),
         "scale": jax.ShapeDtypeStruct(spec.scale_shape, scale_dtype),
@@ -31,6 +41,8 @@ def make_abstract(spec: QuantSpec, scale_dtype, bias_dtype=None) -> dict[str, ja
         leaves["zero_point"] = jax.ShapeDtypeStruct(spec.scale_shape, jnp.int8)
     if bias_dtype is not None:
         leaves["bias"] = jax.ShapeDtypeStruct((spec.out_features,), bias_dtype)
+    if act_order:
+        leaves["perm"] = jax.ShapeDtypeStruct((spec.in_features,), jnp.int32)
     return leaves
 
 
@@ -50,7 +62,9 @@ def check_weights(weights: Mapping[str, jax.Array], spec: QuantSpec) -> None:
         raise SpecError(f"weights must be arrays, found {others}")
     scale, bias = weights.get("scale"), weights.get("bias")
     scale_dtype = jnp.float32 if scale is None else scale.dtype
-    expected = make_abstract(spec, scale_dtype, None if bias is None else bias.dtype)
+    expected = make_abstract(
+        spec, scale_dtype, None if bias is None else bias.dtype, act_order="perm" in weights
+    )
     faults = []
     for name in sorted(expected.keys() | weights.keys()):
         if name not in weights:

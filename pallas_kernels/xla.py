@@ -13,13 +13,14 @@ from pallas_kernels.spec import SLAB_K, QuantSpec
 
 
 def matmul(x: jax.Array, weights: Mapping[str, jax.Array], spec: QuantSpec) -> jax.Array:
-    """Compute x @ W.T for x [M, K] -> [M, N] in x's dtype, accumulated in float32.
+    """Compute x @ W.T + bias for x [M, K] -> float32 [M, N].
 
     W is rounded to the scale's dtype as compressed-tensors does, then to x's dtype.
     """
-    tied = _tie(dict(weights), x)
+    tied = _tie({name: leaf for name, leaf in weights.items() if name != "bias"}, x)
     multiply = _multiply_slabs if x.shape[0] == 1 and has_whole_slabs(spec) else _multiply
-    return multiply(x, tied, spec).astype(x.dtype)
+    y = multiply(x, tied, spec)
+    return y + weights["bias"].astype(y.dtype)[None, :] if "bias" in weights else y
 
 
 def _tie(weights: dict[str, jax.Array], x: jax.Array) -> dict[str, jax.Array]:

@@ -8,62 +8,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax import lax
+from jax import export, lax
 from jax.sharding import AbstractDevice, AbstractMesh
 
-from loaders.repack import pack
+from pallas_kernels.backends import explain
 from pallas_kernels.dequantize import dequantize
 from pallas_kernels.errors import BackendError, SpecError
-from pallas_kernels.matmul import explain, quant_matmul
-from pallas_kernels.spec import QuantSpec
-from tests.folders import make_tensors
+from pallas_kernels.matmul import quant_matmul, quant_matmul_gated, quant_matmul_many
+from tests.pallas_kernels.products import assert_close, make_weights, make_x
 
 X_DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
-UNIT = {jnp.float32: 2.0**-24, jnp.bfloat16: 2.0**-8, jnp.float16: 2.0**-11}
-
-
-def _make(bits=4, n=40, k=96, group=32, *, symmetric=False, scale_dtype=np.float32, seed=0):
-    spec = QuantSpec(
-        bits=bits, group_size=group, symmetric=symmetric, in_features=k, out_features=n
-    )
-    return spec, pack(make_tensors(spec, scale_dtype=scale_dtype, seed=seed), spec)
-
-
-def _make_x(shape, dtype=jnp.float32, seed=1):
-    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), dtype)
-
-
-def _assert_close(out, x, weights, spec, *, exact_scale=False, bias=None):
-    """Hold `out` [M, N] to a bound that follows from the arithmetic, entry by entry.
-
-    Reference: float64 on the weight that `dequantize` gives, W (rounded to the scale's dtype as
-    compressed-tensors rounds it). Let u = 2^-24, v the unit roundoff of x's dtype (2^-24, 2^-8,
-    2^-11), a = |x| @ |W|.T.
-    * XLA casts W to x's dtype: v a (0 in float32, which holds every W; in float16 also half its
-      smallest subnormal per weight, 2^-25 sum |x|).
-    * A float32 sum of K products in any order: gamma a with gamma = K' u / (1 - K' u), K' = K + 64
-      (the padding of a tile may be added) (Higham, Accuracy and Stability, 3.1).
-    * `exact_scale`: the Triton kernel does not round W to the scale's dtype, which is one more
-      relative error 2^-8 (bfloat16 scales) of W, for 2^-8 a.
-    * The result, and once more with a bias, is rounded to x's dtype: v |y| and 2^-25 in float16.
-    """
-    u, v = 2.0**-24, UNIT[x.dtype.type]
-    tiny = 2.0**-25 if x.dtype == jnp.float16 else 0.0
-    w, exact_x = np.asarray(dequantize(weights, spec), np.float64), np.asarray(x, np.float64)
-    y, magnitude = exact_x @ w.T, np.abs(exact_x) @ np.abs(w).T
-    gamma = (spec.in_features + 64) * u / (1 - (spec.in_features + 64) * u)
-    narrow = 0.0 if x.dtype == jnp.float32 else v
-    weight_error = narrow + (2.0**-8 if exact_scale else 0.0)
-    error = (weight_error + gamma) * (1 + gamma) * magnitude
-    error = error + tiny * (1 + np.abs(exact_x).sum(1, keepdims=True))
-    error = error + v * (np.abs(y) + error)
-    if bias is not None:
-        y = y + np.asarray(bias, np.float64)
-        error = error + (u + v) * (np.abs(y) + error) + tiny
-    assert out.dtype == x.dtype
-    assert out.shape == y.shape
-    worst = np.max(np.abs(np.asarray(out, np.float64) - y) / error, initial=0.0)
-    assert worst <= 1, f"{worst:.3f} times the error that rounding explains"
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 7, 65])
@@ -80,37 +34,37 @@ def _assert_close(out, x, weights, spec, *, exact_scale=False, bias=None):
     ],
 )
 def test_product_is_within_the_rounding_bound(bits, shape, x_dtype, scale_dtype, tokens):
-    spec, weights = _make(bits, *shape, symmetric=tokens == 7, scale_dtype=scale_dtype)
-    x = _make_x((tokens, spec.in_features), x_dtype)
-    _assert_close(quant_matmul(x, weights, spec), x, weights, spec)
+    spec, weights = make_weights(bits, *shape, symmetric=tokens == 7, scale_dtype=scale_dtype)
+    x = make_x((tokens, spec.in_features), x_dtype)
+    assert_close(quant_matmul(x, weights, spec), x, weights, spec)
 
 
 @pytest.mark.parametrize("x_dtype", [jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize(("bits", "shape"), [(4, (70, 192, 64)), (8, (20, 33, -1))])
 def test_named_backends_agree_within_the_bound(bits, shape, x_dtype):
-    spec, weights = _make(bits, *shape, scale_dtype=jnp.bfloat16)
-    x = _make_x((3, spec.in_features), x_dtype)
-    _assert_close(quant_matmul(x, weights, spec, backend="xla"), x, weights, spec)
+    spec, weights = make_weights(bits, *shape, scale_dtype=jnp.bfloat16)
+    x = make_x((3, spec.in_features), x_dtype)
+    assert_close(quant_matmul(x, weights, spec, backend="xla"), x, weights, spec)
     interpreted = quant_matmul(x, weights, spec, backend="triton")
-    _assert_close(interpreted, x, weights, spec, exact_scale=True)
+    assert_close(interpreted, x, weights, spec, exact_scale=True)
 
 
 @pytest.mark.parametrize("lead", [(), (2,), (2, 3), (2, 0), (1, 1, 4)])
 def test_leading_dimensions_are_kept_and_bias_is_added(lead):
-    spec, weights = _make()
-    bias = _make_x((40,), seed=2)
-    x = _make_x((*lead, 96), jnp.float16)
+    spec, weights = make_weights()
+    bias = make_x((40,), seed=2)
+    x = make_x((*lead, 96), jnp.float16)
     out = quant_matmul(x, weights | {"bias": bias}, spec)
     assert out.shape == (*lead, 40)
     rows = x.reshape(-1, 96)
-    _assert_close(out.reshape(-1, 40), rows, weights, spec, bias=bias)
+    assert_close(out.reshape(-1, 40), rows, weights, spec, bias=bias)
 
 
 @pytest.mark.parametrize("backend", ["xla", "triton", None])
 def test_jit_and_vmap_over_x_and_over_stacked_weights(backend):
-    spec, first = _make(scale_dtype=jnp.bfloat16)
-    second = _make(scale_dtype=jnp.bfloat16, seed=5)[1]
-    x = _make_x((2, 3, 96), jnp.bfloat16)
+    spec, first = make_weights(scale_dtype=jnp.bfloat16)
+    second = make_weights(scale_dtype=jnp.bfloat16, seed=5)[1]
+    x = make_x((2, 3, 96), jnp.bfloat16)
 
     def multiply(x, weights):
         return quant_matmul(x, weights, spec, backend=backend)
@@ -118,24 +72,24 @@ def test_jit_and_vmap_over_x_and_over_stacked_weights(backend):
     exact = backend == "triton"
     shared = jax.jit(jax.vmap(multiply, in_axes=(0, None)))(x, first)
     for out, rows in zip(shared, x, strict=True):
-        _assert_close(out, rows, first, spec, exact_scale=exact)
+        assert_close(out, rows, first, spec, exact_scale=exact)
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), first, second)
     each = jax.vmap(multiply)(x, stacked)
     for out, rows, weights in zip(each, x, (first, second), strict=True):
-        _assert_close(out, rows, weights, spec, exact_scale=exact)
+        assert_close(out, rows, weights, spec, exact_scale=exact)
 
 
 def test_scan_over_stacked_weights_is_the_loop():
-    spec, first = _make(n=96)
-    layers = [first, _make(n=96, seed=5)[1], _make(n=96, seed=6)[1]]
+    spec, first = make_weights(n=96)
+    layers = [first, make_weights(n=96, seed=5)[1], make_weights(n=96, seed=6)[1]]
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
-    x = _make_x((2, 96))
+    x = make_x((2, 96))
     out, inputs = jax.jit(
         lambda x: lax.scan(lambda x, w: (quant_matmul(x, w, spec) / 4, x), x, stacked)
     )(x)
     outputs = [*inputs[1:], out]
     for rows, result, weights in zip(inputs, outputs, layers, strict=True):
-        _assert_close(result * 4, rows, weights, spec)
+        assert_close(result * 4, rows, weights, spec)
 
 
 @pytest.mark.parametrize("tokens", [1, 3])
@@ -144,12 +98,12 @@ def test_scan_over_stacked_weights_is_the_loop():
 def test_gradients_are_those_of_the_dense_product(scale_dtype, backend, tokens):
     """For L = sum y * c: dL/dx = c @ W, dL/dbias = sum c, dL/dscale = sum (q - z) c.T @ x.
 
-    c and x are small integers, exact in every dtype. A bound as in `_assert_close`: the cotangents
+    c and x are small integers, exact in every dtype. A bound as in `assert_close`: the cotangents
     pass at most four roundings to 16 bits (W to the dtype of x, the cotangent of W to x's and to
     the scale's dtype, and the result), 4 * 2^-8 of the sum of magnitudes; float32 sums add less
     than 2^-14 of it.
     """
-    spec, weights = _make(scale_dtype=scale_dtype, n=40)
+    spec, weights = make_weights(scale_dtype=scale_dtype, n=40)
     rng = np.random.default_rng(3)
     dtype = jnp.float32 if backend != "triton" else jnp.bfloat16
     x, c = (jnp.asarray(rng.integers(-4, 5, (tokens, size)), dtype) for size in (96, 40))
@@ -184,15 +138,94 @@ def test_gradients_are_those_of_the_dense_product(scale_dtype, backend, tokens):
     np.testing.assert_array_equal(dbias, exact_c.sum(0))
 
 
+@pytest.mark.parametrize("backend", ["xla", "triton"])
+def test_reordered_input_features_are_taken_from_their_places(backend):
+    """With perm, column i of the packed weight belongs to input feature perm[i]."""
+    spec, weights = make_weights(scale_dtype=jnp.bfloat16)
+    perm = jnp.asarray(np.random.default_rng(4).permutation(96), jnp.int32)
+    x = make_x((2, 3, 96), jnp.bfloat16)
+    shuffled = jnp.zeros_like(x).at[..., perm].set(x)
+    out = quant_matmul(shuffled, weights | {"perm": perm}, spec, backend=backend)
+    np.testing.assert_array_equal(out, quant_matmul(x, weights, spec, backend=backend))
+    assert not np.array_equal(out, quant_matmul(shuffled, weights, spec, backend=backend))
+    with pytest.raises(SpecError, match=r"perm has shape \[95\], expected \[96\]"):
+        quant_matmul(x, weights | {"perm": perm[1:]}, spec)
+
+
+@pytest.mark.parametrize("backend", ["xla", "triton"])
+def test_weights_of_any_specs_share_x_in_one_call_each_for_equal_specs(backend):
+    made = [
+        make_weights(n=40, scale_dtype=jnp.bfloat16),
+        make_weights(bits=8, n=7, scale_dtype=jnp.float16),
+        make_weights(n=130, scale_dtype=jnp.bfloat16, seed=3),
+        make_weights(n=20, group=48, symmetric=True, scale_dtype=jnp.bfloat16),
+    ]
+    specs, weights = zip(*made, strict=True)
+    weights[2]["bias"] = make_x((130,))
+    x = make_x((2, 5, 96), jnp.bfloat16)
+    together = quant_matmul_many(x, weights, specs, backend=backend)
+    for y, weight, spec in zip(together, weights, specs, strict=True):
+        np.testing.assert_array_equal(y, quant_matmul(x, weight, spec, backend=backend))
+    with pytest.raises(SpecError, match="as many specs as weights"):
+        quant_matmul_many(x, weights, specs[:3])
+
+
+def test_gated_weights_must_have_one_n():
+    (gate_spec, gate), (up_spec, up) = make_weights(), make_weights(n=41)
+    with pytest.raises(SpecError, match="gate and up must have one N, got 40 and 41"):
+        quant_matmul_gated(make_x((2, 96)), gate, up, gate_spec, up_spec)
+
+
+@pytest.mark.parametrize("backend", ["xla", "triton"])
+def test_nested_vmap_and_remat_change_nothing(backend):
+    spec, first = make_weights(scale_dtype=jnp.bfloat16)
+    second = make_weights(scale_dtype=jnp.bfloat16, seed=5)[1]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), first, second)
+    x = make_x((2, 3, 4, 96), jnp.bfloat16)
+
+    def run(x, weights):
+        return jax.checkpoint(lambda x, w: quant_matmul(x, w, spec, backend=backend))(x, weights)
+
+    out = jax.jit(jax.vmap(jax.vmap(run, in_axes=(0, None))))(x, stacked)
+    for rows, ys, weights in zip(x, out, (first, second), strict=True):
+        assert_close(
+            ys.reshape(12, 40),
+            rows.reshape(12, 96),
+            weights,
+            spec,
+            exact_scale=backend == "triton",
+        )
+
+
+@pytest.mark.parametrize("platform", ["cpu", "cuda"])
+def test_products_can_be_exported(platform):
+    """For a GPU, jax wants to be told that the format of a Triton call may change."""
+    spec, weights = make_weights(n=64, k=128, scale_dtype=jnp.bfloat16)
+    x = make_x((4, 128), jnp.bfloat16)
+    gpu = AbstractMesh((1,), ("x",), abstract_device=AbstractDevice("NVIDIA H100", 132, "cuda"))
+    unstable = export.DisabledSafetyCheck.custom_call("__gpu$xla.gpu.triton")
+    with jax.sharding.use_abstract_mesh(gpu), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*Triton.*", DeprecationWarning)
+        exported = export.export(
+            jax.jit(lambda x, w: quant_matmul(x, w, spec)),
+            platforms=[platform],
+            disabled_checks=[unstable] if platform == "cuda" else [],
+        )(x, weights)
+    if platform == "cpu":
+        assert_close(exported.call(x, weights), x, weights, spec)
+    else:
+        assert "xla.gpu.triton" in exported.mlir_module()
+
+
 def test_gradient_leaves_integers_alone():
-    spec, weights = _make()
-    gradient = jax.grad(lambda w: quant_matmul(_make_x((2, 96)), w, spec).sum(), allow_int=True)
+    spec, weights = make_weights()
+    gradient = jax.grad(lambda w: quant_matmul(make_x((2, 96)), w, spec).sum(), allow_int=True)
     assert gradient(weights)["packed"].dtype == jax.dtypes.float0
 
 
 def test_lowering_decides_the_backend_and_needs_no_gpu():
-    spec, weights = _make(n=64, k=128)
-    x = _make_x((4, 128), jnp.bfloat16)
+    spec, weights = make_weights(n=64, k=128)
+    x = make_x((4, 128), jnp.bfloat16)
     # since jax 0.11 Pallas-Triton asks the mesh which GPU it lowers for, and warns of its end
     gpu = AbstractMesh((1,), ("x",), abstract_device=AbstractDevice("NVIDIA H100", 132, "cuda"))
     with jax.sharding.use_abstract_mesh(gpu), warnings.catch_warnings():
@@ -213,7 +246,7 @@ def test_no_expanded_weight_outlives_its_use_in_a_loop(dtype, tokens):
 
     A loop may hold one expansion, its cast to the dtype of x, and a copy of one in another order.
     """
-    spec, weights = _make(n=512, k=512, scale_dtype=jnp.bfloat16)
+    spec, weights = make_weights(n=512, k=512, scale_dtype=jnp.bfloat16)
     layers = [jax.tree.map(lambda a, i=i: a + i, weights) for i in range(4)]
 
     def decode(x, layers):
@@ -224,16 +257,16 @@ def test_no_expanded_weight_outlives_its_use_in_a_loop(dtype, tokens):
 
         return lax.fori_loop(0, 10, step, x)
 
-    compiled = jax.jit(decode).lower(_make_x((tokens, 512), dtype), layers).compile()
+    compiled = jax.jit(decode).lower(make_x((tokens, 512), dtype), layers).compile()
     expanded = 4 * 512 * 512
     assert compiled.memory_analysis().temp_size_in_bytes < 2.5 * expanded
 
 
 def test_stacked_rows_share_one_expanded_weight():
     """With vmap over x alone, eight expansions would be 32 NK bytes; one and a copy are 8 NK."""
-    spec, weights = _make(n=512, k=512)
+    spec, weights = make_weights(n=512, k=512)
     multiply = jax.jit(jax.vmap(lambda x: quant_matmul(x, weights, spec)))
-    compiled = multiply.lower(_make_x((8, 1, 512))).compile()
+    compiled = multiply.lower(make_x((8, 1, 512))).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < 2.5 * 4 * 512 * 512
 
 
@@ -247,26 +280,26 @@ def test_stacked_rows_share_one_expanded_weight():
     ],
 )
 def test_x_that_does_not_fit_is_refused(x, message):
-    spec, weights = _make()
+    spec, weights = make_weights()
     with pytest.raises(SpecError, match=message):
         quant_matmul(x, weights, spec)
 
 
 def test_weights_of_another_spec_are_refused():
-    _, weights = _make()
-    other, _ = _make(n=80, symmetric=True)
+    _, weights = make_weights()
+    other, _ = make_weights(n=80, symmetric=True)
     with pytest.raises(SpecError) as caught:
-        quant_matmul(_make_x((2, 96)), weights, other)
+        quant_matmul(make_x((2, 96)), weights, other)
     assert "packed has shape [1, 1, 64, 32], expected [2, 1, 64, 32]" in str(caught.value)
     assert "zero_point is not expected in a symmetric weight" in str(caught.value)
 
 
 def test_named_backend_is_that_one_or_an_error():
-    spec, weights = _make()
+    spec, weights = make_weights()
     with pytest.raises(BackendError, match=r"None or one of .*got 'cuda'"):
-        quant_matmul(_make_x((2, 96)), weights, spec, backend="cuda")
+        quant_matmul(make_x((2, 96)), weights, spec, backend="cuda")
     with pytest.raises(BackendError, match=r'"triton" multiplies .* x is float32: cast x, or use'):
-        quant_matmul(_make_x((2, 96)), weights, spec, backend="triton")
+        quant_matmul(make_x((2, 96)), weights, spec, backend="triton")
 
 
 @pytest.mark.parametrize(
@@ -285,7 +318,7 @@ def test_named_backend_is_that_one_or_an_error():
     ],
 )
 def test_explain_names_the_backend_and_gives_a_reason(platform, dtype, backend, choice):
-    explained = explain(_make()[0], dtype, platform=platform, backend=backend)
+    explained = explain(make_weights()[0], dtype, platform=platform, backend=backend)
     assert explained.backend == choice
     assert explained.reason
 
@@ -302,4 +335,4 @@ def test_explain_names_the_backend_and_gives_a_reason(platform, dtype, backend, 
 )
 def test_explain_refuses_what_cannot_run(error, platform, dtype, backend, message):
     with pytest.raises(error, match=message):
-        explain(_make()[0], dtype, platform=platform, backend=backend)
+        explain(make_weights()[0], dtype, platform=platform, backend=backend)

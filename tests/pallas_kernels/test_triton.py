@@ -1,4 +1,4 @@
-"""The Triton kernel in interpret mode against the exact product in float64."""
+"""The Triton kernels in interpret mode against the exact product in float64."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 from jax.experimental import pallas as pl
 
+from pallas_kernels.dequantize import dequantize
 from pallas_kernels.errors import BackendError
+from pallas_kernels.schedule import Tiles
 from pallas_kernels.spec import QuantSpec
-from pallas_kernels.triton import _multiply_tile, matmul
+from pallas_kernels.triton import expand, multiply
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,9 +28,9 @@ class Case:
     weight: np.ndarray
 
     @property
-    def arrays(self) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-        zero_point = None if self.zero_point is None else jnp.asarray(self.zero_point)
-        return jnp.asarray(self.packed), jnp.asarray(self.scale), zero_point
+    def weights(self) -> dict[str, jax.Array]:
+        leaves = {"packed": self.packed, "scale": self.scale, "zero_point": self.zero_point}
+        return {name: jnp.asarray(leaf) for name, leaf in leaves.items() if leaf is not None}
 
 
 def _make_case(shape, group_size, bits, *, symmetric, scale_dtype=jnp.bfloat16, seed=0) -> Case:
@@ -62,17 +64,27 @@ def _make_x(shape, dtype, seed=1):
     return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), dtype)
 
 
-def _assert_close(out, x, case: Case):
+def _tiles(spec: QuantSpec, **changes) -> Tiles:
+    return Tiles(**{"block_m": 8, "block_n": 128, "block_k": spec.tile_k, **changes})
+
+
+def _multiply(x, case: Case, **changes):
+    tiles = _tiles(case.spec, **changes)
+    [out] = multiply(x, [case.weights], [case.spec], tiles, interpret=True)
+    return out
+
+
+def _assert_close(out, x, case: Case, *, splits: int = 1, scale_on: str = "sum"):
     """Hold `out` to a bound that follows from the kernel's arithmetic, entry by entry.
 
     Each product (q - zero) * x is exact in float32 (at most 9 + 11 significant bits). A term then
-    passes at most K + 2 float32 roundings (additions, and the product with the scale), so with
-    u = 2^-24 the sum before the last rounding is within gamma = (K + 2) u / (1 - (K + 2) u) times
-    |x| @ |W|.T of the exact one (Higham, Accuracy and Stability of Numerical Algorithms, 3.1).
-    Rounding to the output adds at most v = 2^-8 (bfloat16) or 2^-11 (float16) of the result, and in
-    float16 half of its smallest subnormal, 2^-25.
-    Where groups straddle slabs each weight is rounded to float32 and to the dtype of x beforehand:
-    v + u of |x| @ |W|.T more, and in float16 2^-25 of sum |x|.
+    passes at most K + 2 + splits float32 roundings (additions, and the product with the scale), so
+    with u = 2^-24 and n = K + 2 + splits the sum before the last rounding is within
+    gamma = n u / (1 - n u) times |x| @ |W|.T of the exact one (Higham, Accuracy and Stability of
+    Numerical Algorithms, 3.1). Rounding to the output adds at most v = 2^-8 (bfloat16) or 2^-11
+    (float16) of the result, and in float16 half of its smallest subnormal, 2^-25.
+    Where groups straddle slabs, or the scale is on the weight, each weight is rounded to float32
+    and to the dtype of x beforehand: v + u of |x| @ |W|.T more, and in float16 2^-25 of sum |x|.
     """
     spec, dtype = case.spec, x.dtype
     assert out.dtype == dtype
@@ -81,9 +93,10 @@ def _assert_close(out, x, case: Case):
     exact = exact_x @ case.weight.T
     magnitude = np.abs(exact_x) @ np.abs(case.weight).T
     u, v, tiny = 2.0**-24, *((2.0**-8, 0.0) if dtype == jnp.bfloat16 else (2.0**-11, 2.0**-25))
-    gamma = (spec.in_features + 2) * u / (1 - (spec.in_features + 2) * u)
+    count = spec.in_features + 2 + splits
+    gamma = count * u / (1 - count * u)
     error = gamma * magnitude
-    if spec.groups > 1 and spec.group_size % 32:
+    if scale_on == "weight" or (spec.groups > 1 and spec.group_size % 32):
         rounding = (v + 2 * u) * magnitude + tiny * np.abs(exact_x).sum(1, keepdims=True)
         error = error + (1 + gamma) * rounding
     bound = error + v * (np.abs(exact) + error) + tiny
@@ -116,7 +129,36 @@ def test_product_is_within_the_rounding_bound_of_the_exact_one(
 ):
     case = _make_case(shape, group_size, bits, symmetric=False)
     x = _make_x((tokens, shape[1]), dtype)
-    _assert_close(matmul(x, *case.arrays, case.spec, interpret=True), x, case)
+    _assert_close(_multiply(x, case), x, case)
+
+
+@pytest.mark.parametrize(
+    ("bits", "shape", "group_size", "scale_on", "changes"),
+    [
+        (4, (200, 672), 32, "sum", {"block_m": 16, "block_n": 256}),
+        (4, (130, 640), 128, "sum", {"block_m": 32, "splits": 3}),
+        (4, (130, 640), 640, "sum", {"block_m": 64, "block_n": 64, "splits": 2}),
+        (4, (130, 640), 128, "weight", {"block_m": 128}),
+        (4, (200, 672), 32, "weight", {"steps": 2, "splits": 4}),
+        (4, (200, 672), 96, "sum", {"steps": 2, "splits": 3}),
+        (4, (130, 672), 672, "weight", {"block_m": 32, "splits": 2}),
+        (8, (200, 672), 32, "sum", {"block_m": 16, "block_n": 256}),
+        (8, (130, 640), 128, "sum", {"steps": 2, "splits": 4}),
+        (8, (130, 640), 64, "weight", {"steps": 4, "block_n": 64}),
+        (8, (130, 672), 672, "sum", {"block_m": 64, "splits": 5}),
+    ],
+)
+def test_every_tile_shape_gives_the_product(bits, shape, group_size, scale_on, changes):
+    """672 is no multiple of a packed tile, and of no step: the last one passes the end of K."""
+    case = _make_case(shape, group_size, bits, symmetric=False)
+    changes = dict(changes)
+    changes["block_k"] = case.spec.tile_k * changes.pop("steps", 1)
+    x = _make_x((9, shape[1]), jnp.bfloat16)
+    out = _multiply(x, case, scale_on=scale_on, **changes)
+    splits = changes.get("splits", 1)
+    _assert_close(out, x, case, splits=splits, scale_on=scale_on)
+    again = _multiply(x, case, scale_on=scale_on, **changes)
+    np.testing.assert_array_equal(out, again)
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
@@ -126,7 +168,7 @@ def test_symmetric_weights_need_no_zero_point(group_size, bits, dtype):
     case = _make_case((20, 96), group_size, bits, symmetric=True)
     assert case.zero_point is None
     x = _make_x((2, 96), dtype)
-    _assert_close(matmul(x, *case.arrays, case.spec, interpret=True), x, case)
+    _assert_close(_multiply(x, case), x, case)
 
 
 @pytest.mark.parametrize("scale_dtype", [jnp.float16, jnp.float32])
@@ -134,7 +176,7 @@ def test_symmetric_weights_need_no_zero_point(group_size, bits, dtype):
 @pytest.mark.parametrize("group_size", [32, 24])
 def test_product_with_the_identity_is_the_weight_rounded_once(group_size, dtype, scale_dtype):
     case = _make_case((20, 96), group_size, 4, symmetric=False, scale_dtype=scale_dtype)
-    out = matmul(jnp.eye(96, dtype=dtype), *case.arrays, case.spec, interpret=True)
+    out = _multiply(jnp.eye(96, dtype=dtype), case)
     np.testing.assert_array_equal(out, case.weight.T.astype(np.float32).astype(dtype))
 
 
@@ -157,7 +199,8 @@ def test_every_code_with_every_zero_point_is_subtracted_exactly(bits, dtype):
     zero_point[0, :count] = codes - half
     scale = jnp.ones(spec.scale_shape, jnp.float32)
     x = jnp.eye(count, dtype=dtype)
-    out = matmul(x, packed, scale, jnp.asarray(zero_point), spec, interpret=True)
+    weights = {"packed": packed, "scale": scale, "zero_point": jnp.asarray(zero_point)}
+    [out] = multiply(x, [weights], [spec], _tiles(spec), interpret=True)
     np.testing.assert_array_equal(np.asarray(out, np.float64), codes[:, None] - codes[None, :])
 
 
@@ -165,14 +208,15 @@ def test_every_code_with_every_zero_point_is_subtracted_exactly(bits, dtype):
 def test_padding_never_reaches_the_result(group_size):
     case = _make_case((65, 33), group_size, 4, symmetric=False)
     x = _make_x((3, 33), jnp.bfloat16)
-    clean = matmul(x, *case.arrays, case.spec, interpret=True)
-    packed, scale, zero_point = (np.array(array) for array in case.arrays)
+    clean = _multiply(x, case)
+    dirtied = {name: np.array(leaf) for name, leaf in case.weights.items()}
+    packed, scale, zero_point = (dirtied[n] for n in ("packed", "scale", "zero_point"))
     packed[-1, :, 1:, :] = 0xFFFF  # rows past N
     packed[..., 0] |= 0xFF00  # features past K: planes 2 and 3, and all of plane 1 but its first
     packed[..., 1:] |= 0xFFF0
     scale[:, 65:], zero_point[:, 65:] = np.nan, 127
-    arrays = jnp.asarray(packed), jnp.asarray(scale), jnp.asarray(zero_point)
-    dirty = matmul(x, *arrays, case.spec, interpret=True)
+    weights = {name: jnp.asarray(leaf) for name, leaf in dirtied.items()}
+    [dirty] = multiply(x, [weights], [case.spec], _tiles(case.spec), interpret=True)
     np.testing.assert_array_equal(clean, dirty)
 
 
@@ -181,42 +225,54 @@ def test_padding_past_k_does_not_overflow_where_no_weight_does():
     packed = jnp.full(spec.packed_shape, 0x0098, jnp.uint16)  # q is 0, then 1; -8 past K
     scale = jnp.full(spec.scale_shape, 2.0**15, jnp.float32)  # times -8 it leaves float16
     x = jnp.full((1, 48), 2.0**-10, jnp.float16)
-    out = matmul(x, packed, scale, None, spec, interpret=True)
+    weights = {"packed": packed, "scale": scale}
+    [out] = multiply(x, [weights], [spec], _tiles(spec), interpret=True)
     assert out.item() == 2.0**5 * 16  # of the 48 features, 32 meet a 0
 
 
-@pytest.mark.parametrize("group_size", [32, 8])
-def test_nothing_is_stored_past_the_end_of_the_output(group_size):
-    case = _make_case((70, 32), group_size, 4, symmetric=True)
-    x = _make_x((5, 32), jnp.bfloat16)
+@pytest.mark.parametrize("splits", [1, 2])
+def test_nothing_is_stored_past_the_end_of_the_output(splits, monkeypatch):
+    """The kernel runs on an output with room past its end, filled with sevens."""
+    case = _make_case((70, 256), 32, 4, symmetric=True)
+    x = _make_x((5, 256), jnp.bfloat16)
+    call = pl.pallas_call
 
-    def write_into_sevens(x_ref, packed_ref, scale_ref, _, out_ref):
-        _multiply_tile(x_ref, packed_ref, scale_ref, out_ref, spec=case.spec, block_m=8)
+    def call_with_room(kernel, *, out_shape, **options):
+        [shape] = out_shape
+        room = jax.ShapeDtypeStruct((*shape.shape[:-2], 8, 128), shape.dtype)
 
-    whole_tiles = jnp.full((8, 128), 7, x.dtype)
-    out = pl.pallas_call(
-        write_into_sevens,
-        out_shape=jax.ShapeDtypeStruct(whole_tiles.shape, x.dtype),
-        grid=(1, 2),
-        input_output_aliases={3: 0},
-        interpret=True,
-    )(x, *case.arrays[:2], whole_tiles)
-    _assert_close(out[:5, :70], x, case)
-    assert (out[5:] == 7).all()
-    assert (out[:, 70:] == 7).all()
+        def write_into_sevens(x_ref, weights, _, out_ref):
+            kernel(x_ref, weights, out_ref)
+
+        def run(x, weights):
+            index = 1 + len(jax.tree.leaves(weights))
+            full = call(
+                write_into_sevens,
+                out_shape=room,
+                input_output_aliases={index: 0},
+                **options,
+            )(x, weights, jnp.full(room.shape, 7, room.dtype))
+            assert (full[..., 5:, :] == 7).all()
+            assert (full[..., 70:] == 7).all()
+            return [full[..., :5, :70]]
+
+        return run
+
+    monkeypatch.setattr(pl, "pallas_call", call_with_room)
+    _assert_close(_multiply(x, case, splits=splits), x, case, splits=splits)
 
 
 def test_vmap_over_x_alone_and_over_stacked_weights_equals_a_loop():
     first, second = (_make_case((20, 96), 32, 4, symmetric=False, seed=seed) for seed in (2, 3))
     x = _make_x((2, 5, 96), jnp.bfloat16)
 
-    def multiply(x, packed, scale, zero_point):
-        return matmul(x, packed, scale, zero_point, first.spec, interpret=True)
+    def run(x, weights):
+        return multiply(x, [weights], [first.spec], _tiles(first.spec), interpret=True)[0]
 
-    shared = jax.vmap(multiply, in_axes=(0, None, None, None))(x, *first.arrays)
-    np.testing.assert_array_equal(shared, jnp.stack([multiply(row, *first.arrays) for row in x]))
-    stacked = jax.tree.map(lambda *pair: jnp.stack(pair), first.arrays, second.arrays)
-    each = jax.jit(jax.vmap(multiply))(x, *stacked)
+    shared = jax.vmap(run, in_axes=(0, None))(x, first.weights)
+    np.testing.assert_array_equal(shared, jnp.stack([run(row, first.weights) for row in x]))
+    stacked = jax.tree.map(lambda *pair: jnp.stack(pair), first.weights, second.weights)
+    each = jax.jit(jax.vmap(run))(x, stacked)
     for out, row, case in zip(each, x, (first, second), strict=True):
         _assert_close(out, row, case)
 
@@ -226,14 +282,76 @@ def test_jit_does_not_change_the_result_and_traces_once():
     traced = []
 
     @jax.jit
-    def multiply(x, packed, scale):
+    def run(x):
         traced.append(x.shape)
-        return matmul(x, packed, scale, None, case.spec, interpret=True)
+        return _multiply(x, case)
 
     for seed in (1, 2):
         x = _make_x((4, 96), jnp.float16, seed)
-        _assert_close(multiply(x, case.packed, case.scale), x, case)
+        _assert_close(run(x), x, case)
     assert len(traced) == 1
+
+
+@pytest.mark.parametrize("splits", [1, 2])
+@pytest.mark.parametrize("tokens", [3, 40])
+def test_weights_that_share_x_are_one_kernel_and_each_its_own_product(tokens, splits):
+    cases = [
+        _make_case((n, 256), 64, 4, symmetric=False, seed=n, scale_dtype=jnp.float32)
+        for n in (200, 8, 64)
+    ]
+    x = _make_x((tokens, 256), jnp.bfloat16)
+    tiles = _tiles(cases[0].spec, block_m=8 if tokens < 8 else 64, splits=splits)
+
+    def run(x):
+        weights, specs = [case.weights for case in cases], [case.spec for case in cases]
+        return multiply(x, weights, specs, tiles, interpret=True)
+
+    assert str(jax.make_jaxpr(run)(x)).count("pallas_call[") == 1
+    for out, case in zip(run(x), cases, strict=True):
+        _assert_close(out, x, case, splits=splits)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize(("tokens", "splits"), [(3, 1), (3, 2), (40, 1)])
+def test_gated_product_is_within_its_bound(tokens, splits, dtype):
+    """y = silu(g) u. |silu'| < 1.1 and |silu(g)| <= |g|, so errors dg and du of the two sums give
+    at most 1.1 dg |u| + |g| du + 1.1 dg du; float32 evaluates silu within 8 u of |g| (exp within
+    2 ulp and three more operations). The result is rounded once; past 32 tokens g and u are
+    rounded to the dtype of x as well."""
+    gate, up = (_make_case((70, 256), 64, 4, symmetric=False, seed=seed) for seed in (1, 2))
+    x = _make_x((tokens, 256), dtype)
+    tiles = _tiles(gate.spec, block_m=8 if tokens < 8 else 64, splits=splits)
+    weights = [case.weights | {"bias": _make_x((70,), jnp.float32, 7)} for case in (gate, up)]
+    [out] = multiply(x, weights, [gate.spec, up.spec], tiles, gated=True, interpret=True)
+    exact_x, bias = np.asarray(x, np.float64), np.asarray(weights[0]["bias"], np.float64)
+    g, u = (exact_x @ case.weight.T + bias for case in (gate, up))
+    rounding = 2.0**-8 if dtype == jnp.bfloat16 else 2.0**-11
+    count = (256 + 4 + splits) * 2.0**-24
+    dg, du = (
+        count * (np.abs(exact_x) @ np.abs(case.weight).T + np.abs(bias))
+        + (rounding * np.abs(total) if tokens > 32 else 0)
+        for case, total in ((gate, g), (up, u))
+    )
+    exact = g / (1 + np.exp(-g)) * u
+    error = 1.1 * dg * (np.abs(u) + du) + np.abs(g) * du + 8 * 2.0**-24 * np.abs(g * u)
+    bound = error + rounding * (np.abs(exact) + error) + 2.0**-25
+    assert (np.abs(np.asarray(out, np.float64) - exact) <= bound).all()
+    assert np.median(bound / np.abs(exact)) < 10 * rounding
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(
+    ("shape", "group_size"),
+    [((70, 544), 32), ((64, 256), -1), ((3, 100), -1), ((65, 99), 33), ((5, 6), 1)],
+)
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_expansion_is_the_weight_rounded_once(shape, group_size, dtype, bits, symmetric):
+    """With scales of that dtype it is what `dequantize` gives, as compressed-tensors rounds."""
+    case = _make_case(shape, group_size, bits, symmetric=symmetric, scale_dtype=dtype)
+    out = expand(case.weights, case.spec, dtype, interpret=True)
+    np.testing.assert_array_equal(out, case.weight.astype(np.float32).astype(dtype))
+    np.testing.assert_array_equal(out, dequantize(case.weights, case.spec))
 
 
 @pytest.mark.parametrize(
@@ -242,4 +360,26 @@ def test_jit_does_not_change_the_result_and_traces_once():
 def test_other_activations_are_refused_by_dtype_and_shape(shape, dtype):
     case = _make_case((1, 32), 32, 4, symmetric=True)
     with pytest.raises(BackendError, match=rf"{jnp.dtype(dtype).name} \[{shape[0]}, 32\]"):
-        matmul(jnp.zeros(shape, dtype), *case.arrays, case.spec, interpret=True)
+        _multiply(jnp.zeros(shape, dtype), case)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"block_m": 12}, "block_m must be one of"),
+        ({"block_k": 96}, "block_k must be a multiple of 128"),
+        ({"splits": 0}, "splits must be a positive integer"),
+        ({"scale_on": "x"}, "scale_on"),
+        ({"warps": 3}, "warps"),
+    ],
+)
+def test_impossible_tiles_are_refused_before_the_kernel(changes, message):
+    case = _make_case((1, 32), 32, 4, symmetric=True)
+    with pytest.raises(BackendError, match=message):
+        _multiply(_make_x((1, 32), jnp.bfloat16), case, **changes)
+
+
+def test_scale_on_the_weight_needs_scales_of_the_dtype_of_x():
+    case = _make_case((1, 64), 32, 4, symmetric=True, scale_dtype=jnp.float32)
+    with pytest.raises(BackendError, match="float32"):
+        _multiply(_make_x((1, 64), jnp.bfloat16), case, scale_on="weight")

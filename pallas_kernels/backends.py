@@ -1,0 +1,111 @@
+"""Which backend runs: the names, what each can do, and `explain`, which says the choice and why."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.device import UNKNOWN, find_device
+from pallas_kernels.errors import BackendError, SpecError
+from pallas_kernels.schedule import choose, describe
+from pallas_kernels.spec import QuantSpec
+
+BACKENDS = ("triton", "xla")
+PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
+_X_DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
+TRITON_DTYPES = (jnp.bfloat16, jnp.float16)
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """Which backend runs on a platform, why, and for a known number of tokens how.
+
+    `schedule` describes the tiles of the Triton kernel; None where there are none.
+    """
+
+    backend: str
+    reason: str
+    schedule: str | None = None
+
+
+def explain(
+    spec: QuantSpec,
+    dtype,
+    *,
+    platform: str | None = None,
+    backend: str | None = None,
+    tokens: int | None = None,
+    scale_dtype=None,
+) -> Choice:
+    """Say which backend `quant_matmul` runs for x of `dtype`.
+
+    Args:
+      spec: the weight's static facts.
+      dtype: dtype of x.
+      platform: "cpu", "cuda", "rocm" or "tpu"; None is the default device's.
+      backend: what the caller asks for, as in `quant_matmul`.
+      tokens: M, the rows of x; with it the choice names the schedule, too.
+      scale_dtype: dtype of the scales; None is that of x.
+
+    Raises:
+      BackendError: if the named backend cannot serve this dtype or platform, or there is no such
+        platform.
+      SpecError: if no backend takes x of this dtype.
+    """
+    dtype = jnp.dtype(dtype)
+    check_activation(dtype)
+    check_backend(backend, dtype)
+    if platform is None:
+        platform = _platform(jax.devices()[0])
+    elif platform not in PLATFORMS:
+        raise BackendError(f"platform must be None or one of {PLATFORMS}, got {platform!r}")
+    choice = _choose_backend(spec, dtype, platform, backend)
+    if choice.backend == "xla" or not tokens:
+        return choice
+    device = find_device() if platform == "cuda" else UNKNOWN
+    schedule = choose(spec, tokens, dtype, scale_dtype or dtype, device)
+    return dataclasses.replace(choice, schedule=describe(schedule, tokens))
+
+
+def _choose_backend(spec: QuantSpec, dtype, platform: str, backend: str | None) -> Choice:
+    if backend == "xla":
+        return Choice("xla", "asked for by name")
+    if backend == "triton":
+        if platform == "cuda":
+            return Choice("triton", "asked for by name")
+        if platform == "cpu":
+            return Choice("triton", "asked for by name; on cpu the kernel is interpreted, slowly")
+        raise BackendError(
+            f'backend "triton" runs on cuda, and interpreted on cpu, not on {platform}'
+        )
+    if platform != "cuda":
+        return Choice("xla", f"the fused kernels need an NVIDIA GPU, this is {platform}")
+    if dtype not in TRITON_DTYPES:
+        return Choice("xla", f"the fused kernels multiply 16-bit activations, x is {dtype.name}")
+    return Choice("triton", f"fused {spec.bits}-bit kernel for 16-bit activations on cuda")
+
+
+def check_backend(backend: str | None, dtype) -> None:
+    """Raise a BackendError unless `backend` exists and serves x of `dtype`."""
+    if backend is not None and backend not in BACKENDS:
+        raise BackendError(f"backend must be None or one of {BACKENDS}, got {backend!r}")
+    if backend == "triton" and dtype not in TRITON_DTYPES:
+        raise BackendError(
+            f'backend "triton" multiplies bfloat16 or float16 activations, x is '
+            f'{jnp.dtype(dtype).name}: cast x, or use backend="xla"'
+        )
+
+
+def check_activation(dtype) -> None:
+    """Raise a SpecError unless some backend takes x of `dtype`."""
+    if dtype not in _X_DTYPES:
+        raise SpecError(f"x must be float32, bfloat16 or float16, got {dtype}: cast it first")
+
+
+def _platform(device: Any) -> str:
+    if device.platform != "gpu":
+        return device.platform
+    return "rocm" if "rocm" in device.client.platform_version.lower() else "cuda"

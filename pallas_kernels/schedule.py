@@ -1,0 +1,291 @@
+"""How a product is divided among the cores of a GPU, chosen from its static shape.
+
+Three schedules, by the number of tokens M:
+
+* decode, M <= 64: the fused kernel with one token tile of 8, 16, 32 or 64. Reading the weight is
+  the cost, so K is split among programs until every core has some.
+* middle, up to about 1000: the fused kernel with token tiles of 64, or of 128 where the scale can
+  multiply the weight instead of the sums.
+* prefill, above: multiplying is the cost. One kernel expands the weight to the dtype of x, a plain
+  product follows; that copy of one weight lives as long as the product.
+
+A table of tuned tiles (`pallas_kernels.tile_tables`) comes before these rules of thumb.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import dataclasses
+from collections.abc import Iterator
+
+import jax.numpy as jnp
+
+from pallas_kernels.device import Device
+from pallas_kernels.errors import BackendError
+from pallas_kernels.spec import TILE_N, QuantSpec
+
+PREFER = ("speed", "memory")
+_DECODE_TOKENS = 64
+_PREFILL_TOKENS = 1024
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tiles:
+    """One way to run the fused kernel.
+
+    Attributes:
+      block_m: tokens of a program: 8, 16, 32, 64 or 128.
+      block_n: output features of a program: 64, 128 or 256.
+      block_k: input features of one step along K, a multiple of the packed tile's.
+      splits: into how many programs K is divided. Above 1 their sums go to memory in float32 and
+        are added in order by XLA.
+      warps: 32 threads each: 2, 4 or 8.
+      stages: steps of the copy pipeline, 2 to 5.
+      scale_on: "sum" multiplies each group's float32 sum, "weight" the 16-bit weight (the scale's
+        dtype must be that of x).
+    """
+
+    block_m: int
+    block_n: int
+    block_k: int
+    splits: int = 1
+    warps: int = 4
+    stages: int = 3
+    scale_on: str = "sum"
+
+
+PREFILL = "prefill"
+"""Stands where `Tiles` could: expand the weight, then one plain product."""
+
+Schedule = Tiles | str
+
+
+def find_faults(tiles: Tiles, spec: QuantSpec, device: Device | None = None) -> list[str]:
+    """Everything that keeps the fused kernel from running `tiles` on weights of `spec`.
+
+    With a device, also whether they fit into its shared memory.
+    """
+    faults = []
+    for name, allowed in (
+        ("block_m", (8, 16, 32, 64, 128)),
+        ("block_n", (64, 128, 256)),
+        ("warps", (2, 4, 8)),
+        ("stages", (1, 2, 3, 4, 5)),
+        ("scale_on", ("sum", "weight")),
+    ):
+        value = getattr(tiles, name)
+        if type(value) is not type(allowed[0]) or value not in allowed:
+            faults.append(f"{name} must be one of {allowed}, got {value!r}")
+    if not _is_count(tiles.block_k) or tiles.block_k % spec.tile_k:
+        faults.append(f"block_k must be a multiple of {spec.tile_k}, got {tiles.block_k!r}")
+    if not _is_count(tiles.splits):
+        faults.append(f"splits must be a positive integer, got {tiles.splits!r}")
+    if device is not None and not faults:
+        needed = measure_shared_memory(tiles, spec)
+        if needed > device.shared_memory:
+            faults.append(
+                f"{needed} bytes of shared memory are needed, {device.kind} has "
+                f"{device.shared_memory}: lower stages, block_k or block_n"
+            )
+    return faults
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and value >= 1
+
+
+def check_prefer(prefer: str) -> None:
+    """Raise a BackendError unless `prefer` is "speed" or "memory"."""
+    if prefer not in PREFER:
+        raise BackendError(f"prefer must be one of {PREFER}, got {prefer!r}")
+
+
+def describe(schedule: Schedule, tokens: int) -> str:
+    """The schedule of a product of `tokens` rows, in words."""
+    if not isinstance(schedule, Tiles):
+        return "prefill: expand the weight, then one product"
+    tiles = schedule
+    name = "decode" if tokens <= _DECODE_TOKENS else "middle"
+    return (
+        f"{name}: {tiles.block_m} tokens x {tiles.block_n} features x {tiles.block_k} of K, "
+        f"{tiles.splits} splits, {tiles.warps} warps, {tiles.stages} stages, "
+        f"scale on the {tiles.scale_on}"
+    )
+
+
+_fixed: contextvars.ContextVar[Schedule | None] = contextvars.ContextVar("schedule", default=None)
+
+
+@contextlib.contextmanager
+def fix_schedule(schedule: Schedule) -> Iterator[None]:
+    """Trace every product of the Triton backend inside with `schedule`, for timing and tests.
+
+    A function that `jax.jit` has traced before keeps what it was traced with.
+    """
+    token = _fixed.set(schedule)
+    try:
+        yield
+    finally:
+        _fixed.reset(token)
+
+
+def choose(
+    spec: QuantSpec, tokens: int, x_dtype, scale_dtype, device: Device, prefer: str = "speed"
+) -> Schedule:
+    """The schedule of one product: a fixed one, else from the device's table, else by rule.
+
+    Args:
+      spec: the weight; of several that share x, one with their features together.
+      tokens: M >= 1.
+      x_dtype: bfloat16 or float16.
+      scale_dtype: of the weight's scales.
+      device: the GPU it is for.
+      prefer: "memory" never expands a weight.
+
+    Raises:
+      TableError: if the device has a table and it cannot be used.
+    """
+    from pallas_kernels.tile_tables import load_schedule  # which needs Tiles
+
+    fixed = _fixed.get()
+    if fixed is not None:
+        return fixed
+    schedule = load_schedule(device, spec, tokens, x_dtype, scale_dtype)
+    if schedule is None or (schedule == PREFILL and prefer == "memory"):
+        schedule = _choose_by_rule(spec, tokens, x_dtype, scale_dtype, device, prefer)
+    return schedule
+
+
+def _choose_by_rule(spec, tokens, x_dtype, scale_dtype, device, prefer) -> Schedule:
+    if tokens >= _PREFILL_TOKENS and prefer == "speed":
+        return PREFILL
+    block_m = round_up_tokens(tokens)
+    can_scale_weight = jnp.dtype(scale_dtype) == jnp.dtype(x_dtype)
+    if block_m <= _DECODE_TOKENS:
+        tiles = _choose_decode(spec, block_m, device)
+    elif can_scale_weight and tokens > 2 * _DECODE_TOKENS and device.is_hopper:
+        tiles = Tiles(block_m=128, block_n=128, block_k=spec.tile_k, scale_on="weight")
+    else:
+        tiles = Tiles(block_m=64, block_n=128, block_k=spec.tile_k)
+    most, least = (64, 64) if device.is_hopper else (32, 128)
+    if tiles.block_m >= most and spec.groups > 1 and spec.group_size < least:
+        # so many sums, one for each group, do not fit into 255 registers
+        if can_scale_weight:
+            tiles = dataclasses.replace(tiles, scale_on="weight")
+        elif tiles.block_m == 64:
+            tiles = dataclasses.replace(tiles, warps=8)
+    while measure_shared_memory(tiles, spec) > device.shared_memory and tiles.stages > 1:
+        tiles = dataclasses.replace(tiles, stages=tiles.stages - 1)
+    if block_m > _DECODE_TOKENS:
+        return tiles
+    return dataclasses.replace(tiles, splits=_choose_splits(spec, tiles, device))
+
+
+def round_up_tokens(tokens: int) -> int:
+    """The least power of two that holds `tokens`, at least 8."""
+    return max(8, 1 << (tokens - 1).bit_length())
+
+
+def measure_shared_memory(tiles: Tiles, spec: QuantSpec) -> int:
+    """Bytes of shared memory one program takes at most, as the compiler was seen to lay it out.
+
+    The words of a step wait in `stages` - 1 buffers and x in `stages`, since the tensor cores of
+    sm_90 read x in place; a kilobyte is for scales on their way.
+    """
+    words = tiles.block_n * tiles.block_k * spec.bits // 8
+    x = tiles.block_m * tiles.block_k * 2
+    return (tiles.stages - 1) * words + tiles.stages * x + 1024
+
+
+def _choose_decode(spec: QuantSpec, block_m: int, device: Device) -> Tiles:
+    # Two packed tiles in one step where that leaves no half step and the sums of their groups fit
+    # into registers: less work besides the weights.
+    few = spec.groups == 1 or 4 * spec.group_size >= 2 * spec.tile_k
+    small = block_m <= 16 or (spec.bits == 8 and (block_m <= 32 or device.is_hopper))
+    pair = spec.tiles_k % 2 == 0 and few and small
+    # Wide where x weighs: each program reads all of its K again.
+    wide = device.is_hopper and spec.bits == 4 and block_m in (16, 32) and spec.tiles_n >= 64
+    return Tiles(
+        block_m=block_m,
+        block_n=256 if wide else 128,
+        block_k=spec.tile_k * (2 if pair else 1),
+        warps=8 if wide else 2 if spec.bits == 8 and block_m == 8 else 4,
+    )
+
+
+def _choose_splits(spec: QuantSpec, tiles: Tiles, device: Device) -> int:
+    """Enough programs for two on each core, while each has two steps and its sums are few."""
+    columns = -(-spec.tiles_n * TILE_N // tiles.block_n)
+    wanted = -(-2 * device.cores // columns)
+    # A feature's sums are written and read, 8 bytes a token and split (mostly in the L2 cache), and
+    # should be no more than its weight, K bits / 8.
+    affordable = spec.in_features * spec.bits // (8 * 8 * tiles.block_m)
+    splits = max(1, min(wanted, affordable, _count_steps(spec, tiles) // 2))
+    return _even_out(spec, tiles, splits)
+
+
+def _count_steps(spec: QuantSpec, tiles: Tiles) -> int:
+    return -(-spec.tiles_k * spec.tile_k // tiles.block_k)
+
+
+def _even_out(spec: QuantSpec, tiles: Tiles, splits: int) -> int:
+    """At most `splits`, such that each has a step where all take as many, but perhaps the last."""
+    steps = _count_steps(spec, tiles)
+    return -(-steps // -(-steps // splits))
+
+
+def list_candidates(
+    spec: QuantSpec, tokens: int, x_dtype, scale_dtype, device: Device
+) -> list[Schedule]:
+    """The schedules worth timing, the rule's choice first, each once."""
+    rule = _choose_by_rule(spec, tokens, x_dtype, scale_dtype, device, "speed")
+    if tokens > _DECODE_TOKENS:
+        others = [PREFILL, *_list_middle(spec, x_dtype, scale_dtype, device)]
+    else:
+        others = list(_list_decode(spec, round_up_tokens(tokens), device))
+    fitting = [
+        other
+        for other in others
+        if other == PREFILL or measure_shared_memory(other, spec) <= device.shared_memory
+    ]
+    return list(dict.fromkeys([rule, *fitting]))
+
+
+def _list_middle(spec: QuantSpec, x_dtype, scale_dtype, device: Device) -> Iterator[Tiles]:
+    can_scale_weight = jnp.dtype(scale_dtype) == jnp.dtype(x_dtype)
+    for scale_on in ("sum", "weight") if can_scale_weight else ("sum",):
+        for block_m in (64, 128):
+            for block_n, warps in ((128, 4), (128, 8), (256, 8)):
+                for stages in (3, 4):
+                    if block_m == 128 and (scale_on == "sum" or not device.is_hopper):
+                        continue  # the sums do not fit into registers
+                    yield Tiles(
+                        block_m=block_m,
+                        block_n=block_n,
+                        block_k=spec.tile_k,
+                        warps=warps,
+                        stages=stages,
+                        scale_on=scale_on,
+                    )
+
+
+def _list_decode(spec: QuantSpec, block_m: int, device: Device) -> Iterator[Tiles]:
+    for block_n, warps in ((64, 2), (64, 4), (128, 2), (128, 4), (256, 4), (256, 8)):
+        if block_n > spec.tiles_n * TILE_N or block_m * block_n > 64 * 64 * warps:
+            continue
+        for per_step in (1, 2, 4) if spec.bits == 8 else (1, 2):
+            if spec.tiles_k % per_step or block_m * per_step > 32:
+                continue
+            for stages in (3, 4):
+                tiles = Tiles(
+                    block_m=block_m,
+                    block_n=block_n,
+                    block_k=spec.tile_k * per_step,
+                    warps=warps,
+                    stages=stages,
+                )
+                rule = _choose_splits(spec, tiles, device)
+                for splits in (max(1, rule // 2), rule, 2 * rule):
+                    if splits <= _count_steps(spec, tiles):
+                        yield dataclasses.replace(tiles, splits=_even_out(spec, tiles, splits))

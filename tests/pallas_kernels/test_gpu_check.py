@@ -1,0 +1,72 @@
+"""The kernels' machine code for absent GPUs is as lean as `tests.gpu_check` wants it."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.gpu_check import Case, Finding, list_core, write_report
+
+_ROOT = Path(__file__).parents[2]
+# in a folder of its own: beside jax it would complain about the missing GPU at every start
+_PLUGIN = Path(sys.prefix) / "gpu-check"
+
+_GOOD = Finding(
+    case=Case("sm_90a", 15, 4, "bfloat16", 128),
+    schedule="decode",
+    block_m=16,
+    registers=128,
+    spill_bytes=0,
+    shared_bytes=90_000,
+    shared_limit=232_448,
+    per_weight=2.9,
+    opcodes={"HGMMA.64x16x16.F32.BF16": 32, "LDGSTS.E.BYPASS.128": 16},
+)
+
+
+@pytest.fixture(scope="module")
+def findings() -> dict[str, list[str]]:
+    """The faults of each core case, from one process of its own: it loads the CUDA plugin."""
+    if not _PLUGIN.is_dir() and importlib.util.find_spec("jax_cuda13_plugin") is None:
+        pytest.skip("the CUDA plugin is not installed: `make test` does it")
+    command = [sys.executable, "-m", "tests.gpu_check", "--core", "--json"]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(_PLUGIN)}
+    done = subprocess.run(command, cwd=_ROOT, env=environment, capture_output=True, text=True)
+    assert done.stdout, done.stderr
+    return {str(Case(**f["case"])): f["faults"] for f in json.loads(done.stdout)}
+
+
+@pytest.mark.parametrize("case", list_core(), ids=str)
+def test_core_cases_have_no_spills_and_stay_within_budget(findings, case):
+    assert findings[str(case)] == []
+
+
+def test_good_machine_code_has_no_faults():
+    assert _GOOD.find_faults() == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "fault"),
+    [
+        ({"spill_bytes": 4}, "4 bytes spilled"),
+        ({"registers": 256}, "256 registers"),
+        ({"shared_bytes": 232_449}, "232449 of 232448 bytes of shared memory"),
+        ({"per_weight": 2.91}, "2.91 instructions per weight, budget 2.9"),
+        ({"opcodes": {"LDGSTS.E.BYPASS.128": 1, "HMMA.16816.F32": 1}}, "no HGMMA in the loop"),
+        (
+            {"opcodes": {"HGMMA.64x16x16.F32.BF16": 1, "LDGSTS.E": 8}},
+            "no asynchronous copy of 16 bytes in the loop",
+        ),
+    ],
+)
+def test_every_fault_is_found_and_reported(changes, fault):
+    finding = dataclasses.replace(_GOOD, **changes)
+    assert finding.find_faults() == [fault]
+    assert fault in write_report([finding])

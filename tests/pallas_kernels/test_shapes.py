@@ -1,0 +1,56 @@
+"""`quant_matmul` on awkward shapes, on every backend, with the schedule that a GPU would choose."""
+
+from __future__ import annotations
+
+import functools
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.matmul import quant_matmul
+from pallas_kernels.schedule import PREFILL, fix_schedule
+from tests.pallas_kernels.products import assert_close, make_weights, make_x
+
+_ROWS = (0, 1, 7, 8, 9, 63, 64, 65, 1000)
+_COLUMNS = (1, 8, 63, 830, 4096)
+_FEATURES = {32: 32, 33: -1, 100: -1, 544: 32, 4096: 128}
+
+
+def _list_shapes():
+    """Every M with some N and K; every N with every K, but for the largest with few rows."""
+    for i, n in enumerate(_COLUMNS):
+        for j, k in enumerate(_FEATURES):
+            rows = _ROWS[(5 * i + j) % len(_ROWS)]
+            large = n * k > 4_000_000
+            yield pytest.param(min(rows, 64) if large else rows, n, k, id=f"{rows}x{n}x{k}")
+
+
+@functools.cache
+def _make(bits: int, n: int, k: int):
+    return make_weights(bits, n, k, _FEATURES[k], scale_dtype=jnp.bfloat16)
+
+
+@pytest.mark.parametrize(("tokens", "n", "k"), list(_list_shapes()))
+@pytest.mark.parametrize("backend", ["xla", "triton"])
+def test_product_of_every_shape_is_within_the_bound(tokens, n, k, backend):
+    bits = 8 if n in (8, 830) else 4
+    spec, weights = _make(bits, n, k)
+    x = make_x((tokens, k), jnp.bfloat16)
+    out = quant_matmul(x, weights, spec, backend=backend)
+    assert_close(out, x, weights, spec, exact_scale=backend == "triton")
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_many_rows_expand_the_weight_and_memory_forbids_it(bits):
+    spec, weights = make_weights(bits, 70, 96, scale_dtype=jnp.bfloat16)
+    weights["bias"] = make_x((70,), jnp.bfloat16, 3)
+    x = make_x((1030, 96), jnp.bfloat16)
+    expanded = quant_matmul(x, weights, spec, backend="triton")
+    frugal = quant_matmul(x, weights, spec, backend="triton", prefer="memory")
+    for out in (expanded, frugal):
+        assert_close(out, x, weights, spec, exact_scale=True, bias=weights["bias"])
+    with fix_schedule(PREFILL):
+        again = quant_matmul(x, weights, spec, backend="triton")
+    np.testing.assert_array_equal(expanded, again)
+    assert not np.array_equal(expanded, frugal)

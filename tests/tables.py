@@ -1,0 +1,29 @@
+"""Small tables of tuned tiles."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from pallas_kernels.device import Device
+from pallas_kernels.schedule import Schedule, Tiles
+from pallas_kernels.spec import QuantSpec
+from pallas_kernels.tile_tables import Entry, TileTable
+
+H200 = Device("NVIDIA H200", 132)
+TILES = Tiles(block_m=16, block_n=128, block_k=128, splits=3, stages=4)
+WIDE = dataclasses.replace(TILES, block_m=64, block_n=256, warps=8)
+
+
+def make_spec(k=4096, n=4096, *, bits=4, group_size=128) -> QuantSpec:
+    return QuantSpec(
+        bits=bits, group_size=group_size, symmetric=False, in_features=k, out_features=n
+    )
+
+
+def make_entry(k=4096, n=4096, tokens=16, schedule: Schedule = TILES, **changes) -> Entry:
+    facts = {"bits": 4, "group_size": 128, "x_dtype": "bfloat16", **changes}
+    return Entry(in_features=k, out_features=n, tokens=tokens, schedule=schedule, **facts)
+
+
+def make_table(*entries: Entry, kind: str = H200.kind) -> TileTable:
+    return TileTable(device_kind=kind, entries=entries, made={"jax": "0.10.2", "date": "today"})
