@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint clean bench
+.PHONY: demo test lint clean bench gpu gpu-check
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py
@@ -22,6 +22,15 @@ bench: $(VENV)/.test
 	$(BIN)/python benchmarks/language_speed.py
 	$(BIN)/python benchmarks/loading.py
 	$(BIN)/python benchmarks/plot.py
+
+# Every kernel compiled for four GPUs that need not be there; writes docs/machine_code.md
+gpu-check: $(VENV)/.test
+	JAX_PLATFORMS=cpu PYTHONPATH=$(VENV)/gpu-check $(BIN)/python -m tests.gpu_check
+
+# On a machine with an NVIDIA GPU, under 8 minutes: the GPU's tests, tuned tiles, figures with peers. Uses PYTHON as
+# it is (jax with CUDA, pytest, matplotlib), and no network; results go to $$OUT or benchmarks/results/gpu
+gpu:
+	$(PYTHON) benchmarks/gpu_run.py
 
 clean:
 	rm -rf $(VENV)

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import argparse
 
+from pallas_kernels.errors import Wna16Error
+
 DTYPES = ("float32", "bfloat16", "float16")
+
+
+class CallError(Wna16Error, ValueError):
+    """The command's options contradict each other or this machine: exit code 2."""
 
 
 def add_json(parser: argparse.ArgumentParser, verb: object) -> None:

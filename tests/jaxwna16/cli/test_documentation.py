@@ -41,6 +41,7 @@ def calls(packed_folder, float_folder, tmp_path):
         "eval perplexity": [*"eval perplexity --window 16 --text".split(), text, packed_folder],
         "quantize": ["quantize", float_folder, tmp_path / "q", "--group-size", 32],
         "dequantize": ["dequantize", packed_folder, tmp_path / "d"],
+        "bench": "bench --cpu --shapes 64x64 --tokens 1 --group-size 32".split(),
         "doctor": ["doctor"],
         "error": ["inspect", tmp_path / "nothing"],
     }

@@ -10,7 +10,7 @@ import pytest
 import jaxwna16
 from jaxwna16.cli import inspect
 
-VERBS = ("inspect", "verify", "generate", "eval", "quantize", "dequantize", "doctor")
+VERBS = ("inspect", "verify", "generate", "eval", "quantize", "dequantize", "bench", "doctor")
 
 
 def test_help_names_every_verb(call):

@@ -1,0 +1,124 @@
+"""Other projects' kernels for the same cases, on the same machine, in the same run.
+
+Each runs in a process of its own (`jaxwna16.bench.peer_worker`), so that one that crashes, hangs or
+breaks its CUDA context costs its own figures only. One that is not installed is named with the
+reason.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from jaxwna16.bench.cases import Case
+from jaxwna16.bench.engines import CHAINED
+from jaxwna16.bench.peer_worker import BUILDERS, MARK
+from jaxwna16.bench.run import Deadline, Row
+from jaxwna16.bench.timing import Effort
+
+_SHAPES = 3
+_TOKENS = (1, 16, 64, 128, 256, 1024)
+_ENOUGH = 24
+_WORKER = (sys.executable, "-m", "jaxwna16.bench.peer_worker")
+_LAST_LINES = 5
+
+
+def time_peers(
+    cases: Sequence[Case],
+    rows: Sequence[Row],
+    effort: Effort,
+    deadline: Deadline,
+    report: Callable[[str], None] = lambda text: None,
+    *,
+    worker: Sequence[str] = _WORKER,
+) -> list[dict[str, Any]]:
+    """Time every peer on the cases, write what it needed into the rows, and say how each fared.
+
+    Args:
+      cases: what is timed; of many, a few shapes and numbers of tokens are chosen.
+      rows: those of the cases, in the same order.
+      effort: as for our own figures.
+      deadline: the peers that are left share the time that is left.
+      report: is told what happens.
+      worker: the command of the process that times one peer.
+
+    Returns:
+      For each peer {"name", "version", "absent", "error"}: `absent` says why it is not there.
+    """
+    chosen = _choose(cases)
+    fared = []
+    for place, name in enumerate(BUILDERS):
+        report(f"peer {name}: {len(chosen)} cases")
+        seconds = deadline.left / (len(BUILDERS) - place)
+        outcome, found = _run_worker(worker, name, [cases[i] for i in chosen], effort, seconds)
+        for place_of_case, result in found.items():
+            rows[chosen[place_of_case]]["peers"][name] = result
+        fared.append({"name": name, **outcome})
+    return fared
+
+
+def _choose(cases: Sequence[Case]) -> list[int]:
+    """All of a few cases; of many, those with the first shapes that are compared everywhere."""
+    if len(cases) <= _ENOUGH:
+        return list(range(len(cases)))
+    shapes = list(dict.fromkeys(_shape(case) for case in cases))[:_SHAPES]
+    return [
+        i
+        for i, case in enumerate(cases)
+        if _shape(case) in shapes and case.tokens in _TOKENS and case.spec == _first(cases, case)
+    ]
+
+
+def _shape(case: Case) -> tuple[int, int]:
+    return case.spec.in_features, case.spec.out_features
+
+
+def _first(cases: Sequence[Case], case: Case) -> Any:
+    """The first spec of this case's shape."""
+    return next(other.spec for other in cases if _shape(other) == _shape(case))
+
+
+def _run_worker(
+    worker: Sequence[str], name: str, cases: Sequence[Case], effort: Effort, seconds: float
+) -> tuple[dict[str, Any], dict[int, dict[str, Any]]]:
+    """Let a process time one peer; what it has printed counts, also when it does not end well."""
+    order = {
+        "peer": name,
+        "effort": dataclasses.asdict(effort),
+        "cases": [
+            {"spec": dataclasses.asdict(c.spec), "tokens": c.tokens, "dtype": c.dtype}
+            for c in cases
+        ],
+    }
+    outcome: dict[str, Any] = {"version": None, "absent": None, "error": None}
+    with subprocess.Popen(
+        worker, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        text = json.dumps(order).encode()
+        try:
+            out, err = process.communicate(text, timeout=max(1.0, seconds))
+            if process.returncode:
+                last = err.decode(errors="replace").strip().splitlines()[-_LAST_LINES:]
+                outcome["error"] = f"exit code {process.returncode}: {' | '.join(last)[-600:]}"
+        except subprocess.TimeoutExpired:
+            process.kill()
+            out, _ = process.communicate()
+            outcome["error"] = f"stopped after {seconds:.0f} s, which was its share of the time"
+    found: dict[int, dict[str, Any]] = {}
+    for line in out.decode(errors="replace").splitlines():
+        if line.startswith(MARK):
+            said = json.loads(line[len(MARK) :])
+            if "case" in said:
+                found[said.pop("case")] = said
+            else:
+                outcome |= said
+    return outcome, found
+
+
+def count_timed(rows: Sequence[Row], name: str) -> int:
+    """For how many cases a peer has a time."""
+    return sum(CHAINED in row["peers"].get(name, {}) for row in rows)

@@ -1,0 +1,170 @@
+"""The result as tables: on the terminal and as Markdown, from the same cells."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from jaxwna16.bench.engines import SINGLE
+from jaxwna16.bench.run import OURS, Row, find_timing
+from jaxwna16.bench.targets import NONE, judge_targets, word_measured
+
+Cells = list[list[str]]
+
+LEGEND = (
+    "chained: one product of a chain in one compiled program, weights cold, the faster of with and "
+    "without CUDA graphs; single: one call of a program of one product, the calls queued without "
+    "waiting, no CUDA graph. Both are medians. "
+    "± is half the distance from the fastest to the slowest batch. GB/s counts packed "
+    "integers, scales, zero points, x and the result once; shares are of this run's copy bandwidth "
+    "and bf16 product rate. Columns ending in x say how many times as fast ours is."
+)
+
+
+def tabulate_rows(rows: Sequence[Row]) -> Cells:
+    """A header, then one line a case."""
+    others = list(
+        dict.fromkeys(name for row in rows for name in row["times_as_fast_as"] if name != OURS)
+    )
+    several = {
+        key for key in ("bits", "symmetric", "group_size") if len({r[key] for r in rows}) > 1
+    }
+    header = ["K x N", "M", *(["weight"] if several else []), "chained us", "±", "single us"]
+    header += ["GB/s", "copy", "TFLOP/s", "rate", "limit", *(f"{name} x" for name in others)]
+    return [header, *(_list_cells(row, bool(several), others) for row in rows)]
+
+
+def _list_cells(row: Row, names_weight: bool, others: list[str]) -> list[str]:
+    cells = [f"{row['in_features']}x{row['out_features']}", str(row["tokens"])]
+    if names_weight:
+        symmetry = "sym" if row["symmetric"] else "asym"
+        cells.append(f"W{row['bits']} g{row['group_size']} {symmetry}")
+    figures, chained = row["figures"], find_timing(row, OURS)
+    if figures is None or chained is None:
+        return [*cells, *[NONE] * (8 + len(others))]
+    spread = (chained["most"] - chained["least"]) / 2
+    single = row["engines"][OURS].get(SINGLE)
+    cells += [_word_time(chained["median"]), _word_time(spread)]
+    cells.append(_word_time(single and single["median"]))
+    cells += [
+        f"{figures['gigabytes_per_second']:.0f}",
+        f"{figures['bandwidth_share']:.0%}",
+        f"{figures['teraflops_per_second']:.3g}",
+        f"{figures['compute_share']:.0%}",
+        f"{figures['limit_share']:.0%}",
+    ]
+    ratios = row["times_as_fast_as"]
+    return cells + [f"{ratios[name]:.2f}" if name in ratios else NONE for name in others]
+
+
+def _word_time(seconds: float | None) -> str:
+    if seconds is None:
+        return NONE
+    return f"{seconds * 1e6:.{0 if seconds >= 1e-4 else 1 if seconds >= 1e-5 else 2}f}"
+
+
+def tabulate_targets(rows: Sequence[Row]) -> Cells:
+    """A header, then one line a target."""
+    lines = judge_targets(rows)
+    peers = list(dict.fromkeys(name for line in lines for name in line["microseconds"]))
+    marks = {None: "", True: "yes", False: "no"}
+    return [
+        ["case", "target", "measured", "reached", *(f"{name} us" for name in peers), "published"],
+        *(
+            [
+                line["case"],
+                line["target"],
+                word_measured(line),
+                marks[line["reached"]],
+                *(_word_number(line["microseconds"].get(name)) for name in peers),
+                line["published"],
+            ]
+            for line in lines
+        ),
+    ]
+
+
+def _word_number(number: float | None) -> str:
+    return NONE if number is None else f"{number:.3g}"
+
+
+def tabulate_tuned(tuned: Sequence[dict[str, Any]]) -> Cells:
+    """A header, then one line a case that was tuned."""
+    return [
+        ["K x N", "M", "weight", "tried", "failed", "rule us", "best us", "gain", "best"],
+        *(
+            [
+                f"{found['in_features']}x{found['out_features']}",
+                str(found["tokens"]),
+                f"W{found['bits']} g{found['group_size']}",
+                str(found["candidates"]),
+                str(len(found["failures"])),
+                _word_time(found["rule_seconds"]),
+                _word_time(found["best_seconds"]),
+                _word_gain(found),
+                found["best"] or "none of them works",
+            ]
+            for found in tuned
+        ),
+    ]
+
+
+def _word_gain(found: dict[str, Any]) -> str:
+    if not found["rule_seconds"] or not found["best_seconds"]:
+        return NONE
+    return f"{found['rule_seconds'] / found['best_seconds'] - 1:.0%}"
+
+
+def list_problems(report: dict[str, Any]) -> list[str]:
+    """Whatever went wrong, a line each; the same trouble of several cases is counted."""
+    counted: dict[str, int] = {}
+    for row in report["rows"]:
+        for name, found in (row["engines"] | row["peers"]).items():
+            if found.get("error"):
+                text = f"{name}: {found['error']}"
+                counted[text] = counted.get(text, 0) + 1
+    lines = [f"{text} ({count} of the cases)" for text, count in counted.items()]
+    for peer in report["peers"]:
+        if peer["absent"]:
+            lines.append(f"peer {peer['name']} is absent: {peer['absent']}")
+        if peer["error"]:
+            lines.append(f"peer {peer['name']}: {peer['error']}")
+    return lines
+
+
+def describe_limits(report: dict[str, Any]) -> str:
+    """The device and what it can do, in a line."""
+    machine, limits = report["machine"], report["limits"]
+    versions = machine["versions"]
+    words = f"{machine['device']['kind']}, jax {versions['jax']}"
+    if limits:
+        words += (
+            f"; measured copy {limits['bytes_per_second'] / 1e12:.3g} TB/s, "
+            f"{limits['dtype']} product {limits['flops_per_second'] / 1e12:.3g} TFLOP/s"
+        )
+    return words
+
+
+def write_markdown(report: dict[str, Any]) -> str:
+    """The whole result as Markdown."""
+    machine = report["machine"]
+    versions = ", ".join(f"{name} {v}" for name, v in machine["versions"].items() if v)
+    commit = (machine["commit"] or "unknown")[:10]
+    dirty = " and uncommitted changes" if machine["uncommitted_changes"] else ""
+    parts = ["# Kernels", describe_limits(report) + "."]
+    parts.append(f"{machine['date']}, commit {commit}{dirty}, {versions}.")
+    if report["tuned"]:
+        parts += ["## Tuned tiles", _format_table(tabulate_tuned(report["tuned"]))]
+    if report["rows"]:
+        parts += ["## Targets", _format_table(tabulate_targets(report["rows"]), 1)]
+        parts += ["## Cases", LEGEND, _format_table(tabulate_rows(report["rows"]))]
+    if report["problems"]:
+        parts += ["## Problems", "\n".join(f"- {line}" for line in report["problems"])]
+    return "\n\n".join(parts) + "\n"
+
+
+def _format_table(cells: Cells, words: int = 0) -> str:
+    """Markdown; numbers to the right, save in a table of words."""
+    header, *lines = ([text.replace("|", "\\|") for text in row] for row in cells)
+    rule = ["---" if words or place == 0 else "---:" for place in range(len(header))]
+    return "\n".join(f"| {' | '.join(row)} |" for row in [header, rule, *lines])

@@ -1,0 +1,110 @@
+"""The shapes that are timed: linear layers of known models, and squares. Written K x N."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import re
+
+TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """A weight W[N, K].
+
+    Attributes:
+      in_features: K.
+      out_features: N.
+      role: where it comes from, for people.
+    """
+
+    in_features: int
+    out_features: int
+    role: str = dataclasses.field(default="", compare=False)
+
+    @property
+    def label(self) -> str:
+        """ "8192x28672": K, then N."""
+        return f"{self.in_features}x{self.out_features}"
+
+
+def _list_layers(model: str, hidden: int, queries: int, keys: int, middle: int = 0) -> list[Shape]:
+    layers = [
+        Shape(hidden, queries, f"{model} q"),
+        Shape(hidden, keys, f"{model} k, v"),
+        Shape(queries, hidden, f"{model} o"),
+    ]
+    if middle:
+        layers.append(Shape(hidden, middle, f"{model} gate, up"))
+        layers.append(Shape(middle, hidden, f"{model} down"))
+    return layers
+
+
+MODELS = {
+    "llama-3.1-8b": _list_layers("Llama-3.1-8B", 4096, 4096, 1024, 14336),
+    "llama-3.3-70b": _list_layers("Llama-3.3-70B", 8192, 8192, 1024, 28672),
+    # its experts are not dense, its router is not quantized
+    "qwen3-30b-a3b": _list_layers("Qwen3-30B-A3B", 2048, 4096, 512),
+}
+SQUARES = [Shape(8192, 8192), Shape(8192, 28672), Shape(4096, 4096), Shape(16384, 16384)]
+"""Shapes that other projects publish figures for."""
+
+
+def list_default_shapes() -> list[Shape]:
+    """Every shape once: what others publish first, so that it is timed if time runs out."""
+    return _merge([*SQUARES[:3], *(s for shapes in MODELS.values() for s in shapes), SQUARES[3]])
+
+
+def parse_shapes(text: str) -> list[Shape]:
+    """Read "8192x28672,llama-3.1-8b": shapes K x N, and names of models.
+
+    Raises:
+      argparse.ArgumentTypeError: if a part is neither.
+    """
+    shapes: list[Shape] = []
+    for part in text.split(","):
+        pair = re.fullmatch(r"([1-9]\d*)[x×]([1-9]\d*)", part)
+        if pair:
+            shapes.append(Shape(int(pair[1]), int(pair[2])))
+        elif part.lower() in MODELS:
+            shapes += MODELS[part.lower()]
+        else:
+            raise argparse.ArgumentTypeError(
+                f"{part!r} is neither KxN (8192x28672) nor one of {', '.join(MODELS)}"
+            )
+    return _merge(shapes)
+
+
+def parse_counts(text: str) -> list[int]:
+    """Read "1,16,256": positive numbers, each kept once, in ascending order.
+
+    Raises:
+      argparse.ArgumentTypeError: if a part is no positive integer.
+    """
+    parts = text.split(",")
+    if not all(re.fullmatch(r"[1-9]\d*", part) for part in parts):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of positive integers (1,16,256)")
+    return sorted({int(part) for part in parts})
+
+
+def parse_group_size(text: str) -> int:
+    """Read a group size: a positive number, or "channel" for one group, which is -1.
+
+    Raises:
+      argparse.ArgumentTypeError: if it is neither.
+    """
+    if text == "channel":
+        return -1
+    if not re.fullmatch(r"[1-9]\d*", text):
+        raise argparse.ArgumentTypeError(f'{text!r} is neither a positive integer nor "channel"')
+    return int(text)
+
+
+def _merge(shapes: list[Shape]) -> list[Shape]:
+    """Each shape once, with the roles of all its namesakes."""
+    roles: dict[Shape, list[str]] = {}
+    for shape in shapes:
+        known = roles.setdefault(shape, [])
+        known += [role for role in [shape.role] if role and role not in known]
+    return [dataclasses.replace(shape, role="; ".join(names)) for shape, names in roles.items()]

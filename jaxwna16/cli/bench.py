@@ -1,0 +1,328 @@
+"""`jaxwna16 bench`: times the kernels on this machine, and finds its tiles."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jaxwna16.bench.shapes import (
+    TOKENS,
+    list_default_shapes,
+    parse_counts,
+    parse_group_size,
+    parse_shapes,
+)
+from jaxwna16.cli.arguments import CallError, add_json
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from jaxwna16.bench.cases import Case
+    from jaxwna16.bench.run import Deadline, Row
+
+_SECONDS = 180.0
+_TUNING_SECONDS = 150.0
+_PEER_SECONDS = 120.0
+_CPU_TOKENS = [1, 16]
+_CPU_SHAPES = "2048x2048"
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Time packed products on this machine's GPU, beside its own limits, the bf16 product and "
+        "other projects' kernels. docs/benchmarks.md says how to read the figures."
+    )
+    parser.add_argument(
+        "--shapes",
+        metavar="KxN,...",
+        type=parse_shapes,
+        help="input x output features, or models (llama-3.1-8b, llama-3.3-70b, qwen3-30b-a3b); "
+        "default: the linear layers of all three and four squares",
+    )
+    parser.add_argument(
+        "--tokens",
+        metavar="M,...",
+        type=parse_counts,
+        help="rows of x (default: powers of two up to 4096)",
+    )
+    parser.add_argument("--bits", type=parse_counts, metavar="4,8", help="of a weight (default: 4)")
+    parser.add_argument(
+        "--group-size",
+        metavar="G",
+        type=parse_group_size,
+        default=128,
+        help="input features that share a scale, or channel (default: 128)",
+    )
+    parser.add_argument("--symmetric", action="store_true", help="without zero points")
+    parser.add_argument(
+        "--asymmetric", action="store_true", help="with zero points (the default); both: each"
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("bfloat16", "float16"),
+        default="bfloat16",
+        help="of x and the scales (default: bfloat16)",
+    )
+    parser.add_argument(
+        "--peers", action="store_true", help="time other projects' kernels that are installed"
+    )
+    parser.add_argument(
+        "--tune", action="store_true", help="time no cases: find the fastest tiles for this GPU"
+    )
+    parser.add_argument(
+        "--table",
+        metavar="FILE",
+        type=Path,
+        help="where --tune writes them; default: where they are looked for",
+    )
+    parser.add_argument(
+        "--seconds",
+        metavar="S",
+        type=float,
+        help=f"begin no case after this time (default: {_SECONDS:.0f}, with --tune "
+        f"{_TUNING_SECONDS:.0f})",
+    )
+    parser.add_argument(
+        "--peer-seconds",
+        metavar="S",
+        type=float,
+        default=_PEER_SECONDS,
+        help=f"for all peers together (default: {_PEER_SECONDS:.0f})",
+    )
+    parser.add_argument(
+        "--output", metavar="FOLDER", type=Path, help="write JSON, tables and the plot there"
+    )
+    parser.add_argument(
+        "--cpu", action="store_true", help="without a GPU: time the XLA path on the CPU"
+    )
+    add_json(parser, sys.modules[__name__])
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    from jaxwna16.bench.machine import describe_machine
+    from jaxwna16.bench.report import list_problems
+    from jaxwna16.cli.backends import spare_device_memory
+
+    spare_device_memory()
+    on_cpu = _check_call(args)
+    if args.output is not None:
+        _make_folder(args.output)
+    cases = _plan(args, on_cpu)
+    with _show_progress() as say:
+        found = _tune(args, cases, say) if args.tune else _bench(args, cases, on_cpu, say)
+    report = {
+        "machine": describe_machine(),
+        "options": _describe_options(args),
+        "limits": None,
+        "rows": [],
+        "peers": [],
+        "tuned": [],
+        "table": None,
+        "problems": [],
+        "files": [],
+        **found,
+    }
+    report["problems"] = list_problems(report)
+    if args.output is not None:
+        _write(report, args)
+    return report
+
+
+def judge(report: dict[str, Any]) -> int:
+    """1 if one of our own cases failed, or nothing that was to be tuned works."""
+    from jaxwna16.bench.run import count_failures
+
+    unusable = any(found["best"] is None for found in report["tuned"])
+    return int(bool(count_failures(report["rows"])) or unusable)
+
+
+def show(report: dict[str, Any], console: Console) -> None:
+    from jaxwna16.bench.report import (
+        LEGEND,
+        describe_limits,
+        tabulate_rows,
+        tabulate_targets,
+        tabulate_tuned,
+    )
+    from jaxwna16.cli.screen import escape_controls, make_table
+
+    def print_table(cells: list[list[str]], *words: str) -> None:
+        header, *lines = cells
+        table = make_table(*header, numbers=tuple(t for t in header if t not in words))
+        for line in lines:
+            table.add_row(*line)
+        console.print(table)
+
+    console.print(describe_limits(report), style="bold")
+    if report["tuned"]:
+        print_table(tabulate_tuned(report["tuned"]), "best", "K x N", "weight")
+        console.print(f"{report['table']['entries']} entries in {report['table']['file']}")
+    if report["rows"]:
+        print_table(tabulate_rows(report["rows"]), "K x N", "weight")
+        console.print(LEGEND, style="dim")
+        if report["machine"]["device"]["platform"] == "gpu":
+            print_table(tabulate_targets(report["rows"]), "case", "target", "measured", "published")
+    for line in report["problems"]:
+        console.print(escape_controls(line))
+    for file in report["files"]:
+        console.print(f"wrote {file}")
+
+
+def _check_call(args: argparse.Namespace) -> bool:
+    """Whether the CPU is timed."""
+    import jax
+
+    if args.table is not None and not args.tune:
+        raise CallError("--table says where --tune writes: give --tune, too")
+    for name in ("seconds", "peer_seconds"):
+        value = getattr(args, name)
+        if value is not None and not value > 0:
+            raise CallError(f"--{name.replace('_', '-')} must be above 0, got {value}")
+    if args.bits is not None and not set(args.bits) <= {4, 8}:
+        raise CallError(f"--bits must be 4, 8 or 4,8, got {','.join(map(str, args.bits))}")
+    platform = jax.default_backend()
+    if platform == "gpu":
+        if args.cpu:
+            raise CallError("--cpu is for machines without a GPU; JAX_PLATFORMS=cpu hides this one")
+        return False
+    if args.tune:
+        raise CallError(f"--tune times kernels that run on an NVIDIA GPU; JAX sees only {platform}")
+    if not args.cpu:
+        raise CallError(
+            f"JAX sees no GPU, only {platform}: there is no kernel to time. --cpu times the XLA "
+            "path instead; `jaxwna16 doctor` says what this machine lacks"
+        )
+    return True
+
+
+def _plan(args: argparse.Namespace, on_cpu: bool) -> list[Case]:
+    from jaxwna16.bench.cases import plan_cases
+    from jaxwna16.bench.tune import TOKENS as TUNED_TOKENS
+
+    usual = on_cpu and parse_shapes(_CPU_SHAPES)
+    shapes = args.shapes or usual or list_default_shapes()
+    tokens = args.tokens or (_CPU_TOKENS if on_cpu else TUNED_TOKENS if args.tune else TOKENS)
+    kinds = [kind for kind, wanted in ((False, args.asymmetric), (True, args.symmetric)) if wanted]
+    facts: dict[str, Any] = {
+        "group_size": args.group_size,
+        "dtype": args.dtype,
+        "bits": args.bits or [4],
+        "symmetric": kinds or [False],
+    }
+    cases = plan_cases(shapes, tokens, **facts)
+    chosen = args.shapes or args.tokens or args.bits or kinds
+    if chosen or on_cpu:
+        return cases
+    # what the targets compare with besides: 8 bits, and a symmetric twin
+    extra: list[dict[str, Any]] = [{"bits": [8]}]
+    if not args.tune:  # tiles do not depend on symmetry
+        extra.append({"symmetric": [True]})
+    few = [m for m in tokens if m in (1, 16, 64)]
+    others = [c for kind in extra for c in plan_cases(shapes[:1], few, **(facts | kind))]
+    first = [c for c in cases if c.spec == cases[0].spec]
+    return [*first, *others, *cases[len(first) :]]
+
+
+def _bench(
+    args: argparse.Namespace, cases: list[Case], on_cpu: bool, say: Callable[[str], None]
+) -> dict[str, Any]:
+    import dataclasses
+
+    from jaxwna16.bench.limits import measure_limits
+    from jaxwna16.bench.peers import time_peers
+    from jaxwna16.bench.run import Bench, Deadline, add_shares
+    from jaxwna16.bench.timing import ON_CPU, ON_GPU
+
+    effort = ON_CPU if on_cpu else ON_GPU
+    deadline: Deadline = Deadline(args.seconds or _SECONDS)
+    say("measuring this device's limits")
+    limits = measure_limits(args.dtype, effort)
+    backend = "xla" if on_cpu else None
+    rows: list[Row] = Bench(cases, backend, effort, deadline, say).run()
+    peers = []
+    if args.peers:
+        peers = time_peers(cases, rows, effort, Deadline(args.peer_seconds), say)
+    add_shares(rows, limits)
+    return {"limits": dataclasses.asdict(limits), "rows": rows, "peers": peers}
+
+
+def _tune(
+    args: argparse.Namespace, cases: list[Case], say: Callable[[str], None]
+) -> dict[str, Any]:
+    from jaxwna16.bench.run import Deadline
+    from jaxwna16.bench.tune import (
+        Workbench,
+        plan_tuning,
+        read_entries,
+        tune_cases,
+        write_winners,
+    )
+    from pallas_kernels.device import find_device
+    from pallas_kernels.tile_tables import user_table_path
+
+    device, deadline = find_device(), Deadline(args.seconds or _TUNING_SECONDS)
+    path = args.table or user_table_path(device.kind)
+    read_entries(path, device)  # so that a table that cannot be used costs no time on the GPU
+    plan = plan_tuning(cases)
+    tuned = list(tune_cases(plan, device, deadline, Workbench(deadline), say))
+    entries = write_winners(tuned, device, path, _describe_origin())
+    return {
+        "tuned": [found.describe() for found in tuned],
+        "table": {
+            "file": str(path),
+            "entries": entries,
+            "cases_without_time": len(plan) - len(tuned),
+        },
+    }
+
+
+def _describe_origin() -> dict[str, str]:
+    """By what and when a table was made, as it says itself."""
+    from jaxwna16.bench.machine import describe_machine
+
+    machine = describe_machine()
+    versions = {name: machine["versions"][name] for name in ("jaxwna16", "jax", "jaxlib")}
+    return versions | {"date": machine["date"], "commit": machine["commit"] or "unknown"}
+
+
+def _describe_options(args: argparse.Namespace) -> dict[str, Any]:
+    left_out = {"verb", "json"}
+    options = {name: value for name, value in vars(args).items() if name not in left_out}
+    options["shapes"] = args.shapes and [shape.label for shape in args.shapes]
+    return {name: str(v) if isinstance(v, Path) else v for name, v in options.items()}
+
+
+def _make_folder(folder: Path) -> None:
+    """Now, so that a wrong name costs no time on the GPU."""
+    from jaxwna16.errors import InputError
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{folder}: cannot write results there: {error}") from error
+
+
+def _write(report: dict[str, Any], args: argparse.Namespace) -> None:
+    """Write the files; a plot that cannot be drawn costs nothing but itself."""
+    from jaxwna16.bench.output import write_plot, write_tables
+    from jaxwna16.errors import InputError
+
+    name = "tuning" if args.tune else "kernels"
+    try:
+        report["files"] = write_plot(report, args.output, name)
+    except InputError as error:
+        report["problems"].append(f"no plot: {error}")
+    report["files"] += write_tables(report, args.output, name)
+
+
+@contextmanager
+def _show_progress() -> Iterator[Callable[[str], None]]:
+    """A status line on stderr, on a terminal only."""
+    from jaxwna16.cli.screen import make_console
+
+    with make_console(stderr=True).status("starting") as status:
+        yield status.update

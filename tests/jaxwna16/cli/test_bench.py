@@ -1,0 +1,237 @@
+"""`jaxwna16 bench` on a machine without a GPU: what it refuses, and the CPU path end to end."""
+
+from __future__ import annotations
+
+import json
+
+import jax
+import pytest
+
+from jaxwna16.bench import run as running
+from jaxwna16.bench import timing, tune
+from jaxwna16.bench.timing import Effort
+from jaxwna16.cli import bench
+from jaxwna16.cli.main import main
+from pallas_kernels import device, tile_tables
+
+SMALL = Effort(
+    batch_seconds=1e-4,
+    batches=3,
+    layers=2,
+    cold_bytes=20_000,
+    limit_bytes=1_000_000,
+    limit_size=64,
+)
+CALL = ["bench", "--cpu", "--group-size", "32"]
+
+
+@pytest.fixture(autouse=True)
+def small_effort(monkeypatch):
+    monkeypatch.setattr(timing, "ON_CPU", SMALL)
+
+
+def test_without_a_gpu_it_says_so_and_the_call_is_at_fault(call):
+    outcome = call("bench")
+    assert outcome.code == 2
+    assert outcome.out == ""
+    assert outcome.err.startswith("error: JAX sees no GPU, only cpu: there is no kernel to time.")
+    assert "--cpu" in outcome.err
+
+
+def test_the_refusal_is_json_too(call):
+    outcome = call("bench", "--json")
+    assert outcome.code == 2
+    assert outcome.report["error"]["message"].startswith("JAX sees no GPU")
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["--tune"], "--tune times kernels that run on an NVIDIA GPU"),
+        (["--cpu", "--table", "t.json"], "give --tune, too"),
+        (["--cpu", "--seconds", "0"], "--seconds must be above 0"),
+        (["--cpu", "--peer-seconds", "-3"], "--peer-seconds must be above 0"),
+        (["--cpu", "--bits", "3"], "--bits must be 4, 8 or 4,8, got 3"),
+        (["--cpu", "--shapes", "12"], "neither KxN"),
+        (["--cpu", "--tokens", "0"], "positive integers"),
+        (["--cpu", "--group-size", "x"], "channel"),
+        (["--cpu", "--dtype", "float32"], "invalid choice"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_wrong_call_is_exit_code_2_with_the_reason(call, argv, says):
+    outcome = call("bench", *argv)
+    assert outcome.code == 2
+    assert says in outcome.err
+
+
+def test_with_a_gpu_the_cpu_is_not_timed_by_mistake(call, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    outcome = call("bench", "--cpu")
+    assert outcome.code == 2
+    assert "for machines without a GPU" in outcome.err
+
+
+def test_a_group_that_does_not_fit_names_the_shape(call):
+    outcome = call(*CALL, "--shapes", "64x64,100x64")
+    assert outcome.code == 1
+    assert "shape 100x64: QuantSpec.group_size must divide in_features = 100" in outcome.err
+
+
+def test_the_cpu_path_is_timed_and_written(call, tmp_path):
+    folder = tmp_path / "results"
+    shapes = ["--shapes", "64x64,64x128", "--tokens", "1,3", "--bits", "4,8"]
+    outcome = call(*CALL, *shapes, "--symmetric", "--asymmetric", "--output", folder, "--json")
+    assert outcome.code == 0
+    report = outcome.report
+    cases = [(r["out_features"], r["bits"], r["symmetric"], r["tokens"]) for r in report["rows"]]
+    assert sorted(cases) == [
+        (n, bits, symmetric, m)
+        for n in (64, 128)
+        for bits in (4, 8)
+        for symmetric in (False, True)
+        for m in (1, 3)
+    ]
+    assert all(row["figures"]["bandwidth_share"] > 0 for row in report["rows"])
+    assert report["machine"]["device"] == {"platform": "cpu", "kind": "cpu"}
+    assert report["options"]["shapes"] == ["64x64", "64x128"]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "kernels.json",
+        "kernels.md",
+        "kernels.png",
+        "kernels.svg",
+    ]
+    written = json.loads((folder / "kernels.json").read_text())
+    assert written["rows"] == report["rows"]
+
+
+def test_people_get_a_table_and_no_targets_from_a_cpu(call):
+    outcome = call(*CALL, "--shapes", "64x64", "--tokens", "1")
+    assert outcome.code == 0
+    lines = outcome.out.splitlines()
+    assert lines[0].startswith("cpu, jax ")
+    assert "K x N" in lines[1]
+    assert lines[2].startswith("64x64")
+    assert "Marlin" not in outcome.out
+
+
+def test_a_failed_case_of_ours_is_exit_code_1_with_the_report(call, monkeypatch):
+    def fail(engine, case, figure, effort):
+        raise RuntimeError(f"cannot compile {engine.name}")
+
+    monkeypatch.setattr(running, "compile_program", fail)
+    outcome = call(*CALL, "--shapes", "64x64", "--tokens", "1", "--json")
+    assert outcome.code == 1
+    assert outcome.report["rows"][0]["figures"] is None
+    assert "ours: RuntimeError: cannot compile ours (1 of the cases)" in outcome.report["problems"]
+
+
+def test_a_folder_that_cannot_be_made_is_refused_before_anything_is_timed(call, tmp_path):
+    (tmp_path / "file").write_text("")
+    outcome = call(*CALL, "--output", tmp_path / "file" / "results")
+    assert outcome.code == 1
+    assert "cannot write results there" in outcome.err
+
+
+def test_without_matplotlib_the_figures_are_written_and_the_plot_is_a_problem(
+    call, monkeypatch, tmp_path
+):
+    monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
+    call_ = [*CALL, "--shapes", "64x64", "--tokens", "1", "--output", tmp_path, "--json"]
+    outcome = call(*call_)
+    assert outcome.code == 0
+    assert [line for line in outcome.report["problems"] if line.startswith("no plot: ")]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["kernels.json", "kernels.md"]
+
+
+def test_the_default_plan_has_every_shape_and_what_the_targets_compare_with(monkeypatch):
+    seen = []
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(bench, "_bench", lambda args, cases, *_: seen.extend(cases) or {})
+    assert main(["bench", "--json"]) == 0
+    assert len(seen) == 12 * 13 + 2 * 3
+    twins = [case.label for case in seen if case.spec.symmetric or case.spec.bits == 8]
+    assert "8192x8192 M=1 W8 g128 asymmetric bfloat16" in twins
+    assert "8192x8192 M=1 W4 g128 symmetric bfloat16" in twins
+    weights = list(dict.fromkeys(case.spec for case in seen))
+    assert [case.spec for case in seen] == sorted((case.spec for case in seen), key=weights.index)
+
+
+@pytest.fixture
+def pretended_gpu(monkeypatch):
+    """A GPU whose trials all take as long as the candidate is far down the list, the last none."""
+
+    class Trials:
+        def __init__(self, deadline):
+            pass
+
+        def __call__(self, case, candidates):
+            timed = [tune.Trial(s, 1e-5 * (9 + i)) for i, s in enumerate(candidates[:-1])]
+            return [*timed[:1], tune.Trial(candidates[-1], 1e-5), *timed[1:]]
+
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(device, "find_device", lambda: device.Device("an invented GPU", 132))
+    monkeypatch.setattr(tune, "Workbench", Trials)
+
+
+TUNE = ["bench", "--tune", "--shapes", "4096x4096", "--tokens", "1,100"]
+
+
+def test_tuning_writes_the_table_that_is_named_and_says_what_was_gained(
+    call, pretended_gpu, tmp_path
+):
+    table = tmp_path / "tables" / "mine.json"
+    outcome = call(*TUNE, "--table", table, "--output", tmp_path / "out", "--json")
+    assert outcome.code == 0
+    report = outcome.report
+    assert report["table"] == {"file": str(table), "entries": 2, "cases_without_time": 0}
+    assert [found["tokens"] for found in report["tuned"]] == [1, 128]
+    assert all(found["best_seconds"] == 1e-5 for found in report["tuned"])
+    entries = tile_tables.read_table(table).entries
+    assert [(entry.tokens, entry.group_size, entry.x_dtype) for entry in entries] == [
+        (1, 128, "bfloat16"),
+        (128, 128, "bfloat16"),
+    ]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "tuning.json",
+        "tuning.md",
+    ]
+    lines = call(*TUNE, "--table", table).out.splitlines()
+    assert lines[1].split()[:5] == ["K", "x", "N", "M", "weight"]
+    assert lines[-1] == f"2 entries in {table}"
+
+
+def test_without_a_name_the_table_goes_where_it_is_looked_for(
+    call, pretended_gpu, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("JAXWNA16_TILES", str(tmp_path))
+    assert call(*TUNE).code == 0
+    path = tile_tables.find_table_path("an invented GPU")
+    assert path is not None
+    assert path.parent == tmp_path
+
+
+def test_a_table_that_cannot_be_used_is_refused_before_anything_is_timed(
+    call, pretended_gpu, tmp_path, monkeypatch
+):
+    table = tmp_path / "table.json"
+    table.write_text("{")
+    monkeypatch.setattr(tune, "tune_cases", None)
+    outcome = call(*TUNE, "--table", table)
+    assert outcome.code == 1
+    assert str(table) in outcome.err
+    assert table.read_text() == "{"
+
+
+def test_when_no_candidate_works_the_exit_code_says_so(call, pretended_gpu, tmp_path, monkeypatch):
+    class Fail:
+        def __init__(self, deadline):
+            pass
+
+        def __call__(self, case, candidates):
+            return [tune.Trial(s, None, "RuntimeError: spilled") for s in candidates]
+
+    monkeypatch.setattr(tune, "Workbench", Fail)
+    outcome = call(*TUNE, "--table", tmp_path / "t.json", "--json")
+    assert outcome.code == 1
+    assert [found["best"] for found in outcome.report["tuned"]] == [None, None]
