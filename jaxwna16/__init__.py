@@ -1,7 +1,8 @@
 """Packed WNA16 checkpoints (compressed-tensors `pack-quantized`) in JAX and Flax.
 
-`load_checkpoint` reads one, `QuantDense` computes with it, `load_model` and `generate` turn it into
-text. Linen's layer is `jaxwna16.linen.QuantDense`.
+`load_checkpoint` reads one, `QuantDense` computes with it, `project` and `gated` with several such
+layers at once, `load_model` and `generate` turn it into text. Linen's layer is
+`jaxwna16.linen.QuantDense`.
 """
 
 from jaxwna16 import linen as linen
@@ -12,6 +13,8 @@ from jaxwna16.dense import QuantParam as QuantParam
 from jaxwna16.errors import InputError as InputError
 from jaxwna16.errors import ModelError as ModelError
 from jaxwna16.evaluation import measure_perplexity as measure_perplexity
+from jaxwna16.fused import gated as gated
+from jaxwna16.fused import project as project
 from jaxwna16.language import Generation as Generation
 from jaxwna16.language import generate as generate
 from jaxwna16.language import load_model as load_model
@@ -24,10 +27,13 @@ from loaders.repack import unpack as unpack
 from pallas_kernels import BackendError as BackendError
 from pallas_kernels import QuantSpec as QuantSpec
 from pallas_kernels import SpecError as SpecError
+from pallas_kernels import TableError as TableError
 from pallas_kernels import Wna16Error as Wna16Error
 from pallas_kernels import dequantize as dequantize
 from pallas_kernels import explain as explain
 from pallas_kernels import quant_matmul as quant_matmul
+from pallas_kernels import quant_matmul_gated as quant_matmul_gated
+from pallas_kernels import quant_matmul_many as quant_matmul_many
 from pallas_kernels import quantize as quantize
 
 __version__ = "0.1.0"

@@ -9,10 +9,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from pallas_kernels.backends import check_backend
 from pallas_kernels.errors import SpecError
-from pallas_kernels.matmul import check_backend, quant_matmul
+from pallas_kernels.matmul import quant_matmul
+from pallas_kernels.schedule import check_prefer
 from pallas_kernels.spec import QuantSpec
 from pallas_kernels.weights import check_weights, make_abstract
+
+_LEAVES = ("packed", "scale", "zero_point", "bias", "perm")
 
 
 class QuantParam(nnx.Variable):
@@ -30,6 +34,7 @@ class QuantDense(nnx.Module):
       scale: `nnx.Param` `spec.scale_shape`.
       zero_point: `QuantParam` int8 `spec.scale_shape`, None when symmetric.
       bias: `nnx.Param` [N], None without bias.
+      perm: `QuantParam` int32 [K], starts as 0 .. K-1; None without act-order.
     """
 
     def __init__(
@@ -37,10 +42,12 @@ class QuantDense(nnx.Module):
         spec: QuantSpec,
         *,
         use_bias: bool = False,
+        act_order: bool = False,
         scale_dtype: Any = jnp.bfloat16,
         bias_dtype: Any = None,
         dtype: Any = None,
         backend: str | None = None,
+        prefer: str = "speed",
         kernel_metadata: Mapping[str, Any] | None = None,
         rngs: nnx.Rngs | None = None,
     ):
@@ -49,10 +56,13 @@ class QuantDense(nnx.Module):
         Args:
           spec: bits, groups, symmetry and sizes of the weight.
           use_bias: whether there is a bias [N].
+          act_order: whether the weight's input features were reordered: the layer has a `perm` and
+            takes x as x[..., perm].
           scale_dtype: dtype of the scales: float16, bfloat16 or float32.
           bias_dtype: dtype of the bias; None is `dtype`, or `scale_dtype` where that is None.
           dtype: dtype that x is cast to, and of the result; None leaves x as it is.
           backend: None, "triton" or "xla", see `quant_matmul`.
+          prefer: "speed" or "memory", see `quant_matmul`.
           kernel_metadata: metadata of `packed`, `scale` and `zero_point`, for instance sharding
             names.
           rngs: not used; taken so that the layer can stand where `nnx.Linear` stood.
@@ -61,45 +71,63 @@ class QuantDense(nnx.Module):
           SpecError, BackendError: if the values are impossible.
         """
         del rngs
-        if not isinstance(spec, QuantSpec):
-            raise SpecError(f"QuantDense takes a QuantSpec, got {type(spec).__name__}")
-        check_backend(backend, dtype)
-        self.spec, self.dtype, self.backend = spec, dtype, backend
-        shapes = make_abstract(
-            spec, scale_dtype, (bias_dtype or dtype or scale_dtype) if use_bias else None
-        )
-        zeros = {name: jnp.zeros(leaf.shape, leaf.dtype) for name, leaf in shapes.items()}
+        check_options(spec, dtype, backend, prefer)
+        self.spec, self.dtype, self.backend, self.prefer = spec, dtype, backend, prefer
+        bias_dtype = (bias_dtype or dtype or scale_dtype) if use_bias else None
+        shapes = make_abstract(spec, scale_dtype, bias_dtype, act_order=act_order)
+        starts = {name: make_start(name, leaf) for name, leaf in shapes.items()}
         metadata = dict(kernel_metadata or {})
-        self.packed = QuantParam(zeros["packed"], **metadata)
-        self.scale = nnx.Param(zeros["scale"], **metadata)
-        self.zero_point = None if spec.symmetric else QuantParam(zeros["zero_point"], **metadata)
-        self.bias = nnx.Param(zeros["bias"]) if use_bias else None
+        self.packed = QuantParam(starts["packed"], **metadata)
+        self.scale = nnx.Param(starts["scale"], **metadata)
+        self.zero_point = None if spec.symmetric else QuantParam(starts["zero_point"], **metadata)
+        self.bias = nnx.Param(starts["bias"]) if use_bias else None
+        self.perm = QuantParam(starts["perm"]) if act_order else None
 
     @classmethod
     def from_weights(
         cls, weights: Mapping[str, jax.Array], spec: QuantSpec, **options
     ) -> QuantDense:
-        """Make the layer that holds `weights` (a leaf dict; with "bias", the layer has one).
+        """Make the layer that holds `weights`, a leaf dict; "bias" and "perm" may be in it.
 
         Raises:
           SpecError: if the arrays contradict the spec.
         """
         check_weights(weights, spec)
-        make = lambda: cls(spec, use_bias="bias" in weights, **options)  # noqa: E731
-        layer = nnx.eval_shape(make)
+        options |= {"use_bias": "bias" in weights, "act_order": "perm" in weights}
+        layer = nnx.eval_shape(lambda: cls(spec, **options))
         for name, array in weights.items():
             getattr(layer, name).set_value(jnp.asarray(array))
         return layer
 
+    @property
+    def weights(self) -> dict[str, jax.Array]:
+        """The leaf dict, as `quant_matmul` and its fused forms take it."""
+        leaves = {name: getattr(self, name) for name in _LEAVES}
+        return {name: leaf.get_value() for name, leaf in leaves.items() if leaf is not None}
+
     def __call__(self, x: jax.Array, out_sharding: Any = None) -> jax.Array:
         """Map x [..., K] to [..., N], constrained to `out_sharding` where that is given."""
-        leaves = {
-            "packed": self.packed,
-            "scale": self.scale,
-            "zero_point": self.zero_point,
-            "bias": self.bias,
-        }
-        weights = {name: leaf.get_value() for name, leaf in leaves.items() if leaf is not None}
-        x = x if self.dtype is None else x.astype(self.dtype)
-        y = quant_matmul(x, weights, self.spec, backend=self.backend)
+        x = cast_input(x, self.dtype)
+        y = quant_matmul(x, self.weights, self.spec, backend=self.backend, prefer=self.prefer)
         return y if out_sharding is None else jax.lax.with_sharding_constraint(y, out_sharding)
+
+
+def check_options(spec: QuantSpec, dtype: Any, backend: str | None, prefer: str) -> None:
+    """Raise a SpecError or BackendError if no layer can have these options."""
+    if not isinstance(spec, QuantSpec):
+        raise SpecError(f"QuantDense takes a QuantSpec, got {type(spec).__name__}")
+    # without a dtype every backend may do: the call knows that of x
+    check_backend(backend, jnp.dtype(jnp.bfloat16 if dtype is None else dtype))
+    check_prefer(prefer)
+
+
+def make_start(name: str, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+    """What a leaf holds before weights come: zeros, and no reordering."""
+    if name == "perm":
+        return jnp.arange(leaf.shape[0], dtype=leaf.dtype)
+    return jnp.zeros(leaf.shape, leaf.dtype)
+
+
+def cast_input(x: jax.Array, dtype: Any) -> jax.Array:
+    """x in `dtype`; as it is where that is None."""
+    return x if dtype is None else x.astype(dtype)

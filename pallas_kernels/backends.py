@@ -92,10 +92,11 @@ def check_backend(backend: str | None, dtype) -> None:
     """Raise a BackendError unless `backend` exists and serves x of `dtype`."""
     if backend is not None and backend not in BACKENDS:
         raise BackendError(f"backend must be None or one of {BACKENDS}, got {backend!r}")
+    dtype = jnp.dtype(dtype)
     if backend == "triton" and dtype not in TRITON_DTYPES:
         raise BackendError(
             f'backend "triton" multiplies bfloat16 or float16 activations, x is '
-            f'{jnp.dtype(dtype).name}: cast x, or use backend="xla"'
+            f'{dtype.name}: cast x, or use backend="xla"'
         )
 
 

@@ -109,7 +109,8 @@ def describe(schedule: Schedule, tokens: int) -> str:
     name = "decode" if tokens <= _DECODE_TOKENS else "middle"
     return (
         f"{name}: {tiles.block_m} tokens x {tiles.block_n} features x {tiles.block_k} of K, "
-        f"{tiles.splits} splits, {tiles.warps} warps, {tiles.stages} stages, "
+        f"{tiles.splits} split{'s' * (tiles.splits > 1)}, {tiles.warps} warps, "
+        f"{tiles.stages} stages, "
         f"scale on the {tiles.scale_on}"
     )
 

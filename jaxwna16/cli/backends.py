@@ -1,4 +1,4 @@
-"""Which backend multiplies by packed weights on this machine, per dtype of the activations."""
+"""Which backend multiplies by packed weights on this machine, and with which tiles."""
 
 from __future__ import annotations
 
@@ -7,8 +7,12 @@ from collections.abc import Iterable
 from typing import Any
 
 from jaxwna16.cli.arguments import DTYPES
-from pallas_kernels.matmul import explain
+from pallas_kernels.backends import explain
 from pallas_kernels.spec import QuantSpec
+
+_TYPICAL = QuantSpec(bits=4, group_size=128, symmetric=False, in_features=4096, out_features=4096)
+_FACTS = ("bits", "group_size", "symmetric", "in_features", "out_features")
+_TOKENS = (1, 16, 64, 256, 2048)
 
 
 def spare_device_memory() -> None:
@@ -41,4 +45,42 @@ def word_backends(choices: list[dict[str, Any]]) -> list[str]:
     return [
         f"{backend} for {', '.join(dtypes)}: {reason}"
         for (backend, reason), dtypes in alike.items()
+    ]
+
+
+def list_schedules(platform: str | None = None) -> list[dict[str, Any]]:
+    """How the fused kernel divides a typical product for a few numbers of tokens, by dtype.
+
+    Args:
+      platform: as in `explain`.
+
+    Returns:
+      An entry for each dtype that the kernel serves on this platform, so none without a GPU.
+
+    Raises:
+      TableError: if this GPU has a table of tuned tiles that cannot be used.
+    """
+    facts = {name: getattr(_TYPICAL, name) for name in _FACTS}
+    return [
+        {**facts, "dtype": dtype, "tokens": tokens, "schedule": choice.schedule}
+        for dtype in DTYPES
+        for tokens in _TOKENS
+        if (choice := explain(_TYPICAL, dtype, platform=platform, tokens=tokens)).schedule
+    ]
+
+
+def word_schedules(schedules: list[dict[str, Any]]) -> list[str]:
+    """One line for each number of tokens, its dtypes together where they do not differ."""
+    from jaxwna16.cli.screen import count
+
+    alike: dict[tuple[str, str], list[str]] = {}
+    for entry in schedules:
+        product = (
+            f"W{entry['bits']} g{entry['group_size']} "
+            f"{entry['out_features']} x {entry['in_features']}, {count(entry['tokens'], 'token')}"
+        )
+        alike.setdefault((product, entry["schedule"]), []).append(entry["dtype"])
+    return [
+        f"{product} of {', '.join(dtypes)}: {schedule}"
+        for (product, schedule), dtypes in alike.items()
     ]

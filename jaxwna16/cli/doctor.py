@@ -37,6 +37,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     del args
     spare_device_memory()
     devices, problem = _list_devices()
+    schedules, fault = _try_schedules() if devices else ([], [])
     extras = [_describe_extra(extra) for extra in _EXTRAS]
     return {
         "versions": {
@@ -53,19 +54,21 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "devices": devices,
         "pallas_triton": _try_pallas_triton(),
         "backends": list_backends() if devices else [],
+        "schedules": schedules,
         "extras": extras,
-        "advice": [*problem, *_advise(devices, extras)],
+        "advice": [*problem, *fault, *_advise(devices, extras)],
     }
 
 
 def show(report: dict[str, Any], console: Console) -> None:
-    from jaxwna16.cli.backends import word_backends
+    from jaxwna16.cli.backends import word_backends, word_schedules
     from jaxwna16.cli.screen import make_facts
 
     facts = [("versions", ", ".join(f"{name} {v}" for name, v in report["versions"].items()))]
     facts.append(("machine", _word_system(report["system"])))
     facts += [("device", _word_device(device)) for device in report["devices"]]
     facts += [("backend", line) for line in word_backends(report["backends"])]
+    facts += [("schedule", line) for line in word_schedules(report["schedules"])]
     triton = report["pallas_triton"]
     state = "importable" if triton["importable"] else f"not importable: {triton['reason']}"
     facts.append(("triton", f"Pallas-Triton is {state}"))
@@ -115,6 +118,17 @@ def _list_devices() -> tuple[list[dict[str, Any]], list[str]]:
         }
         for device in devices
     ], []
+
+
+def _try_schedules() -> tuple[list[dict[str, Any]], list[str]]:
+    """The schedules of a typical product, or why this GPU's table of tiles cannot be used."""
+    from jaxwna16.cli.backends import list_schedules
+    from pallas_kernels.errors import TableError
+
+    try:
+        return list_schedules(), []
+    except TableError as error:
+        return [], [str(error)]
 
 
 def _try_pallas_triton() -> dict[str, Any]:

@@ -15,6 +15,7 @@ from jax import lax
 
 from jaxwna16.dense import QuantDense
 from jaxwna16.errors import ModelError
+from jaxwna16.fused import gated, project
 from jaxwna16.models.attention import (
     Cache,
     LayerCache,
@@ -90,7 +91,7 @@ class Attention(nnx.Module):
     ) -> tuple[Array, LayerCache]:
         q, k, v = (
             y.reshape(*x.shape[:2], -1, self.head_dim)
-            for y in (self.q_proj(x), self.k_proj(x), self.v_proj(x))
+            for y in project(x, (self.q_proj, self.k_proj, self.v_proj))
         )
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
@@ -110,7 +111,7 @@ class MLP(nnx.Module):
         self.down_proj = linears.make(f"{path}.down_proj", hidden, inner, bias)
 
     def __call__(self, x: Array) -> Array:
-        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(gated(x, self.gate_proj, self.up_proj))
 
 
 class DecoderLayer(nnx.Module):

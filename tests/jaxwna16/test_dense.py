@@ -8,7 +8,8 @@ import pytest
 from flax import nnx
 
 import jaxwna16
-from jaxwna16 import QuantDense, QuantParam, QuantSpec, SpecError
+from jaxwna16 import BackendError, QuantDense, QuantParam, QuantSpec, SpecError
+from tests.jaxprs import find_kernels
 
 N, K = 96, 160
 
@@ -30,8 +31,25 @@ def make_input(*shape):
     return jnp.asarray(np.random.default_rng(3).normal(size=shape).astype(np.float32))
 
 
-def make_linen(spec, weights):
-    return jaxwna16.linen.QuantDense(spec, use_bias="bias" in weights), {"params": weights}
+def make_linen(spec, weights, **options):
+    has = {"use_bias": "bias" in weights, "act_order": "perm" in weights}
+    return jaxwna16.linen.QuantDense(spec, **has, **options), {"params": weights}
+
+
+def make_reordered():
+    """A spec, W [N, K] of integers, and weights that hold it with its input features reordered.
+
+    Each group spans -8 .. 7, so its scale is 1, its zero point 0, and nothing is rounded.
+    """
+    rng = np.random.default_rng(5)
+    spec = QuantSpec(bits=4, group_size=32, symmetric=False, in_features=K, out_features=N)
+    reordered = rng.integers(-8, 8, (N, K)).astype(np.float32)
+    reordered[:, ::32], reordered[:, 1::32] = -8, 7
+    perm = rng.permutation(K).astype(np.int32)
+    w = np.empty_like(reordered)
+    w[:, perm] = reordered
+    weights = jaxwna16.quantize(jnp.asarray(reordered), spec)
+    return spec, w, {**weights, "perm": jnp.asarray(perm)}
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -83,9 +101,9 @@ def test_nnx_grad_and_optimizers_skip_the_integers():
 
 def test_abstract_construction_makes_no_array():
     spec, _ = make_layer()
-    layer = nnx.eval_shape(lambda: QuantDense(spec, use_bias=True))
+    layer = nnx.eval_shape(lambda: QuantDense(spec, use_bias=True, act_order=True))
     leaves = jax.tree.leaves(nnx.state(layer))
-    assert len(leaves) == 4
+    assert len(leaves) == 5
     assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves)
 
 
@@ -104,8 +122,9 @@ def test_a_new_layer_is_zero_and_init_of_linen_makes_the_same_tree():
 
 def test_metadata_reaches_the_variables_of_the_kernel():
     spec, _ = make_layer()
-    layer = QuantDense(spec, kernel_metadata={"note": "kernel"})
+    layer = QuantDense(spec, act_order=True, kernel_metadata={"note": "kernel"})
     assert isinstance(layer.packed, QuantParam)
+    assert "note" not in layer.perm.get_metadata()
     for leaf in (layer.packed, layer.scale, layer.zero_point):
         assert leaf.get_metadata()["note"] == "kernel"
 
@@ -118,6 +137,93 @@ def test_dtype_casts_the_input_and_says_so_in_the_output():
     expected = jaxwna16.quant_matmul(x.astype(jnp.bfloat16), weights, spec)
     np.testing.assert_array_equal(layer(x), expected)
     np.testing.assert_array_equal(linen_layer.apply({"params": weights}, x), expected)
+
+
+@pytest.mark.parametrize("backend", ["xla", "triton"])
+def test_a_reordered_weight_gives_the_product_of_the_original(backend):
+    """Integers up to 2^24 are exact in float32, and those up to 2^8 in bfloat16."""
+    spec, w, weights = make_reordered()
+    x = np.zeros((2, 3, K), np.float32)
+    x[..., 40:56] = np.random.default_rng(1).integers(-1, 2, (2, 3, 16))
+    expected = x @ w.T
+    assert 32 < np.abs(expected).max() <= 256
+    narrow = jnp.asarray(x, jnp.bfloat16)
+    layer = QuantDense.from_weights(weights, spec, backend=backend)
+    linen_layer, variables = make_linen(spec, weights, backend=backend)
+    assert isinstance(layer.perm, QuantParam)
+    np.testing.assert_array_equal(layer(narrow).astype(jnp.float32), expected)
+    np.testing.assert_array_equal(linen_layer.apply(variables, narrow), layer(narrow))
+
+
+def test_a_reordered_weight_passes_the_gradient_to_the_features_of_x():
+    spec, w, weights = make_reordered()
+    layer = QuantDense.from_weights(weights, spec)
+    assert set(nnx.grad(lambda layer: layer(make_input(4, K)).sum())(layer)) == {"scale"}
+    slope = jax.jit(jax.grad(lambda x: layer(x).sum()))(make_input(2, K))
+    np.testing.assert_array_equal(slope, np.broadcast_to(w.sum(0), (2, K)))
+
+
+def test_a_new_act_order_layer_reorders_nothing():
+    spec, _, weights = make_reordered()
+    layer = QuantDense(spec, act_order=True)
+    linen_layer, _ = make_linen(spec, weights)
+    made = linen_layer.init(jax.random.key(0), make_input(1, K))["params"]
+    np.testing.assert_array_equal(layer.perm[...], np.arange(K))
+    np.testing.assert_array_equal(made["perm"], np.arange(K))
+    assert layer.perm[...].dtype == made["perm"].dtype == jnp.int32
+    assert not np.asarray(layer(make_input(2, K))).any()
+
+
+def test_the_weights_of_a_layer_are_its_leaf_dict():
+    spec, _, weights = make_reordered()
+    weights["bias"] = make_input(N)
+    found = QuantDense.from_weights(weights, spec).weights
+    layer, variables = make_linen(spec, weights)
+    bound = layer.bind(variables)
+    assert set(found) == set(weights) == set(bound.weights)
+    for name, leaf in weights.items():
+        np.testing.assert_array_equal(found[name], leaf)
+        np.testing.assert_array_equal(bound.weights[name], leaf)
+
+
+@pytest.mark.parametrize("cls", [QuantDense, jaxwna16.linen.QuantDense])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"prefer": "space"}, r"prefer must be one of \('speed', 'memory'\), got 'space'"),
+        ({"backend": "cuda"}, "backend must be None or one of .* got 'cuda'"),
+        ({"backend": "triton", "dtype": jnp.float32}, "x is float32"),
+    ],
+)
+def test_impossible_options_are_refused_at_construction(cls, options, message):
+    spec, _ = make_layer()
+    with pytest.raises(BackendError, match=message):
+        cls(spec, **options)
+    with pytest.raises(SpecError, match="QuantDense takes a QuantSpec, got dict"):
+        cls({"bits": 4})
+
+
+@pytest.mark.parametrize("dtype", [None, "bfloat16", jnp.float16])
+def test_a_named_backend_takes_every_spelling_of_its_dtypes(dtype):
+    spec, weights = make_layer(scale_dtype=jnp.bfloat16, use_bias=False)
+    x = make_input(2, K).astype(jnp.bfloat16)
+    layer = QuantDense.from_weights(weights, spec, dtype=dtype, backend="triton")
+    linen_layer, variables = make_linen(spec, weights, dtype=dtype, backend="triton")
+    assert layer(x).dtype == (dtype or jnp.bfloat16)
+    np.testing.assert_array_equal(linen_layer.apply(variables, x), layer(x))
+
+
+@pytest.mark.parametrize(("prefer", "expands"), [("speed", True), ("memory", False)])
+def test_prefer_decides_whether_many_rows_expand_the_weight(prefer, expands):
+    spec, weights = make_layer(scale_dtype=jnp.bfloat16)
+    x = make_input(2048, K).astype(jnp.bfloat16)
+    options = {"backend": "triton", "prefer": prefer}
+    layer = QuantDense.from_weights(weights, spec, **options)
+    linen_layer, variables = make_linen(spec, weights, **options)
+    for call in (layer, lambda x: linen_layer.apply(variables, x)):
+        [kernel] = find_kernels(call, x)
+        [out] = kernel.outvars
+        assert out.aval.shape == ((N, K) if expands else (2048, N))
 
 
 def test_weights_that_contradict_the_spec_are_refused_by_both():

@@ -13,11 +13,13 @@ import torch
 from flax import nnx
 
 from jaxwna16.errors import ModelError
+from jaxwna16.fused import project
 from jaxwna16.generation import _decode, _make_options, _pad_prompts, _prefill, generate_tokens
 from jaxwna16.models.config import ModelConfig
 from jaxwna16.models.llama import Llama
 from jaxwna16.models.params import load_params
 from pallas_kernels import QuantSpec, dequantize, quantize
+from tests.jaxprs import find_kernels
 from tests.jaxwna16.hf_models import (
     forward,
     make_reference,
@@ -98,6 +100,40 @@ def test_no_float_copy_of_a_weight_lives_through_the_decode_loop():
     assert any("u16[" in line for line in carried)
     weight_shapes = {f"f32[{n},{k}]" for n, k in [(64, 64), (32, 64), (96, 64), (64, 96), (64, 32)]}
     assert not any(shape in line for line in carried for shape in weight_shapes)
+
+
+@pytest.mark.parametrize("kind", [KINDS[0], KINDS[1]], ids=["no biases", "all biases"])
+def test_in_float32_the_fused_layers_are_bit_for_bit_the_linears_by_themselves(kind):
+    _, model = quantize_reference(*kind)
+    layer = model.model.layers[0]
+    x = jax.random.normal(jax.random.key(1), (2, 3, 64))
+    mlp, attention = layer.mlp, layer.self_attn
+    apart = jax.jit(lambda x: mlp.down_proj(jax.nn.silu(mlp.gate_proj(x)) * mlp.up_proj(x)))
+    np.testing.assert_array_equal(jax.jit(lambda x: mlp(x))(x), apart(x))
+    linears = (attention.q_proj, attention.k_proj, attention.v_proj)
+    together = jax.jit(lambda x: project(x, linears))(x)
+    for y, expected in zip(together, jax.jit(lambda x: [f(x) for f in linears])(x), strict=True):
+        np.testing.assert_array_equal(y, expected)
+
+
+def test_a_layer_is_four_kernels():
+    """q/k/v, o, gate/up and down; that gate and up have biases does not part them."""
+    reference, _ = quantize_reference(*KINDS[1])
+    config = ModelConfig.from_dict(reference.config.to_dict())
+    specs = {
+        path: QuantSpec(
+            bits=4,
+            group_size=32,
+            symmetric=True,
+            in_features=module.in_features,
+            out_features=module.out_features,
+        )
+        for path, module in reference.named_modules()
+        if isinstance(module, torch.nn.Linear) and path != "lm_head"
+    }
+    model = Llama(config, specs, dtype=jnp.bfloat16, backend="triton")
+    kernels = find_kernels(Llama.__call__, model, jnp.zeros((1, 4), jnp.int32))
+    assert len(kernels) == 4 * config.num_hidden_layers
 
 
 def test_a_wrong_integer_dtype_is_an_error_of_ours():
