@@ -30,6 +30,11 @@ class Device:
         return self._is_one_of(_HOPPER)
 
     @property
+    def is_blackwell(self) -> bool:
+        """Whether its tensor cores have a memory of their own for sums."""
+        return self._is_one_of(_BLACKWELL)
+
+    @property
     def shared_memory(self) -> int:
         """Bytes of shared memory that one program can have; the least of all for unknown kinds.
 

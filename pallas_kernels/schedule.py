@@ -169,9 +169,7 @@ def _choose_by_rule(spec, tokens, x_dtype, scale_dtype, device, prefer) -> Sched
         tiles = Tiles(block_m=128, block_n=128, block_k=spec.tile_k, scale_on="weight")
     else:
         tiles = Tiles(block_m=64, block_n=128, block_k=spec.tile_k)
-    most, least = (64, 64) if device.is_hopper else (32, 128)
-    if tiles.block_m >= most and spec.groups > 1 and spec.group_size < least:
-        # so many sums, one for each group, do not fit into 255 registers
+    if _has_many_sums(spec, tiles, device):
         if can_scale_weight:
             tiles = dataclasses.replace(tiles, scale_on="weight")
         elif tiles.block_m == 64:
@@ -181,6 +179,12 @@ def _choose_by_rule(spec, tokens, x_dtype, scale_dtype, device, prefer) -> Sched
     if block_m > _DECODE_TOKENS:
         return tiles
     return dataclasses.replace(tiles, splits=_choose_splits(spec, tiles, device))
+
+
+def _has_many_sums(spec: QuantSpec, tiles: Tiles, device: Device) -> bool:
+    """Whether a sum for each group and token was seen not to fit into registers."""
+    few_tokens = tiles.block_m < (64 if device.is_hopper else 32)
+    return spec.groups > 1 and spec.group_size < 128 and not few_tokens
 
 
 def round_up_tokens(tokens: int) -> int:
@@ -202,7 +206,8 @@ def measure_shared_memory(tiles: Tiles, spec: QuantSpec) -> int:
 def _choose_decode(spec: QuantSpec, block_m: int, device: Device) -> Tiles:
     # Two packed tiles in one step where that leaves no half step and the sums of their groups fit
     # into registers: less work besides the weights.
-    few = spec.groups == 1 or 4 * spec.group_size >= 2 * spec.tile_k
+    least = 64 if spec.bits == 4 or device.is_blackwell else 32
+    few = spec.groups == 1 or spec.group_size >= least
     small = block_m <= 16 or (spec.bits == 8 and (block_m <= 32 or device.is_hopper))
     pair = spec.tiles_k % 2 == 0 and few and small
     # Wide where x weighs: each program reads all of its K again.
