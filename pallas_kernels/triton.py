@@ -16,8 +16,7 @@ Neither masks nor bounds are left to Pallas, since jax <= 0.11.2 reads and write
 array. A tile that would pass the end of N starts earlier instead and computes some features twice,
 and tokens past the end repeat the last one.
 
-This file alone imports Pallas-Triton, which jax >= 0.11 calls deprecated: it warns when a kernel is
-lowered for a GPU.
+This file alone imports Pallas-Triton, which jax >= 0.11 calls deprecated (at lowering).
 """
 
 from __future__ import annotations
@@ -34,16 +33,13 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels.device import find_device
+from pallas_kernels.device import Device, find_device
 from pallas_kernels.errors import BackendError
 from pallas_kernels.schedule import Tiles, find_faults, measure_shared_memory
 from pallas_kernels.spec import SLAB_K, TILE_N, QuantSpec
 from pallas_kernels.unpack import add_plain, describe_plane, negate_zero
 
 _ACTIVATIONS = (jnp.bfloat16, jnp.float16)
-_MAX_PAIRED = 32
-"""Tokens up to which the sums of gate and up fit into the registers of one program."""
-
 Weights = Mapping[str, jax.Array]
 
 
@@ -88,9 +84,7 @@ def multiply(
     split = tiles.splits > 1
     # a bias joins the sum over the splits; an activation needs that sum
     inputs = [{n: a for n, a in w.items() if n != "bias"} if split else dict(w) for w in weights]
-    pair = dataclasses.replace(tiles, block_n=2 * tiles.block_n)
-    fits = measure_shared_memory(pair, specs[0]) <= find_device().shared_memory
-    paired = gated and not split and tiles.block_m <= _MAX_PAIRED and fits
+    paired = gated and not split and can_pair(specs[0], tiles, find_device())
     jobs = [tuple(range(len(specs)))] if paired else [(i,) for i in range(len(specs))]
     lead = (tiles.splits,) if split else ()
     dtype = jnp.float32 if split else x.dtype
@@ -126,6 +120,15 @@ def multiply(
     if gated:
         sums = [jax.nn.silu(sums[0]) * sums[1]]
     return [y.astype(x.dtype) for y in sums]
+
+
+def can_pair(spec: QuantSpec, tiles: Tiles, device: Device) -> bool:
+    """Whether one program can hold the words and, in registers, the sums of gate and up."""
+    most = 32 if spec.groups == 1 or spec.group_size >= 128 else 8
+    crowded = spec.bits == 8 and spec.groups > 1 and tiles.warps == 2
+    pair = dataclasses.replace(tiles, block_n=2 * tiles.block_n)
+    fits = measure_shared_memory(pair, spec) <= device.shared_memory
+    return tiles.block_m <= most and not crowded and fits
 
 
 def _choose_block_n(spec: QuantSpec, tiles: Tiles) -> int:
@@ -193,14 +196,7 @@ def _finish_tile(walk: _Walk, weights, out_ref, split: jax.Array) -> None:
 def expand(weights: Weights, spec: QuantSpec, dtype, *, interpret: bool = False) -> jax.Array:
     """Compute W = (q - zero_point) * scale in one pass over memory.
 
-    Args:
-      weights: leaf dict.
-      spec: its spec.
-      dtype: bfloat16 or float16.
-      interpret: as in `multiply`.
-
-    Returns:
-      [N, K] in `dtype`: the product in float32, rounded once.
+    The result is [N, K] in `dtype`, bfloat16 or float16: the product in float32, rounded once.
     """
     leaves = {name: weights[name] for name in ("packed", "scale", "zero_point") if name in weights}
     return pl.pallas_call(

@@ -157,7 +157,8 @@ def compile_case(case: Case) -> Finding:
     if isinstance(schedule, Tiles):
         block_m = schedule.block_m
         threads = 32 * schedule.warps
-        weights = count * schedule.block_n * schedule.block_k
+        weights = schedule.block_n * schedule.block_k
+        weights *= 2 if case.gated and triton.can_pair(spec, schedule, device) else 1
         per_weight = kernel.loop.total() * threads / weights
     return Finding(
         case,
