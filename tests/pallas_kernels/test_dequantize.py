@@ -131,7 +131,9 @@ def test_arrays_that_contradict_the_spec_are_all_listed():
         ({"zero_point": jnp.zeros((2, 64), jnp.uint8)}, "zero_point is uint8, expected int8"),
         ({"bias": jnp.zeros(2)}, r"bias has shape \[2\], expected \[3\]"),
         ({"bias": jnp.zeros(3, jnp.int32)}, "bias is int32, expected a float dtype"),
-        ({"perm": jnp.zeros(3)}, "perm is not expected in an asymmetric weight"),
+        ({"g_idx": jnp.zeros(3)}, "g_idx is not expected in an asymmetric weight"),
+        ({"perm": jnp.zeros(3, jnp.int32)}, r"perm has shape \[3\], expected \[64\]"),
+        ({"perm": jnp.zeros(64)}, "perm is float32, expected int32"),
         ({"scale": [1.0]}, "weights must be arrays, found {'scale': 'list'}"),
     ],
 )

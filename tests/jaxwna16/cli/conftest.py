@@ -28,6 +28,12 @@ class Outcome:
         return json.loads(self.out)
 
 
+@pytest.fixture(autouse=True)
+def _no_terminal(monkeypatch) -> None:
+    """As in a pipe: no width is given. (pytest-xdist gives its workers one.)"""
+    monkeypatch.delenv("COLUMNS", raising=False)
+
+
 @pytest.fixture
 def call(capsys) -> Callable[..., Outcome]:
     """Run the command; no outcome may ever be a traceback."""
