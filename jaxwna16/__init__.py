@@ -1,8 +1,8 @@
 """Packed WNA16 checkpoints (compressed-tensors `pack-quantized`) in JAX and Flax.
 
-`load_checkpoint` reads one, `QuantDense` computes with it, `project` and `gated` with several such
-layers at once, `load_model` and `generate` turn it into text. Linen's layer is
-`jaxwna16.linen.QuantDense`.
+`load_checkpoint` reads one, `QuantDense` and `QuantMoE` compute with it, `project` and `gated` with
+several dense layers at once, `load_model` and `generate` turn it into text. Linen's layers are
+`jaxwna16.linen.QuantDense` and `jaxwna16.linen.QuantMoE`.
 """
 
 from jaxwna16 import linen as linen
@@ -18,6 +18,7 @@ from jaxwna16.fused import project as project
 from jaxwna16.language import Generation as Generation
 from jaxwna16.language import generate as generate
 from jaxwna16.language import load_model as load_model
+from jaxwna16.moe import QuantMoE as QuantMoE
 from jaxwna16.rewrite import dequantize_checkpoint as dequantize_checkpoint
 from jaxwna16.rewrite import quantize_checkpoint as quantize_checkpoint
 from jaxwna16.text import Tokenizer as Tokenizer
@@ -31,9 +32,12 @@ from pallas_kernels import TableError as TableError
 from pallas_kernels import Wna16Error as Wna16Error
 from pallas_kernels import dequantize as dequantize
 from pallas_kernels import explain as explain
+from pallas_kernels import float_moe as float_moe
 from pallas_kernels import quant_matmul as quant_matmul
 from pallas_kernels import quant_matmul_gated as quant_matmul_gated
 from pallas_kernels import quant_matmul_many as quant_matmul_many
+from pallas_kernels import quant_moe as quant_moe
 from pallas_kernels import quantize as quantize
+from pallas_kernels import route as route
 
 __version__ = "0.1.0"

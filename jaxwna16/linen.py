@@ -1,4 +1,4 @@
-"""`QuantDense` for Flax Linen, the twin of the NNX layer over the same `quant_matmul`."""
+"""The layers for Flax Linen, twins of the NNX layers over the same functions."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from jaxwna16.dense import cast_input, check_options, make_start
+from jaxwna16.linen_moe import QuantMoE as QuantMoE
 from pallas_kernels.matmul import quant_matmul
 from pallas_kernels.spec import QuantSpec
 from pallas_kernels.weights import make_abstract

@@ -112,21 +112,24 @@ def dequantize(weights: Mapping[str, jax.Array], spec: QuantSpec, dtype=None) ->
     """Expand a packed weight to floats.
 
     Args:
-      weights: leaf dict of one weight (see `pallas_kernels.weights.check_weights`).
-      spec: its static facts.
+      weights: leaf dict of one weight (see `pallas_kernels.weights`), or of stacked experts.
+      spec: the static facts of one.
       dtype: dtype of the result; None is the scale's dtype, in which the result equals
         compressed-tensors' `decompress` bit for bit (float32 results below 2^-126 are flushed to
         zero, as XLA does on CPU).
 
     Returns:
-      [N, K], computed in the scale's dtype and then cast to `dtype`.
+      [N, K], for experts [E, N, K], computed in the scale's dtype and then cast to `dtype`.
 
     Raises:
       SpecError: if the arrays contradict the spec.
     """
-    check_weights(weights, spec)
+    packed = weights.get("packed")
+    experts = packed.shape[0] if packed is not None and packed.ndim == 5 else None
+    check_weights(weights, spec, experts)
+    run = _dequantize if experts is None else jax.vmap(_dequantize, in_axes=(0, None))
     scale_dtype = weights["scale"].dtype
-    return _dequantize(dict(weights), spec).astype(scale_dtype if dtype is None else dtype)
+    return run(dict(weights), spec).astype(scale_dtype if dtype is None else dtype)
 
 
 @functools.partial(jax.jit, static_argnames="spec")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -19,6 +19,7 @@ from pallas_kernels import xla
 from pallas_kernels.backends import TRITON_DTYPES, check_activation, check_backend
 from pallas_kernels.device import find_device
 from pallas_kernels.errors import SpecError
+from pallas_kernels.folding import fold_vmap
 from pallas_kernels.schedule import Tiles, check_prefer, choose
 from pallas_kernels.spec import QuantSpec
 from pallas_kernels.weights import check_weights
@@ -238,7 +239,7 @@ def _multiply_by_triton(call: _Call, interpret: bool, x: jax.Array, weights: lis
         ]
         return [_gate(*(y.astype(jnp.float32) for y in ys)).astype(x.dtype)] if call.gated else ys
 
-    return _fold_vmap(run)(x, weights)
+    return fold_vmap(run)(x, weights)
 
 
 def _multiply_expanded(x: jax.Array, w: jax.Array, weights: dict[str, jax.Array]) -> jax.Array:
@@ -247,23 +248,3 @@ def _multiply_expanded(x: jax.Array, w: jax.Array, weights: dict[str, jax.Array]
         return y
     bias = weights["bias"].astype(jnp.float32)[None, :]
     return (y.astype(jnp.float32) + bias).astype(x.dtype)
-
-
-def _fold_vmap(run: Callable) -> Callable:
-    """`run(x, weights)`, where `vmap` over x alone makes its axis more rows of the one product."""
-
-    @jax.custom_batching.custom_vmap
-    def call(x, weights):
-        return run(x, weights)
-
-    @call.def_vmap
-    def call_batched(axis_size, in_batched, x, weights):
-        if any(jax.tree.leaves(in_batched[1])):
-            axes = jax.tree.map(lambda batched: 0 if batched else None, in_batched)
-            ys = jax.vmap(run, in_axes=tuple(axes))(x, weights)
-        else:
-            ys = call(x.reshape(-1, x.shape[-1]), weights)
-            ys = jax.tree.map(lambda y: y.reshape(axis_size, -1, y.shape[-1]), ys)
-        return ys, jax.tree.map(lambda y: True, ys)
-
-    return call

@@ -29,18 +29,21 @@ def quantize(w: jax.Array, spec: QuantSpec, *, scale_dtype=jnp.bfloat16) -> dict
     scale is rounded to `scale_dtype` before q is computed, and q is clamped to [lo, lo + a].
 
     Args:
-      w: [N, K] floats, finite.
+      w: [N, K] floats, finite; or [E, N, K], experts that are quantized one by one.
       spec: the wanted bits, group size, symmetry; `in_features` and `out_features` are w's.
       scale_dtype: float16, bfloat16 or float32.
 
     Returns:
-      The leaf dict of the packed weight.
+      The leaf dict of the packed weight, with E in front of every leaf for experts.
 
     Raises:
       SpecError: if w's shape or dtype does not fit the spec, w is not finite or traced, or
         `scale_dtype` is not one of the three.
     """
     w = jnp.asarray(w)
+    if w.ndim == 3 and w.shape[0]:
+        each = [quantize(one, spec, scale_dtype=scale_dtype) for one in w]
+        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)
     if w.shape != (spec.out_features, spec.in_features) or not jnp.issubdtype(
         w.dtype, jnp.floating
     ):

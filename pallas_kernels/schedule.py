@@ -18,6 +18,7 @@ import contextlib
 import contextvars
 import dataclasses
 from collections.abc import Iterator
+from typing import Any
 
 import jax.numpy as jnp
 
@@ -115,20 +116,28 @@ def describe(schedule: Schedule, tokens: int) -> str:
     )
 
 
-_fixed: contextvars.ContextVar[Schedule | None] = contextvars.ContextVar("schedule", default=None)
+_fixed: contextvars.ContextVar[Any] = contextvars.ContextVar("schedule", default=None)
 
 
 @contextlib.contextmanager
-def fix_schedule(schedule: Schedule) -> Iterator[None]:
+def fix_schedule(schedule: Any) -> Iterator[None]:
     """Trace every product of the Triton backend inside with `schedule`, for timing and tests.
 
-    A function that `jax.jit` has traced before keeps what it was traced with.
+    A `Schedule` is for dense products, `pallas_kernels.schedule_moe.MoeTiles` for experts; the
+    others are chosen as ever. A function that `jax.jit` has traced before keeps what it was traced
+    with.
     """
     token = _fixed.set(schedule)
     try:
         yield
     finally:
         _fixed.reset(token)
+
+
+def get_fixed(kind: Any) -> Any:
+    """What `fix_schedule` asks for, None unless it is of this kind."""
+    fixed = _fixed.get()
+    return fixed if isinstance(fixed, kind) else None
 
 
 def choose(
@@ -149,7 +158,7 @@ def choose(
     """
     from pallas_kernels.tile_tables import load_schedule  # which needs Tiles
 
-    fixed = _fixed.get()
+    fixed = get_fixed((Tiles, str))
     if fixed is not None:
         return fixed
     schedule = load_schedule(device, spec, tokens, x_dtype, scale_dtype)
@@ -161,24 +170,45 @@ def choose(
 def _choose_by_rule(spec, tokens, x_dtype, scale_dtype, device, prefer) -> Schedule:
     if tokens >= _PREFILL_TOKENS and prefer == "speed":
         return PREFILL
-    block_m = round_up_tokens(tokens)
-    can_scale_weight = jnp.dtype(scale_dtype) == jnp.dtype(x_dtype)
+    if tokens <= _DECODE_TOKENS:
+        block_m = round_up_tokens(tokens)
+        tiles = _choose_decode(spec, block_m, device, wide=True)
+        tiles = fit(tiles, spec, x_dtype, scale_dtype, device)
+        return add_splits(tiles, spec, device)
+    many = tokens > 2 * _DECODE_TOKENS and can_take_128(x_dtype, scale_dtype, device)
+    tiles = _choose_middle(spec, 128 if many else 64)
+    return fit(tiles, spec, x_dtype, scale_dtype, device)
+
+
+def can_take_128(x_dtype, scale_dtype, device: Device) -> bool:
+    """Whether tiles of 128 tokens are worth it: elsewhere their sums do not fit into registers."""
+    return jnp.dtype(scale_dtype) == jnp.dtype(x_dtype) and device.is_hopper
+
+
+def choose_tiles(spec: QuantSpec, block_m: int, x_dtype, scale_dtype, device: Device) -> Tiles:
+    """Tiles without splits for `block_m` tokens of each program, by rule of thumb."""
     if block_m <= _DECODE_TOKENS:
-        tiles = _choose_decode(spec, block_m, device)
-    elif can_scale_weight and tokens > 2 * _DECODE_TOKENS and device.is_hopper:
-        tiles = Tiles(block_m=128, block_n=128, block_k=spec.tile_k, scale_on="weight")
+        tiles = _choose_decode(spec, block_m, device, wide=False)
     else:
-        tiles = Tiles(block_m=64, block_n=128, block_k=spec.tile_k)
+        tiles = _choose_middle(spec, block_m)
+    return fit(tiles, spec, x_dtype, scale_dtype, device)
+
+
+def _choose_middle(spec: QuantSpec, block_m: int) -> Tiles:
+    scale_on = "weight" if block_m == 128 else "sum"
+    return Tiles(block_m=block_m, block_n=128, block_k=spec.tile_k, scale_on=scale_on)
+
+
+def fit(tiles: Tiles, spec: QuantSpec, x_dtype, scale_dtype, device: Device) -> Tiles:
+    """`tiles`, changed where they would not fit into registers or shared memory."""
     if _has_many_sums(spec, tiles, device):
-        if can_scale_weight:
+        if jnp.dtype(scale_dtype) == jnp.dtype(x_dtype):
             tiles = dataclasses.replace(tiles, scale_on="weight")
         elif tiles.block_m == 64:
             tiles = dataclasses.replace(tiles, warps=8)
     while measure_shared_memory(tiles, spec) > device.shared_memory and tiles.stages > 1:
         tiles = dataclasses.replace(tiles, stages=tiles.stages - 1)
-    if block_m > _DECODE_TOKENS:
-        return tiles
-    return dataclasses.replace(tiles, splits=_choose_splits(spec, tiles, device))
+    return tiles
 
 
 def _has_many_sums(spec: QuantSpec, tiles: Tiles, device: Device) -> bool:
@@ -203,7 +233,7 @@ def measure_shared_memory(tiles: Tiles, spec: QuantSpec) -> int:
     return (tiles.stages - 1) * words + tiles.stages * x + 1024
 
 
-def _choose_decode(spec: QuantSpec, block_m: int, device: Device) -> Tiles:
+def _choose_decode(spec: QuantSpec, block_m: int, device: Device, *, wide: bool) -> Tiles:
     # Two packed tiles in one step where that leaves no half step and the sums of their groups fit
     # into registers: less work besides the weights.
     least = 64 if spec.bits == 4 or device.is_blackwell else 32
@@ -211,7 +241,8 @@ def _choose_decode(spec: QuantSpec, block_m: int, device: Device) -> Tiles:
     small = block_m <= 16 or (spec.bits == 8 and (block_m <= 32 or device.is_hopper))
     pair = spec.tiles_k % 2 == 0 and few and small
     # Wide where x weighs: each program reads all of its K again.
-    wide = device.is_hopper and spec.bits == 4 and block_m in (16, 32) and spec.tiles_n >= 64
+    large = device.is_hopper and spec.bits == 4 and block_m in (16, 32) and spec.tiles_n >= 64
+    wide = wide and large
     return Tiles(
         block_m=block_m,
         block_n=256 if wide else 128,
@@ -220,10 +251,19 @@ def _choose_decode(spec: QuantSpec, block_m: int, device: Device) -> Tiles:
     )
 
 
-def _choose_splits(spec: QuantSpec, tiles: Tiles, device: Device) -> int:
+def add_splits(tiles: Tiles, spec: QuantSpec, device: Device, copies: int = 1) -> Tiles:
+    """`tiles` with K split until there is enough to do; `copies` products run at once."""
+    return dataclasses.replace(tiles, splits=_choose_splits(spec, tiles, device, copies))
+
+
+def count_columns(spec: QuantSpec, tiles: Tiles) -> int:
+    """How many tiles of features there are."""
+    return -(-spec.tiles_n * TILE_N // tiles.block_n)
+
+
+def _choose_splits(spec: QuantSpec, tiles: Tiles, device: Device, copies: int = 1) -> int:
     """Enough programs for two on each core, while each has two steps and its sums are few."""
-    columns = -(-spec.tiles_n * TILE_N // tiles.block_n)
-    wanted = -(-2 * device.cores // columns)
+    wanted = -(-2 * device.cores // (copies * count_columns(spec, tiles)))
     # A feature's sums are written and read, 8 bytes a token and split (mostly in the L2 cache), and
     # should be no more than its weight, K bits / 8.
     affordable = spec.in_features * spec.bits // (8 * 8 * tiles.block_m)

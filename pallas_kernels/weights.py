@@ -6,7 +6,8 @@
     bias        float [N]                    optional
     perm        int32 [K]                    optional (act-order): x is taken as x[..., perm]
 
-Padding (rows past N) holds zeros in all of them.
+Padding (rows past N) holds zeros in all of them. Experts are stacked: each leaf then has one more
+axis in front, of size E.
 """
 
 from __future__ import annotations
@@ -23,7 +24,12 @@ SCALE_DTYPES = ("float16", "bfloat16", "float32")
 
 
 def make_abstract(
-    spec: QuantSpec, scale_dtype, bias_dtype=None, *, act_order: bool = False
+    spec: QuantSpec,
+    scale_dtype,
+    bias_dtype=None,
+    *,
+    act_order: bool = False,
+    experts: int | None = None,
 ) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes and dtypes of the leaf dict of `spec`.
 
@@ -32,6 +38,7 @@ def make_abstract(
       scale_dtype: of the scales.
       bias_dtype: of the bias; None is no bias.
       act_order: whether there is a `perm`.
+      experts: E, of stacked experts; None is one weight.
     """
     leaves = {
         "packed": jax.ShapeDtypeStruct(spec.packed_shape, jnp.uint16),
@@ -43,11 +50,21 @@ def make_abstract(
         leaves["bias"] = jax.ShapeDtypeStruct((spec.out_features,), bias_dtype)
     if act_order:
         leaves["perm"] = jax.ShapeDtypeStruct((spec.in_features,), jnp.int32)
-    return leaves
+    if experts is None:
+        return leaves
+    return {
+        name: jax.ShapeDtypeStruct((experts, *leaf.shape), leaf.dtype)
+        for name, leaf in leaves.items()
+    }
 
 
-def check_weights(weights: Mapping[str, jax.Array], spec: QuantSpec) -> None:
-    """Raise a SpecError that lists every way in which `weights` contradicts `spec`."""
+def check_weights(
+    weights: Mapping[str, jax.Array], spec: QuantSpec, experts: int | None = None
+) -> None:
+    """Raise a SpecError that lists every way in which `weights` contradicts `spec`.
+
+    With `experts`, the weights are a stack of that many.
+    """
     if not isinstance(spec, QuantSpec):
         raise SpecError(f"spec must be a QuantSpec, got {type(spec).__name__}")
     if not isinstance(weights, Mapping):
@@ -63,7 +80,11 @@ def check_weights(weights: Mapping[str, jax.Array], spec: QuantSpec) -> None:
     scale, bias = weights.get("scale"), weights.get("bias")
     scale_dtype = jnp.float32 if scale is None else scale.dtype
     expected = make_abstract(
-        spec, scale_dtype, None if bias is None else bias.dtype, act_order="perm" in weights
+        spec,
+        scale_dtype,
+        None if bias is None else bias.dtype,
+        act_order="perm" in weights,
+        experts=experts,
     )
     faults = []
     for name in sorted(expected.keys() | weights.keys()):

@@ -38,6 +38,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -114,17 +115,18 @@ class Kernel:
         )
 
 
-def compile(fn: Callable, *specs: jax.ShapeDtypeStruct, arch: str = "sm_90a") -> list[Kernel]:
+def compile(fn: Callable, *specs: Any, arch: str = "sm_90a") -> list[Kernel]:
     """Compile `jax.jit(fn)` for `arch`, a key of `TARGETS`, and report each of its kernels.
+
+    `specs` are trees of `jax.ShapeDtypeStruct`, the arguments of `fn`.
 
     Raises:
       FileNotFoundError: if one of NVIDIA's tools is not installed.
       Exception: what the compiler raises.
     """
     device = _describe_device(arch)
-    placed = [
-        jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=SingleDeviceSharding(device)) for s in specs
-    ]
+    here = SingleDeviceSharding(device)
+    placed = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=here), specs)
     target = TARGETS[arch]
     # Since 0.11 Pallas-Triton asks the mesh which GPU it lowers for.
     abstract = AbstractDevice(target.device_kind, target.cores, "cuda")

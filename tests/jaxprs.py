@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -31,3 +32,31 @@ def _walk(jaxpr: Any) -> Iterator[Any]:
                 inner = getattr(inner, "jaxpr", inner)
                 if hasattr(inner, "eqns"):
                     yield from _walk(inner)
+
+
+def count_flops(function: Callable, *args: Any) -> int:
+    """Multiplications and additions of all matrix products, loops counted as often as they run."""
+    return _count_flops(jax.make_jaxpr(function)(*args).jaxpr)
+
+
+def _count_flops(jaxpr: Any) -> int:
+    total = 0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            contract = equation.params["dimension_numbers"][0][0]
+            shape = equation.invars[0].aval.shape
+            depth = math.prod(shape[axis] for axis in contract)
+            total += 2 * depth * equation.outvars[0].aval.size
+        inner = [
+            _count_flops(body)
+            for value in equation.params.values()
+            for body in (value if isinstance(value, tuple | list) else (value,))
+            for body in (getattr(body, "jaxpr", body),)
+            if hasattr(body, "eqns")
+        ]
+        # of branches, the most expensive one
+        repeats = equation.params.get("length", 1) if equation.primitive.name == "scan" else 1
+        total += repeats * (
+            max(inner, default=0) if equation.primitive.name == "cond" else sum(inner)
+        )
+    return total

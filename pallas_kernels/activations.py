@@ -1,0 +1,53 @@
+"""The activations of experts, on float32.
+
+silu         h sigmoid(h)                                        times up, if gated
+gelu         h Phi(h), Phi the normal distribution function      times up, if gated
+gelu_tanh    h (1 + tanh(sqrt(2 / pi) (h + 0.044715 h^3))) / 2   times up, if gated
+relu2        max(h, 0)^2                                         times up, if gated
+swigluoai    g sigmoid(1.702 g) (u + 1), g = min(gate, 7), u = up clipped to [-7, 7]
+             (gpt-oss, https://github.com/openai/gpt-oss, `swiglu`)
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.errors import SpecError
+
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu2", "swigluoai")
+IN_KERNEL = ("silu", "gelu_tanh", "relu2", "swigluoai")
+"""Those that Pallas can lower for a GPU, which knows no error function."""
+
+_ALPHA, _LIMIT = 1.702, 7.0
+
+
+def check(name: str, gated: bool) -> None:
+    """Raise a SpecError unless `name` is an activation of such experts."""
+    if name not in ACTIVATIONS:
+        raise SpecError(f"activation must be one of {ACTIVATIONS}, got {name!r}")
+    if name == "swigluoai" and not gated:
+        raise SpecError("activation 'swigluoai' is for gated experts")
+
+
+def apply(name: str, gate: jax.Array, up: jax.Array | None = None) -> jax.Array:
+    """act(gate) * up, or act(gate) without up; float32 in, float32 out."""
+    if name == "swigluoai":
+        assert up is not None
+        gate, up = jnp.minimum(gate, _LIMIT), jnp.minimum(jnp.maximum(up, -_LIMIT), _LIMIT)
+        return gate * jax.nn.sigmoid(_ALPHA * gate) * (up + 1)
+    y = _apply_alone(name, gate)
+    return y if up is None else y * up
+
+
+def _apply_alone(name: str, h: jax.Array) -> jax.Array:
+    if name == "silu":
+        return h * jax.nn.sigmoid(h)
+    if name == "gelu":
+        return h * 0.5 * (1 + jax.lax.erf(h * math.sqrt(0.5)))
+    if name == "gelu_tanh":
+        return h * 0.5 * (1 + jnp.tanh(math.sqrt(2 / math.pi) * (h + 0.044715 * h * h * h)))
+    positive = jnp.maximum(h, 0.0)
+    return positive * positive

@@ -1,0 +1,292 @@
+"""`quant_moe` and `float_moe`: the chosen experts of every token, added.
+
+    y[t] = sum_j weights[t, j] * (act(x[t] @ W13[e].T + b13[e]) @ W2[e].T + b2[e]),  e = ids[t, j]
+
+As in `pallas_kernels.matmul` the backend is chosen when the function is lowered.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels import moe_xla, xla
+from pallas_kernels.activations import check as check_activation_name
+from pallas_kernels.backends import TRITON_DTYPES, check_activation, check_backend
+from pallas_kernels.errors import SpecError
+from pallas_kernels.folding import fold_vmap
+from pallas_kernels.spec import QuantSpec
+from pallas_kernels.weights import check_weights
+
+Weights = Mapping[str, jax.Array]
+_WEIGH = ("output", "input")
+
+
+def quant_moe(
+    x: jax.Array,
+    ids: jax.Array,
+    weights: jax.Array,
+    w13: Weights,
+    w2: Weights,
+    spec13: QuantSpec,
+    spec2: QuantSpec,
+    *,
+    activation: str = "silu",
+    gated: bool = True,
+    interleaved: bool = False,
+    weigh: str = "output",
+    expert_offset: jax.Array | int = 0,
+    shared: jax.Array | None = None,
+    backend: str | None = None,
+) -> jax.Array:
+    """Run the chosen experts of every token and add their results.
+
+    Differentiable in reverse mode with respect to x, `weights`, `shared`, scales and biases.
+
+    Args:
+      x: [..., H] float32, bfloat16 or float16.
+      ids: int32 [..., top_k], the experts of each token; one may be chosen twice. Ids outside
+        expert_offset .. expert_offset + E - 1 contribute nothing, so that the parts of experts that
+        lie elsewhere can be added (expert parallelism).
+      weights: float [..., top_k], the weight of each choice, see `route`.
+      w13: leaf dict of gate and up, E in front of every leaf; rows are those of gate, then those of
+        up.
+      w2: leaf dict of down.
+      spec13: of one expert, N = 2 I (I if not gated) and K = H.
+      spec2: of one expert, N = H and K = I; bits and groups may differ from those of `spec13`.
+      activation: "silu", "gelu", "gelu_tanh", "relu2" or "swigluoai", see
+        `pallas_kernels.activations`.
+      gated: act(gate) * up; otherwise act(h) of one product.
+      interleaved: rows of gate and up take turns in w13, gate first.
+      weigh: "output" multiplies an expert's result by its weight, "input" its input.
+      expert_offset: id of the first of the E experts.
+      shared: [..., H], added to the sum (the result of shared experts).
+      backend: None, "triton" or "xla", see `quant_matmul`.
+
+    Returns:
+      [..., H] in the dtype of x. Sums are float32, rounded once at the end; `docs/numerics.md`
+      states what the backends round before.
+
+    Raises:
+      SpecError: if arrays or options contradict each other.
+      BackendError: if the named backend cannot do it.
+      TableError: if this GPU has a table of tuned tiles that cannot be used.
+    """
+    options = _Options(activation, gated, interleaved, weigh)
+    experts = _count_experts(w13)
+    for name, leaves, spec in (("w13", w13, spec13), ("w2", w2, spec2)):
+        try:
+            check_weights(leaves, spec, experts)
+        except SpecError as error:
+            raise SpecError(f"{name}: {error}") from error
+        if "perm" in leaves:
+            raise SpecError(f"{name}: experts with reordered features (perm) are not supported")
+    sizes = (spec13.out_features, spec13.in_features), (spec2.out_features, spec2.in_features)
+    x = jnp.asarray(x)
+    _check_call(x, ids, weights, sizes, options, shared)
+    check_backend(backend, x.dtype)
+    call = _Call(spec13, spec2, experts, options, backend)
+    return _fold(functools.partial(_run, call), x, ids, weights, expert_offset, shared, (w13, w2))
+
+
+def float_moe(
+    x: jax.Array,
+    ids: jax.Array,
+    weights: jax.Array,
+    w13: jax.Array,
+    w2: jax.Array,
+    *,
+    b13: jax.Array | None = None,
+    b2: jax.Array | None = None,
+    activation: str = "silu",
+    gated: bool = True,
+    interleaved: bool = False,
+    weigh: str = "output",
+    expert_offset: jax.Array | int = 0,
+    shared: jax.Array | None = None,
+) -> jax.Array:
+    """`quant_moe` for experts that are not quantized, expert by expert in XLA on every device.
+
+    Args:
+      w13: [E, 2 I, H], or [E, I, H] if not gated.
+      w2: [E, H, I].
+      b13, b2: biases [E, N]; None is none.
+
+    Other arguments, result and errors are those of `quant_moe`.
+    """
+    options = _Options(activation, gated, interleaved, weigh)
+    x = jnp.asarray(x)
+    for name, w in (("w13", w13), ("w2", w2)):
+        if w.ndim != 3 or w.shape[0] != w13.shape[0]:
+            raise SpecError(f"{name} must be [E, N, K], got {list(w.shape)}")
+    _check_call(x, ids, weights, (w13.shape[1:], w2.shape[1:]), options, shared)
+    stacks = tuple(
+        {"weight": w} if b is None else {"weight": w, "bias": b} for w, b in ((w13, b13), (w2, b2))
+    )
+
+    def run(x, ids, weights, offset, stacks):
+        return moe_xla.add_experts(
+            x,
+            ids,
+            weights,
+            stacks,
+            (_multiply_floats, _multiply_floats),
+            experts=w13.shape[0],
+            features=w2.shape[1],
+            offset=offset,
+            **dataclasses.asdict(options),
+        )
+
+    return _fold(run, x, ids, weights, expert_offset, shared, stacks)
+
+
+def _multiply_floats(x: jax.Array, leaves: Any) -> jax.Array:
+    w = leaves["weight"].astype(x.dtype)
+    precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    contract = (((1,), (1,)), ((), ()))
+    return lax.dot_general(x, w, contract, precision=precision, preferred_element_type=jnp.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Options:
+    """What happens around the two products; see `quant_moe`."""
+
+    activation: str
+    gated: bool
+    interleaved: bool
+    weigh: str
+
+
+@dataclasses.dataclass(frozen=True)
+class _Call:
+    """The static facts of one call."""
+
+    spec13: QuantSpec
+    spec2: QuantSpec
+    experts: int
+    options: _Options
+    backend: str | None
+
+
+def _count_experts(w13: Any) -> int:
+    packed = w13.get("packed") if isinstance(w13, Mapping) else None
+    if packed is None or getattr(packed, "ndim", 0) != 5 or packed.shape[0] < 1:
+        found = None if packed is None else list(getattr(packed, "shape", []))
+        raise SpecError(f"w13: packed must be [E, tiles of N, tiles of K, 64, 32], got {found}")
+    return packed.shape[0]
+
+
+def _check_call(x, ids, weights, sizes, options: _Options, shared) -> None:
+    """Raise a SpecError that lists what does not fit together."""
+    check_activation(x.dtype)
+    check_activation_name(options.activation, options.gated)
+    (n13, k13), (n2, k2) = sizes
+    wanted = k2 * (2 if options.gated else 1)
+    faults = []
+    if options.weigh not in _WEIGH:
+        faults.append(f"weigh must be one of {_WEIGH}, got {options.weigh!r}")
+    if options.interleaved and not options.gated:
+        faults.append("interleaved is for gated experts")
+    if n13 != wanted:
+        what = "gate and up" if options.gated else "no gate"
+        faults.append(f"w13 has N = {n13}, w2 K = {k2}: with {what}, N must be {wanted}")
+    if n2 != k13:
+        faults.append(f"w13 has K = {k13}, w2 N = {n2}: both must be H")
+    if x.ndim < 1 or x.shape[-1] != k13:
+        faults.append(f"x must be [..., {k13}], got {list(x.shape)}")
+    lead = x.shape[:-1]
+    if not jnp.issubdtype(ids.dtype, jnp.integer) or ids.shape[:-1] != lead or ids.ndim != x.ndim:
+        faults.append(f"ids must be int32 {[*lead, 'top_k']}, got {ids.dtype} {list(ids.shape)}")
+    elif ids.shape[-1] < 1:
+        faults.append("ids must choose at least one expert")
+    if weights.shape != ids.shape or not jnp.issubdtype(weights.dtype, jnp.floating):
+        faults.append(
+            f"weights must be float {list(ids.shape)}, got {weights.dtype} {list(weights.shape)}"
+        )
+    if shared is not None and shared.shape != (*lead, n2):
+        faults.append(f"shared must be {[*lead, n2]}, got {list(shared.shape)}")
+    if faults:
+        raise SpecError("; ".join(faults))
+
+
+def _fold(run, x, ids, weights, offset, shared, stacks) -> jax.Array:
+    """Fold the leading dimensions, run, add `shared`, round."""
+    lead, top_k = x.shape[:-1], ids.shape[-1]
+    rows = x.reshape(-1, x.shape[-1])
+    features = (*lead, rows.shape[-1])
+    if rows.shape[0]:
+        plain = tuple(dict(stack) for stack in stacks)
+        flat = ids.reshape(-1, top_k), weights.reshape(-1, top_k)
+        y = run(rows, *flat, jnp.asarray(offset, jnp.int32), plain).reshape(features)
+    else:
+        y = jnp.zeros(features, jnp.float32)
+    return (y if shared is None else y + shared.astype(jnp.float32)).astype(x.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _run(call: _Call, x, ids, weights, offset, stacks) -> jax.Array:
+    """Float32 [T, H]."""
+    by_xla = functools.partial(_run_by_xla, call)
+    if call.backend == "xla" or x.dtype not in TRITON_DTYPES:
+        return by_xla(x, ids, weights, offset, stacks)
+    compiled = functools.partial(_run_by_triton, call, False)
+    arguments = x, ids, weights, offset, stacks
+    if call.backend is None:
+        return lax.platform_dependent(*arguments, cuda=compiled, default=by_xla)
+    interpreted = functools.partial(_run_by_triton, call, True)
+    return lax.platform_dependent(*arguments, cuda=compiled, cpu=interpreted)
+
+
+def _run_forward(call, x, ids, weights, offset, stacks):
+    return _run(call, x, ids, weights, offset, stacks), (x, ids, weights, offset, stacks)
+
+
+def _run_backward(call, residuals, y_bar):
+    x, ids, weights, offset, stacks = residuals
+
+    def run(x, weights, stacks):
+        return _run_by_xla(call, x, ids, weights, offset, stacks)
+
+    _, pull_back = jax.vjp(run, x, weights, stacks)
+    x_bar, weights_bar, stacks_bar = pull_back(y_bar)
+    return x_bar, None, weights_bar, None, stacks_bar
+
+
+_run.defvjp(_run_forward, _run_backward)
+
+
+def _run_by_xla(call: _Call, x, ids, weights, offset, stacks) -> jax.Array:
+    def multiply(spec: QuantSpec):
+        def run(x, leaves):
+            # the loop adds the bias
+            return xla.matmul(x, {n: a for n, a in leaves.items() if n != "bias"}, spec)
+
+        return run
+
+    return moe_xla.add_experts(
+        x,
+        ids,
+        weights,
+        stacks,
+        (multiply(call.spec13), multiply(call.spec2)),
+        experts=call.experts,
+        features=call.spec2.out_features,
+        offset=offset,
+        **dataclasses.asdict(call.options),
+    )
+
+
+def _run_by_triton(call: _Call, interpret: bool, x, ids, weights, offset, stacks) -> jax.Array:
+    # imported here, so that all else works where a later jax has no Pallas-Triton
+    from pallas_kernels import moe_triton
+
+    def run(rows, others):
+        return moe_triton.add_experts(call, rows, *others, interpret=interpret)
+
+    return fold_vmap(run)((x, ids, weights), (offset, stacks))

@@ -1,0 +1,177 @@
+"""`route`: which experts a token goes to, and how much each counts. All in float32.
+
+    scores   s = softmax(logits) | sigmoid(logits) | sqrt(softplus(logits))
+    choice   c = s + correction_bias
+    groups   experts in the best `top_groups` of `groups` groups of consecutive experts, a group
+             being as good as its best c, or the sum of its two best, remain
+    chosen   the top_k experts of largest c
+    weights  s of the chosen, over their sum where `renormalize`, times `scaling_factor`
+
+Mixtral and Qwen-MoE are softmax without groups; DeepSeek-V2 (https://arxiv.org/abs/2405.04434) is
+softmax with groups by their best; DeepSeek-V3 (https://arxiv.org/abs/2412.19437) is sigmoid with a
+correction bias and groups by their two best. A softmax over the chosen alone (gpt-oss) is softmax
+with `renormalize`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.errors import SpecError
+
+SCORINGS = ("softmax", "sigmoid", "sqrt_softplus")
+GROUP_SCORES = ("max", "top2_sum")
+_TINY = 1e-20  # keeps a sum of scores that all vanished from dividing by 0, as DeepSeek's code does
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Routing:
+    """The options of `route`, hashable.
+
+    Attributes:
+      top_k: experts of a token.
+      scoring: "softmax", "sigmoid" or "sqrt_softplus".
+      renormalize: whether the weights of a token add up to `scaling_factor`.
+      groups: into how many groups of consecutive experts they are divided.
+      top_groups: how many of the groups a token may choose from.
+      group_score: "max" or "top2_sum".
+      scaling_factor: multiplies the weights.
+
+    Raises:
+      SpecError: if a value is impossible.
+    """
+
+    top_k: int
+    scoring: str = "softmax"
+    renormalize: bool = True
+    groups: int = 1
+    top_groups: int = 1
+    group_score: str = "max"
+    scaling_factor: float = 1.0
+
+    def __post_init__(self):
+        faults = [
+            f"{name} must be an integer of at least 1, got {getattr(self, name)!r}"
+            for name in ("top_k", "groups", "top_groups")
+            if type(getattr(self, name)) is not int or getattr(self, name) < 1
+        ]
+        if self.scoring not in SCORINGS:
+            faults.append(f"scoring must be one of {SCORINGS}, got {self.scoring!r}")
+        if self.group_score not in GROUP_SCORES:
+            faults.append(f"group_score must be one of {GROUP_SCORES}, got {self.group_score!r}")
+        if not isinstance(self.renormalize, bool):
+            faults.append(f"renormalize must be True or False, got {self.renormalize!r}")
+        factor = self.scaling_factor
+        if isinstance(factor, bool) or not isinstance(factor, int | float):
+            faults.append(f"scaling_factor must be a number, got {factor!r}")
+        elif not math.isfinite(factor):
+            faults.append(f"scaling_factor must be finite, got {factor!r}")
+        if not faults and self.top_groups > self.groups:
+            faults.append(f"top_groups = {self.top_groups} of groups = {self.groups}")
+        if faults:
+            raise SpecError("; ".join(faults))
+
+    def check_experts(self, experts: int) -> None:
+        """Raise a SpecError unless a token can choose so among `experts`."""
+        if experts % self.groups:
+            raise SpecError(f"groups = {self.groups} must divide the {experts} experts")
+        size = experts // self.groups
+        if self.top_k > self.top_groups * size:
+            raise SpecError(
+                f"top_k = {self.top_k} of {self.top_groups * size} experts "
+                f"({self.top_groups} groups of {size})"
+            )
+        if self.groups > 1 and self.group_score == "top2_sum" and size < 2:
+            raise SpecError(
+                f"group_score 'top2_sum' needs groups of at least 2 experts, got {size}"
+            )
+
+
+def route(
+    router_logits: jax.Array,
+    *,
+    top_k: int,
+    scoring: str = "softmax",
+    renormalize: bool = True,
+    groups: int = 1,
+    top_groups: int = 1,
+    group_score: str = "max",
+    correction_bias: jax.Array | None = None,
+    scaling_factor: float = 1.0,
+) -> tuple[jax.Array, jax.Array]:
+    """Choose the experts of every token; see the module for the formulas and `Routing`.
+
+    Differentiable with respect to the logits through the weights. Of equal experts, and of equal
+    groups, the lower number comes first. A token with a NaN among its scores (which an infinite
+    logit makes under softmax) or its choice gets the experts 0 .. top_k - 1 with weights NaN, so
+    that it cannot pass unnoticed; an expert of logit -inf counts 0 and comes last.
+
+    Args:
+      router_logits: float [..., E].
+      correction_bias: float [E], added to the scores for the choice only.
+
+    Returns:
+      ids int32 [..., top_k], best first, and weights float32 [..., top_k].
+
+    Raises:
+      SpecError: if options and shapes contradict each other.
+    """
+    routing = Routing(
+        top_k=top_k,
+        scoring=scoring,
+        renormalize=renormalize,
+        groups=groups,
+        top_groups=top_groups,
+        group_score=group_score,
+        scaling_factor=scaling_factor,
+    )
+    logits = jnp.asarray(router_logits)
+    if logits.ndim < 1 or not jnp.issubdtype(logits.dtype, jnp.floating):
+        raise SpecError(
+            f"router_logits must be float [..., E], got {logits.dtype} {list(logits.shape)}"
+        )
+    experts = logits.shape[-1]
+    routing.check_experts(experts)
+    scores = _score(logits.astype(jnp.float32), scoring)
+    choice = lax.stop_gradient(scores)
+    if correction_bias is not None:
+        if correction_bias.shape != (experts,):
+            raise SpecError(
+                f"correction_bias must be [{experts}], got {list(correction_bias.shape)}"
+            )
+        bias = lax.stop_gradient(correction_bias).astype(jnp.float32)
+        choice = choice + jnp.expand_dims(bias, range(choice.ndim - 1))
+    broken = jnp.isnan(choice).any(-1, keepdims=True)
+    # equal all over: the first ones are chosen, whatever a device's top_k makes of NaN
+    choice = jnp.where(broken, 0.0, choice)
+    if groups > top_groups:
+        choice = _mask_groups(choice, routing)
+    ids = lax.top_k(choice, top_k)[1]
+    weights = jnp.take_along_axis(scores, ids, axis=-1)
+    if renormalize:
+        weights = weights / (weights.sum(-1, keepdims=True) + _TINY)
+    return ids, jnp.where(broken, jnp.nan, weights * scaling_factor)
+
+
+def _score(logits: jax.Array, scoring: str) -> jax.Array:
+    if scoring == "softmax":
+        return jax.nn.softmax(logits, axis=-1)
+    return jax.nn.sigmoid(logits) if scoring == "sigmoid" else jnp.sqrt(jax.nn.softplus(logits))
+
+
+def _mask_groups(choice: jax.Array, routing: Routing) -> jax.Array:
+    """-inf for experts outside the best groups."""
+    grouped = choice.reshape(*choice.shape[:-1], routing.groups, -1)
+    if routing.group_score == "max":
+        quality = grouped.max(-1)
+    else:
+        quality = lax.top_k(grouped, 2)[0].sum(-1)
+    best = lax.top_k(quality, routing.top_groups)[1]
+    groups = jnp.expand_dims(jnp.arange(routing.groups, dtype=best.dtype), range(best.ndim))
+    kept = (best[..., None] == groups).any(-2)
+    return jnp.where(kept[..., None], grouped, -jnp.inf).reshape(choice.shape)

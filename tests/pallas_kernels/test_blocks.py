@@ -1,0 +1,98 @@
+"""Pairs grouped by expert, by XLA and by the kernel, against an enumeration."""
+
+from __future__ import annotations
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pallas_kernels.blocks import Blocks, count_blocks, find_local, group_pairs
+from pallas_kernels.moe_xla import choose_rows
+from pallas_kernels.triton import group_few_pairs
+
+_by_xla = jax.jit(group_pairs, static_argnums=(1, 2))
+_by_kernel = jax.jit(
+    lambda local, experts, block: group_few_pairs(local, experts, block, interpret=True),
+    static_argnums=(1, 2),
+)
+WAYS = {"xla": _by_xla, "kernel": _by_kernel}
+
+
+def enumerate_blocks(local: list[int], experts: int, block: int) -> tuple[list, list]:
+    """The expert and the rows of every block, one by one."""
+    found, rows = [], []
+    for expert in range(experts):
+        pairs = [number for number, chosen in enumerate(local) if chosen == expert]
+        for start in range(0, len(pairs), block):
+            some = pairs[start : start + block]
+            found.append(expert)
+            rows.append(some + [len(local)] * (block - len(some)))
+    return found, rows
+
+
+def assert_grouped(blocks: Blocks, local: list[int], experts: int, block: int) -> None:
+    found, rows = enumerate_blocks(local, experts, block)
+    numbers = np.asarray(blocks.experts).tolist()
+    assert numbers == found + [experts] * (len(numbers) - len(found))
+    assert np.asarray(blocks.pairs)[: len(found)].tolist() == rows
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    ("pairs", "experts", "block"),
+    [(1, 1, 8), (8, 8, 8), (24, 3, 8), (300, 128, 8), (600, 5, 16), (700, 8, 64), (2, 256, 8)],
+)
+def test_pairs_are_grouped_by_expert_in_their_order(way, pairs, experts, block):
+    """Some pairs have no expert here; more than one chunk of 256 and of 128 pairs is met."""
+    local = np.random.default_rng(pairs).integers(0, experts + 1, pairs)
+    blocks = WAYS[way](jnp.asarray(local, jnp.int32), experts, block)
+    assert_grouped(blocks, local.tolist(), experts, block)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_every_pattern_of_experts_without_tokens(way):
+    rng = np.random.default_rng(0)
+    for pattern in itertools.product((False, True), repeat=8):
+        chosen = np.flatnonzero(pattern)
+        local = rng.choice(chosen, 24) if chosen.size else np.full(24, 8)
+        assert_grouped(WAYS[way](jnp.asarray(local, jnp.int32), 8, 8), local.tolist(), 8, 8)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_all_pairs_may_have_one_expert(way):
+    blocks = WAYS[way](jnp.full(300, 6, jnp.int32), 8, 16)
+    assert_grouped(blocks, [6] * 300, 8, 16)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    counts=st.lists(st.integers(0, 20), min_size=1, max_size=8).filter(any),
+    block=st.sampled_from([1, 2, 8, 16]),
+)
+def test_the_worst_case_holds_every_choice_and_is_met_by_one(counts, block):
+    pairs, experts = sum(counts), len(counts)
+    needed = sum(-(-count // block) for count in counts)
+    most = count_blocks(pairs, experts, block)
+    assert needed <= most
+    # as many experts as possible with one pair more than whole blocks
+    chosen = min(pairs, experts)
+    worst = [1 + (pairs - chosen) // block * block, *[1] * (chosen - 1)]
+    assert sum(-(-count // block) for count in worst) == most
+
+
+@settings(deadline=None, max_examples=100)
+@given(pairs=st.integers(1, 100_000), experts=st.integers(1, 512))
+def test_there_are_at_most_three_rows_a_pair_on_the_xla_path(pairs, experts):
+    block = choose_rows(pairs, experts)
+    assert count_blocks(pairs, experts, block) * block <= 3 * pairs
+
+
+def test_ids_outside_of_the_experts_here_have_none():
+    ids = jnp.asarray([-1, 0, 3, 4, 7, 8, 2**31 - 1], jnp.int32)
+    assert find_local(ids, 4, 4).tolist() == [4, 4, 4, 0, 3, 4, 4]
+    assert find_local(ids, 4, jnp.int32(0)).tolist() == [4, 0, 3, 4, 4, 4, 4]
