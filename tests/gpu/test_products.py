@@ -25,7 +25,7 @@ pytestmark = [
     pytest.mark.skipif(jax.default_backend() != "gpu", reason="there is no GPU"),
 ]
 
-_TENSOR_CORE = 8
+TENSOR_CORE = 8
 """How many times the rounding error of float32 sums the tensor cores may make.
 
 They add 16 products and the sum so far as integers aligned to the largest, cut off below 2^-23 of
@@ -82,7 +82,7 @@ def test_products_are_within_the_bound(tokens, n, k, bits, dtype):
     x = make_x((tokens, k), dtype)
     run = jax.jit(lambda x, w: quant_matmul(x, w, spec, backend="triton"))
     out = run(x, weights)
-    assert_close(out, x, weights, spec, exact_scale=True, sums=_TENSOR_CORE)
+    assert_close(out, x, weights, spec, exact_scale=True, sums=TENSOR_CORE)
     np.testing.assert_array_equal(out, run(x, weights))
 
 
@@ -96,7 +96,7 @@ def test_every_candidate_of_the_tuner_gives_the_product(tokens, bits):
         with fix_schedule(schedule):
             run = jax.jit(lambda x, w: quant_matmul(x, w, spec, backend="triton"))
             out = run(x, weights)
-        assert_close(out, x, weights, spec, exact_scale=True, sums=_TENSOR_CORE)
+        assert_close(out, x, weights, spec, exact_scale=True, sums=TENSOR_CORE)
 
 
 def test_expansion_equals_dequantize_bit_for_bit():
@@ -123,7 +123,7 @@ def test_fused_neighbours_equal_the_products_apart(tokens):
         ]
     for y, alone, weight, spec in zip(together, apart, weights, specs, strict=True):
         np.testing.assert_array_equal(y, alone)
-        assert_close(y, x, weight, spec, exact_scale=True, sums=_TENSOR_CORE)
+        assert_close(y, x, weight, spec, exact_scale=True, sums=TENSOR_CORE)
 
 
 @pytest.mark.parametrize("tokens", [1, 16, 64, 2000])
@@ -154,11 +154,11 @@ def test_vmap_scan_and_gradient_run_on_the_gpu():
     x = make_x((3, 5, 256), jnp.bfloat16)
     multiply = jax.jit(jax.vmap(lambda x: quant_matmul(x, weights, spec)))
     for rows, out in zip(x, multiply(x), strict=True):
-        assert_close(out, rows, weights, spec, exact_scale=True, sums=_TENSOR_CORE)
+        assert_close(out, rows, weights, spec, exact_scale=True, sums=TENSOR_CORE)
     stacked = jax.tree.map(lambda leaf: jnp.stack([leaf] * 3), weights)
     each = jax.jit(jax.vmap(lambda x, w: quant_matmul(x, w, spec)))(x, stacked)
     for rows, out in zip(x, each, strict=True):
-        assert_close(out, rows, weights, spec, exact_scale=True, sums=_TENSOR_CORE)
+        assert_close(out, rows, weights, spec, exact_scale=True, sums=TENSOR_CORE)
     gradient = jax.jit(jax.grad(lambda x: quant_matmul(x, weights, spec).astype(jnp.float32).sum()))
     column_sums = np.asarray(dequantize(weights, spec), np.float64).sum(0)
     scale = np.abs(np.asarray(dequantize(weights, spec), np.float64)).sum(0)

@@ -55,7 +55,11 @@ def test_good_machine_code_has_no_faults():
 @pytest.mark.parametrize(
     ("changes", "fault"),
     [
-        ({"spill_bytes": 4}, "4 bytes spilled"),
+        ({"spill_bytes": 8}, "8 bytes spilled"),
+        (
+            {"spill_bytes": 4, "opcodes": _GOOD.opcodes | {"LDL.LU": 1}},
+            "4 bytes spilled",
+        ),
         ({"registers": 256}, "256 registers"),
         ({"shared_bytes": 232_449}, "232449 of 232448 bytes of shared memory"),
         ({"per_weight": 2.91}, "2.91 instructions per weight, budget 2.9"),
