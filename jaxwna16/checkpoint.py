@@ -23,8 +23,9 @@ class Checkpoint:
     Attributes:
       params: nested dict under the checkpoint's module paths. A quantized module is a leaf dict
         (packed, scale, zero_point, bias) in the tile layout, any other tensor stands under its own
-        name: `params["model"]["norm"]["weight"]`.
-      specs: module path -> `QuantSpec` of each quantized module.
+        name: `params["model"]["norm"]["weight"]`. The experts of a layer are two stacks under their
+        path, "w13" (rows of gate, then of up) and "w2", whatever they are called in the files.
+      specs: module path -> `QuantSpec` of each quantized module; of one expert, for a stack.
       config: config.json.
       folder: where it was read from.
       warnings: remarks of the loader, one sentence each.

@@ -1,13 +1,15 @@
 """Checkpoint folder -> checkpoint folder: `quantize_checkpoint` and `dequantize_checkpoint`.
 
-Both go tensor by tensor; memory is one shard of the output.
+Both go tensor by tensor; memory is one shard of the output, or one tensor if that is larger.
+Experts that are quantized become separate ones (`experts.3.gate_proj`), as compressed-tensors and
+vLLM have them. All others stay as they are: stacked ones are stacked again when dequantized.
 """
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +19,21 @@ import numpy as np
 from jaxwna16.errors import InputError
 from jaxwna16.progress import show_bytes
 from loaders.errors import CheckpointError, Fault
-from loaders.plan import Plan, QuantizedModule, make_plan
+from loaders.experts import name_separately
+from loaders.modules import QuantizedModule
+from loaders.plan import Plan, make_plan
 from loaders.repack import pack, unpack
-from loaders.safetensors_file import TensorInfo, read_tensor
+from loaders.safetensors_file import TensorInfo, read_tensor, read_tensors
 from loaders.stream import check_cast, check_scales
 from loaders.write import write_checkpoint
 from pallas_kernels.dequantize import dequantize
 from pallas_kernels.errors import SpecError
 from pallas_kernels.quantize import quantize
 from pallas_kernels.spec import QuantSpec
+from pallas_kernels.weights import SCALE_DTYPES
 
-DEFAULT_IGNORE = ("lm_head",)
+# the head, and the routers, which are small and choose other experts once they are rounded
+DEFAULT_IGNORE = ("lm_head", r"re:(.*\.)?(gate|router|shared_expert_gate)$")
 # the compressed-tensors version whose format is written; 4 and 8 bits are the same in all of them
 FORMAT_VERSION = "0.20.0"
 _EMBEDDINGS = re.compile(r"(.*\.)?(embed_tokens|embed_positions|embeddings?|wte|wpe)")
@@ -47,8 +53,8 @@ def quantize_checkpoint(
     """Round the linear weights of a Hugging Face folder to the nearest integers.
 
     Writes a compressed-tensors `pack-quantized` checkpoint, which compressed-tensors, transformers
-    and vLLM read. Linear weights are the 2-D tensors named `*.weight`, but for embeddings and what
-    `ignore` names. Scales have the dtype of the weights.
+    and vLLM read. Linear weights are the 2-D tensors named `*.weight`, and experts also where they
+    are stacked, but for embeddings and what `ignore` names. Scales have the dtype of the weights.
 
     Args:
       source: folder with config.json and safetensors files that are not quantized.
@@ -56,14 +62,15 @@ def quantize_checkpoint(
       bits: 4 or 8.
       group_size: input features that share a scale, or -1 for one scale per output channel.
       symmetric: without zero points, or with.
-      ignore: modules to leave alone: exact paths, or `re:` and a pattern anchored at the start.
+      ignore: modules to leave alone: exact paths, or `re:` and a pattern anchored at the start. It
+        replaces `DEFAULT_IGNORE`, the head and routers (`gate`, `router`, `shared_expert_gate`).
       dtype: float dtype the whole checkpoint is cast to first; None keeps each tensor's own.
       progress: True, False, or None for a bar on a terminal only.
 
     Raises:
       CheckpointError: listing every fault of the source, or every weight that the group size does
         not divide; naming a tensor with values too large for `dtype`; or if the destination exists.
-      InputError: if nothing would be quantized.
+      InputError: if nothing would be quantized, or not all the experts that are one array.
     """
     plan = make_plan(Path(source))
     ignore = tuple(ignore)
@@ -72,17 +79,20 @@ def quantize_checkpoint(
             f"{len(plan.quantized)} modules are quantized already", way_out="dequantize it first"
         )
         raise CheckpointError(plan.folder, [fault])
-    linears = {i.name: i for i in plan.plain.values() if _is_linear(i, ignore)}
+    matrices = {
+        name: info
+        for info in plan.plain.values()
+        for name in name_separately(info.name)
+        if name.endswith(".weight") and len(info.shape) == 2 and info.dtype.name in SCALE_DTYPES
+    }
+    linears = {name: i for name, i in matrices.items() if not _is_ignored(name, i, ignore)}
     if not linears:
         raise InputError(
             f"{plan.folder}: no linear weight is left to quantize", ["loosen `ignore`"]
         )
+    _check_experts(plan, linears)
     specs = _make_specs(plan, linears, bits, group_size, symmetric)
-    kept = [
-        i.name.removesuffix(".weight")
-        for i in plan.plain.values()
-        if _is_matrix(i) and i.name not in linears
-    ]
+    kept = dict.fromkeys(_name_module(i.name) for n, i in matrices.items() if n not in linears)
     modules = [name for name in kept if not _EMBEDDINGS.fullmatch(name)]
     if plan.config.get("tie_word_embeddings") and "lm_head" not in modules:
         modules.append("lm_head")  # a Linear to those who read the config, though it has no tensor
@@ -138,8 +148,15 @@ def _write(
 
         def list_tensors() -> Iterator[tuple[str, np.ndarray]]:
             done = 0
+            stacked: dict[str, np.ndarray] = {}
             for part in plan.list_parts():
-                yield from _convert(part, dtype, specs)
+                for name, array in _convert(part, dtype, specs):
+                    if name_separately(name) == [name]:
+                        yield name, array
+                    else:
+                        path = part.name if isinstance(part, TensorInfo) else part.path
+                        experts = plan.stacks[plan.places[path]].experts
+                        yield from _stack(name, array, experts, stacked)
                 done += part.nbytes
                 report(done, plan.nbytes, "")
 
@@ -151,28 +168,50 @@ def _convert(
 ) -> Iterator[tuple[str, np.ndarray]]:
     """The tensors to write for one part of the source."""
     if isinstance(part, QuantizedModule):
-        arrays = {role: read_tensor(info) for role, info in part.tensors.items()}
-        bias = arrays.pop("bias", None)
-        name, file = f"{part.path}.weight", part.tensors["weight_packed"].file
-        weight = np.asarray(dequantize(pack(arrays, part.spec), part.spec))
-        yield name, _cast(weight, dtype, file, name)
-        if bias is not None:
-            name, file = f"{part.path}.bias", part.tensors["bias"].file
-            yield name, _cast(bias, dtype, file, name)
+        yield from _dequantize(part, dtype)
         return
     array = _cast(read_tensor(part), dtype, part.file, part.name)
-    if part.name not in specs:
+    names = name_separately(part.name)
+    if not any(f"{_name_module(name)}.weight" in specs for name in names):
         yield part.name, array
         return
-    spec, module = specs[part.name], part.name.removesuffix(".weight")
-    try:
-        tensors = unpack(quantize(jnp.asarray(array), spec, scale_dtype=array.dtype), spec)
-    except SpecError as error:
-        raise CheckpointError(
-            part.file.parent, [Fault(str(error), part.file.name, part.name)]
-        ) from None
-    for name, tensor in tensors.items():
-        yield f"{module}.{name}", tensor
+    for name, rows in zip(names, np.split(array, len(names)), strict=True):
+        if name not in specs:
+            yield name, rows
+            continue
+        spec, module = specs[name], _name_module(name)
+        try:
+            tensors = unpack(quantize(jnp.asarray(rows), spec, scale_dtype=rows.dtype), spec)
+        except SpecError as error:
+            fault = Fault(str(error), part.file.name, part.name)
+            raise CheckpointError(part.file.parent, [fault]) from None
+        for role, tensor in tensors.items():
+            yield f"{module}.{role}", tensor
+
+
+def _dequantize(part: QuantizedModule, dtype: Any) -> Iterator[tuple[str, np.ndarray]]:
+    arrays = dict(zip(part.tensors, read_tensors(part.tensors.values()), strict=True))
+    bias = arrays.pop("bias", None)
+    arrays.pop("weight_shape", None)  # the plan has read it; a stacked one is that of all experts
+    names = f"{part.path}.weight", f"{part.path}.bias"
+    if name_separately(part.path) != [part.path]:
+        names = part.path, part.path.replace("[", "_bias[")
+    weight = np.asarray(dequantize(pack(arrays, part.spec), part.spec))
+    yield names[0], _cast(weight, dtype, part.tensors["weight_packed"].file, names[0])
+    if bias is not None:
+        yield names[1], _cast(bias, dtype, part.tensors["bias"].file, names[1])
+
+
+def _stack(
+    name: str, array: np.ndarray, experts: int, stacked: dict[str, np.ndarray]
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Put "experts.down_proj[3]" into its array in `stacked`; gives that when it is complete."""
+    whole, _, index = name.removesuffix("]").partition("[")
+    if whole not in stacked:
+        stacked[whole] = np.empty((experts, *array.shape), array.dtype)
+    stacked[whole][int(index)] = array
+    if int(index) == experts - 1:  # they follow each other in the files
+        yield whole, stacked.pop(whole)
 
 
 def _cast(array: np.ndarray, dtype: Any, file: Path, name: str) -> np.ndarray:
@@ -185,20 +224,35 @@ def _cast(array: np.ndarray, dtype: Any, file: Path, name: str) -> np.ndarray:
     return cast
 
 
-def _is_matrix(info: TensorInfo) -> bool:
-    return info.name.endswith(".weight") and len(info.shape) == 2 and info.dtype.name in _FLOATS
-
-
-_FLOATS = ("float16", "bfloat16", "float32")
-
-
-def _is_linear(info: TensorInfo, ignore: tuple[str, ...]) -> bool:
-    module = info.name.removesuffix(".weight")
+def _is_ignored(name: str, info: TensorInfo, ignore: tuple[str, ...]) -> bool:
+    paths = {_name_module(name), _name_module(info.name)}
     ignored = any(
-        re.match(i.removeprefix("re:"), module) if i.startswith("re:") else i == module
+        re.match(i.removeprefix("re:"), path) if i.startswith("re:") else i == path
         for i in ignore
+        for path in paths
     )
-    return _is_matrix(info) and not ignored and not _EMBEDDINGS.fullmatch(module)
+    return ignored or _EMBEDDINGS.fullmatch(_name_module(name)) is not None
+
+
+def _name_module(tensor: str) -> str:
+    """The path that config.json would name; of a stacked tensor's expert that of the tensor."""
+    if name_separately(tensor) != [tensor]:
+        return tensor.partition("[")[0]
+    return tensor.removesuffix(".weight").removesuffix(".bias")
+
+
+def _check_experts(plan: Plan, linears: Collection[str]) -> None:
+    """Refuse to quantize only some experts of a stack, which nobody could load."""
+    reasons = []
+    for path, stack in plan.stacks.items():
+        names = [name for place in stack.places for name in name_separately(place)]
+        weights = [name for name in names if name.endswith(".weight")]
+        chosen = sum(name in linears for name in weights)
+        if chosen not in (0, len(weights)):
+            reasons.append(f"{path}: {chosen} of its {len(weights)} matrices")
+    if reasons:
+        summary = f"{plan.folder}: experts are quantized all or none: mend `ignore`, which leaves"
+        raise InputError(summary, reasons)
 
 
 def _make_specs(
@@ -209,7 +263,11 @@ def _make_specs(
         n, k = info.shape
         try:
             specs[name] = QuantSpec(
-                bits=bits, group_size=group_size, symmetric=symmetric, in_features=k, out_features=n
+                bits=bits,
+                group_size=group_size,
+                symmetric=symmetric,
+                in_features=k,
+                out_features=n // len(name_separately(info.name)),
             )
         except SpecError as error:
             faults.append(

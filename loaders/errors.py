@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from pallas_kernels.errors import Wna16Error
 
@@ -37,3 +37,14 @@ class CheckpointError(Wna16Error, ValueError):
         self.path, self.faults = str(path), tuple(faults)
         count = f"{len(faults)} faults" if len(faults) > 1 else "1 fault"
         super().__init__("\n  - ".join([f"{path}: {count}", *map(str, faults)]))
+
+
+def write_ranges(numbers: Iterable[int]) -> str:
+    """[0, 1, 2, 5] -> "0-2,5"."""
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ",".join(str(r[0]) if len(r) == 1 else f"{r[0]}-{r[-1]}" for r in runs)

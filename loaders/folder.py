@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -66,13 +67,15 @@ def list_tensors(folder: Path) -> dict[str, TensorInfo]:
         raise CheckpointError(folder, [Fault('"weight_map" must map tensor names to files', INDEX)])
     tensors: dict[str, TensorInfo] = {}
     faults: list[Fault] = []
-    for shard in sorted(set(weight_map.values())):
+    names: dict[str, set[str]] = defaultdict(set)
+    for name, shard in weight_map.items():
+        names[shard].add(name)
+    for shard, expected in sorted(names.items()):
         try:
             header = read_header(_check_shard(folder, shard))
         except CheckpointError as error:
             faults += error.faults
             continue
-        expected = {name for name, file in weight_map.items() if file == shard}
         faults += [
             Fault(f"the index says {shard} holds it, its header does not", shard, name)
             for name in sorted(expected - header.keys())

@@ -1,43 +1,31 @@
 """The plan of a checkpoint: every module with its scheme and tensors, before any weight is read.
 
-Only config.json, the headers and the 16-byte `weight_shape` tensors are read, so a plan of a 100 GB
+Only config.json, the headers and the small `weight_shape` tensors are read, so a plan of a 100 GB
 checkpoint takes a second. All faults of all modules come in one error.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from loaders.errors import CheckpointError, Fault
+from loaders.experts import Member, Stack, are_stacked, name_slices, plan_stacks, split_name
 from loaders.folder import list_tensors, read_config
-from loaders.quantization_config import QuantizationConfig, Scheme, parse_quantization
-from loaders.repack import expected_tensors
-from loaders.safetensors_file import TensorInfo, read_tensor
-from pallas_kernels.errors import SpecError
+from loaders.modules import ROLES, QuantizedModule, plan_modules, split_experts
+from loaders.quantization_config import QuantizationConfig, parse_quantization
+from loaders.safetensors_file import TensorInfo, read_tensors
 from pallas_kernels.spec import QuantSpec
-from pallas_kernels.weights import SCALE_DTYPES, make_abstract
+from pallas_kernels.weights import make_abstract
 
-_ROLES = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx")
-
-
-@dataclasses.dataclass(frozen=True)
-class QuantizedModule:
-    """One quantized linear: its spec, and where its tensors lie by role ("weight_packed", …)."""
-
-    path: str
-    spec: QuantSpec
-    tensors: Mapping[str, TensorInfo]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes in the files."""
-        return sum(info.nbytes for info in self.tensors.values())
+_MAX_SHAPE_BYTES = 1 << 16  # [E, 4] int64 for 2048 experts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,8 +35,10 @@ class Plan:
     Attributes:
       folder: the checkpoint folder.
       config: config.json.
-      quantized: the quantized modules by path, in the order of the files.
-      plain: all other tensors by name, in the order of the files.
+      quantized: the quantized modules by path, in the order of the files. Experts are modules by
+        themselves, those of a stacked module as "….experts.down_proj[0]" and so on.
+      plain: all other tensors by name, in the order of the files; stacked experts one by one, too.
+      stacks: what experts become, by path: "….experts.w13" and "….experts.w2".
       warnings: remarks that are no faults, one sentence each.
     """
 
@@ -56,6 +46,7 @@ class Plan:
     config: Mapping[str, Any]
     quantized: Mapping[str, QuantizedModule]
     plain: Mapping[str, TensorInfo]
+    stacks: Mapping[str, Stack]
     warnings: tuple[str, ...] = ()
 
     @property
@@ -65,22 +56,31 @@ class Plan:
 
     @property
     def specs(self) -> dict[str, QuantSpec]:
-        """Module path -> spec of each quantized module."""
-        return {path: module.spec for path, module in self.quantized.items()}
+        """Path -> spec of each quantized module, and of each stack in place of its experts."""
+        specs = {p: m.spec for p, m in self.quantized.items() if p not in self.places}
+        return specs | {p: s.spec for p, s in self.stacks.items() if s.spec is not None}
+
+    @functools.cached_property
+    def places(self) -> dict[str, str]:
+        """Each module (by path) and tensor (by name) that is part of a stack -> its path."""
+        return {name: path for path, stack in self.stacks.items() for name in stack.places}
 
     def describe_leaves(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Path -> shape and dtype of every leaf of the params tree that the plan will become."""
         leaves = {
-            info.name: jax.ShapeDtypeStruct(info.shape, info.dtype) for info in self.plain.values()
+            info.name: jax.ShapeDtypeStruct(info.shape, info.dtype)
+            for info in self.plain.values()
+            if info.name not in self.places
         }
+        trees = {path: stack.leaves for path, stack in self.stacks.items()}
         for path, module in self.quantized.items():
-            bias = module.tensors.get("bias")
-            scale_dtype = module.tensors["weight_scale"].dtype
-            for leaf, shape in make_abstract(
-                module.spec, scale_dtype, None if bias is None else bias.dtype
-            ).items():
-                leaves[f"{path}.{leaf}"] = shape
-        return leaves
+            if path not in self.places:
+                bias, scale = module.tensors.get("bias"), module.tensors["weight_scale"]
+                bias_dtype = None if bias is None else bias.dtype
+                trees[path] = make_abstract(module.spec, scale.dtype, bias_dtype)
+        return leaves | {
+            f"{p}.{name}": leaf for p, tree in trees.items() for name, leaf in tree.items()
+        }
 
     def list_parts(self) -> Iterator[QuantizedModule | TensorInfo]:
         """The modules and tensors in the order in which they lie in the files."""
@@ -103,110 +103,87 @@ def make_plan(folder: str | Path) -> Plan:
         raise CheckpointError(folder, [*faults, *error.faults]) from None
     if faults:
         raise CheckpointError(folder, faults)
-    by_module: dict[str, dict[str, TensorInfo]] = defaultdict(dict)
-    for name, info in tensors.items():
-        module, _, role = name.rpartition(".")
-        by_module[module][role] = info
-    parents = {path for module in by_module for path in _list_prefixes(module)}
+    by_module, faults = _group_by_module(tensors)
+    members, wrong = _plan_members(by_module, quantization)
+    faults += wrong
+    stacks, wrong = plan_stacks(members, config)
+    faults += wrong
     faults += [
+        Fault("stands where the stack of the experts goes", info.file.name, info.name)
+        for path, found in by_module.items()
+        for info in found.values()
+        if info.name in stacks or not stacks.keys().isdisjoint(_list_prefixes(path))
+    ]
+    if faults:
+        raise CheckpointError(folder, faults)
+    quantized = {p: m for p, m in members.items() if isinstance(m, QuantizedModule)}
+    plain = {
+        info.name: info
+        for member in members.values()
+        if not isinstance(member, QuantizedModule)
+        for info in member.values()
+    }
+    modules = set(by_module) | ({"lm_head"} if config.get("tie_word_embeddings") else set())
+    warnings = tuple(
+        f"config.json: pattern {pattern!r} matches no module"
+        for pattern in quantization.list_unused(modules)
+    )
+    return Plan(folder, config, quantized, plain, stacks, warnings)
+
+
+def _group_by_module(
+    tensors: Mapping[str, TensorInfo],
+) -> tuple[dict[str, dict[str, TensorInfo]], list[Fault]]:
+    """Module path -> its tensors by role, in the order of the files."""
+    paths = {name.rpartition(".")[0] for name in tensors}
+    parents = {prefix for path in paths for prefix in _list_prefixes(path)}
+    faults = [
         Fault("this is the name of a tensor and the path of others", info.file.name, name)
         for name, info in tensors.items()
         if name in parents
     ]
-    quantized, plain = {}, {}
+    by_module: dict[str, dict[str, TensorInfo]] = defaultdict(dict)
+    for name, info in tensors.items():
+        path, role = split_name(name)
+        other = by_module[path].setdefault(role, info)
+        if other is not info:
+            faults.append(Fault(f"is also there as {other.name}", info.file.name, name))
+    return by_module, faults
+
+
+def _plan_members(
+    by_module: Mapping[str, dict[str, TensorInfo]], config: QuantizationConfig
+) -> tuple[dict[str, Member], list[Fault]]:
+    """All modules; those that hold all experts of a layer are taken apart."""
+    packed = {p: found for p, found in by_module.items() if not found.keys().isdisjoint(ROLES)}
+    sizes = _read_sizes(packed)
+    members: dict[str, Member] = {}
+    faults: list[Fault] = []
     for path, found in by_module.items():
-        if not any(role in found for role in _ROLES):
-            plain |= {info.name: info for info in found.values()}
-            continue
+        stacked = are_stacked(path, found)
         try:
-            quantized[path] = _plan_module(path, found, quantization)
+            if path in packed:
+                scheme = config.find_scheme(path)
+                modules = plan_modules(path, found, sizes.get(path), scheme, stacked=stacked)
+                members |= {module.path: module for module in modules}
+            elif stacked:
+                members |= {f"{path}[{i}]": held for i, held in enumerate(split_experts(found))}
+            else:
+                members[path] = found
         except CheckpointError as error:
             faults += error.faults
-    if faults:
-        raise CheckpointError(folder, faults)
-    modules = set(by_module) | ({"lm_head"} if config.get("tie_word_embeddings") else set())
-    return Plan(folder, config, quantized, plain, tuple(_list_warnings(quantization, modules)))
+            names = name_slices(path, found) if stacked else [path]
+            members |= {name: {} for name in names}
+    return members, faults
 
 
-def _plan_module(
-    path: str, found: dict[str, TensorInfo], config: QuantizationConfig
-) -> QuantizedModule:
-    file = next(iter(found.values())).file
-    scheme = config.find_scheme(path)
-    faults = []
-    if scheme is None:
-        what = "the module is packed, but no target of config_groups matches it, or it is ignored"
-        faults.append(Fault(what, file.name, path, "mend quantization_config in config.json"))
-    if "weight_g_idx" in found:
-        what = "activation order (weight_g_idx) is not supported yet"
-        faults.append(Fault(what, file.name, path, 'quantize with actorder "weight" or none'))
-    if scheme is None or "weight_shape" not in found:
-        faults += [
-            Fault("the tensor is missing", file.name, f"{path}.{role}")
-            for role in ("weight_packed", "weight_scale", "weight_shape")
-            if role not in found
-        ]
-        raise CheckpointError(file.parent, faults)
-    spec = _make_spec(path, found, scheme)
-    expected = expected_tensors(spec)
-    for role in sorted(expected.keys() | found.keys() - {"bias", "weight_g_idx"}):
-        tensor = f"{path}.{role}"
-        if role not in found:
-            way_out = "the config says asymmetric" if role == "weight_zero_point" else ""
-            faults.append(Fault("the tensor is missing", file.name, tensor, way_out))
-        elif role not in expected:
-            way_out = "the config says symmetric" if role == "weight_zero_point" else ""
-            faults.append(
-                Fault("the tensor is not expected", found[role].file.name, tensor, way_out)
-            )
-        else:
-            dtypes, shape = expected[role]
-            if found[role].dtype.name not in dtypes or found[role].shape != shape:
-                what = (
-                    f"expected {' or '.join(dtypes)} {list(shape)}, "
-                    f"found {found[role].dtype.name} {list(found[role].shape)}"
-                )
-                faults.append(Fault(what, found[role].file.name, tensor))
-    bias = found.get("bias")
-    if bias is not None and (
-        bias.shape != (spec.out_features,) or bias.dtype.name not in SCALE_DTYPES
-    ):
-        what = (
-            f"expected {' or '.join(SCALE_DTYPES)} [{spec.out_features}], "
-            f"found {bias.dtype.name} {list(bias.shape)}"
-        )
-        faults.append(Fault(what, bias.file.name, f"{path}.bias"))
-    if faults:
-        raise CheckpointError(file.parent, faults)
-    return QuantizedModule(path, spec, found)
-
-
-def _make_spec(path: str, found: dict[str, TensorInfo], scheme: Scheme) -> QuantSpec:
-    info = found["weight_shape"]
-    tensor = f"{path}.weight_shape"
-    if info.dtype.name not in ("int64", "int32") or info.shape != (2,):
-        what = f"expected int64 [2], found {info.dtype.name} {list(info.shape)}"
-        raise CheckpointError(info.file.parent, [Fault(what, info.file.name, tensor)])
-    n, k = (int(size) for size in read_tensor(info))
-    try:
-        return QuantSpec(
-            bits=scheme.bits,
-            group_size=scheme.group_size,
-            symmetric=scheme.symmetric,
-            in_features=k,
-            out_features=n,
-        )
-    except SpecError as error:
-        raise CheckpointError(
-            info.file.parent, [Fault(str(error), info.file.name, tensor)]
-        ) from None
-
-
-def _list_warnings(config: QuantizationConfig, modules: Collection[str]) -> Iterator[str]:
-    for pattern in [*(target for target, _ in config.targets), *config.ignore]:
-        one = QuantizationConfig(targets=((pattern, Scheme(4, -1, True)),))
-        if not any(one.find_scheme(path) for path in modules):
-            yield f"config.json: pattern {pattern!r} matches no module"
+def _read_sizes(packed: Mapping[str, Mapping[str, TensorInfo]]) -> dict[str, np.ndarray]:
+    """What the `weight_shape` of each module holds, where it is not too large to be one."""
+    infos = {
+        path: found["weight_shape"] for path, found in packed.items() if "weight_shape" in found
+    }
+    infos = {path: info for path, info in infos.items() if info.nbytes <= _MAX_SHAPE_BYTES}
+    return dict(zip(infos, read_tensors(infos.values()), strict=True))
 
 
 def _list_prefixes(path: str) -> Iterator[str]:

@@ -8,7 +8,9 @@ order of the groups; `re:` patterns are anchored at the start only.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from loaders.errors import Fault
@@ -47,11 +49,38 @@ class QuantizationConfig:
 
     def find_scheme(self, module: str, class_name: str = "Linear") -> Scheme | None:
         """The scheme of a module, or None where it is ignored or no target matches."""
-        if any(_match(module, class_name, pattern) for pattern in self.ignore):
+        ignored, schemes = self._ignored, self._schemes
+        if module in ignored or class_name in ignored or _find(self._ignore_patterns, module):
             return None
-        matches = [t for t in self.targets if _match(module, class_name, t[0])]
-        order = sorted(matches, key=lambda t: (_rank(module, t[0]), t[0]))
-        return order[0][1] if order else None
+        target = module if module in schemes else _find(self._target_patterns, module) or class_name
+        return schemes.get(target)
+
+    def list_unused(self, modules: Collection[str], class_name: str = "Linear") -> list[str]:
+        """The targets and the entries of `ignore` that match none of the modules."""
+        names = {*modules, class_name} if modules else set()
+        patterns = self._target_patterns | self._ignore_patterns
+        return [
+            name
+            for name in [*self._schemes, *self.ignore]
+            if name not in names
+            and not (name in patterns and any(map(patterns[name].match, modules)))
+        ]
+
+    @functools.cached_property
+    def _schemes(self) -> dict[str, Scheme]:
+        return dict(self.targets)
+
+    @functools.cached_property
+    def _ignored(self) -> frozenset[str]:
+        return frozenset(self.ignore)
+
+    @functools.cached_property
+    def _target_patterns(self) -> dict[str, re.Pattern[str]]:
+        return _compile(self._schemes)
+
+    @functools.cached_property
+    def _ignore_patterns(self) -> dict[str, re.Pattern[str]]:
+        return _compile(self.ignore)
 
 
 def parse_quantization(config: dict[str, Any]) -> tuple[QuantizationConfig, list[Fault]]:
@@ -180,14 +209,14 @@ def _check_pattern(pattern: str) -> list[Fault]:
     return []
 
 
-def _match(module: str, class_name: str, pattern: str) -> bool:
-    if pattern.startswith("re:"):
-        return re.match(pattern.removeprefix("re:"), module) is not None
-    return pattern in (module, class_name)
+def _compile(names: Iterable[str]) -> dict[str, re.Pattern[str]]:
+    """The `re:` patterns among names, in the order in which compressed-tensors tries them."""
+    return {n: re.compile(n.removeprefix("re:")) for n in sorted(names) if n.startswith("re:")}
 
 
-def _rank(module: str, pattern: str) -> int:
-    return 0 if pattern == module else 1 if pattern.startswith("re:") else 2
+def _find(patterns: Mapping[str, re.Pattern[str]], module: str) -> str | None:
+    """The first pattern that matches from the start of a module's path."""
+    return next((name for name, pattern in patterns.items() if pattern.match(module)), None)
 
 
 def _are_strings(values: object) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Mapping
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from pallas_kernels.errors import SpecError
 from pallas_kernels.layout import (
@@ -18,7 +20,7 @@ from pallas_kernels.layout import (
     words_from_codes,
 )
 from pallas_kernels.quantize import pad_groups
-from pallas_kernels.spec import QuantSpec
+from pallas_kernels.spec import TILE_N, QuantSpec
 from pallas_kernels.weights import SCALE_DTYPES, check_weights
 
 
@@ -83,6 +85,28 @@ def pack(tensors: Mapping[str, Any], spec: QuantSpec) -> dict[str, jax.Array]:
     return weights if bias is None else weights | {"bias": jnp.asarray(bias)}
 
 
+def pack_expert(
+    stack: Mapping[str, jax.Array],
+    tensors: Mapping[str, np.ndarray],
+    spec: QuantSpec,
+    expert: int,
+    row: int,
+) -> dict[str, jax.Array]:
+    """Repack one expert's tensors into its rows of a stack, in place.
+
+    Args:
+      stack: the leaf dict without a bias, the experts in front; it is donated, so use what is
+        returned. The rows to be filled hold zeros.
+      tensors: `weight_packed`, `weight_scale`, and `weight_zero_point` where asymmetric, of dtypes
+        and shapes that fit `spec`.
+      spec: of these tensors. The stack's may have more rows.
+      expert: which one, counted from 0.
+      row: the first row to be filled.
+    """
+    words = {name: _view_uint32(array) for name, array in tensors.items()}
+    return _pack_expert(dict(stack), words, expert, spec, row)
+
+
 def unpack(weights: Mapping[str, jax.Array], spec: QuantSpec) -> dict[str, np.ndarray]:
     """Turn a leaf dict back into the tensors of a pack-quantized checkpoint; the inverse of `pack`.
 
@@ -112,10 +136,47 @@ def _pack(tensors: dict[str, jax.Array], spec: QuantSpec) -> dict[str, jax.Array
         "scale": pad_groups(tensors["weight_scale"], spec),
     }
     if not spec.symmetric:
-        codes = codes_from_words(tensors["weight_zero_point"].T, spec.bits, spec.out_features)
-        signed = codes.astype(jnp.int16) - spec.offset
-        weights["zero_point"] = pad_groups(signed.astype(jnp.int8).T, spec)
+        weights["zero_point"] = pad_groups(_read_zero_points(tensors, spec), spec)
     return weights
+
+
+@functools.partial(jax.jit, static_argnames=("spec", "row"), donate_argnames="stack")
+def _pack_expert(
+    stack: dict[str, jax.Array],
+    tensors: dict[str, jax.Array],
+    expert: jax.Array,
+    spec: QuantSpec,
+    row: int,
+) -> dict[str, jax.Array]:
+    shift = row % TILE_N
+    codes = codes_from_words(tensors["weight_packed"], spec.bits, spec.in_features)
+    shifted = dataclasses.replace(spec, out_features=shift + spec.out_features)
+    tiles = tiles_from_codes(jnp.pad(codes, ((shift, 0), (0, 0))), shifted)
+    start = (expert, row // TILE_N, 0, 0, 0)
+    # the first and the last tile may hold rows of gate and of up; those of the other are 0 here
+    held = lax.dynamic_slice(stack["packed"], start, (1, *tiles.shape))
+    filled = {"packed": lax.dynamic_update_slice(stack["packed"], held | tiles[None], start)}
+    grouped = {"scale": tensors["weight_scale"]}
+    if not spec.symmetric:
+        grouped["zero_point"] = _read_zero_points(tensors, spec)
+    for name, values in grouped.items():
+        filled[name] = lax.dynamic_update_slice(stack[name], values.T[None], (expert, 0, row))
+    return filled
+
+
+@functools.partial(jax.jit, donate_argnames="stack")
+def write_rows(stack: jax.Array, rows: jax.Array, expert: jax.Array, first: jax.Array) -> jax.Array:
+    """Write `rows` [n, ...] into `stack` [E, N, ...] from row `first` of an expert on, in place.
+
+    The stack is donated: use what is returned.
+    """
+    return lax.dynamic_update_slice(stack, rows[None], (expert, first, *[0] * (rows.ndim - 1)))
+
+
+def _read_zero_points(tensors: dict[str, jax.Array], spec: QuantSpec) -> jax.Array:
+    """int8 [N, G]."""
+    codes = codes_from_words(tensors["weight_zero_point"].T, spec.bits, spec.out_features)
+    return (codes.astype(jnp.int16) - spec.offset).astype(jnp.int8).T
 
 
 @functools.partial(jax.jit, static_argnames="spec")

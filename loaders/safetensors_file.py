@@ -9,10 +9,12 @@ error here and not a crash of the process, and memory in use is what was asked f
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import math
 import os
-from collections import Counter
+from collections import Counter, defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +45,7 @@ _MAX_DIMENSIONS = 32  # NumPy's limit before version 2
 _ALIGNMENT = 64  # what XLA needs to take a host buffer without copying it
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class TensorInfo:
     """Where one tensor lies: `nbytes` bytes from byte `start` of `file` on."""
 
@@ -57,6 +59,16 @@ class TensorInfo:
     def nbytes(self) -> int:
         """Size in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
+
+    def split(self) -> list[TensorInfo]:
+        """The tensors along the first axis, "name[0]", "name[1]", …: each lies in one piece."""
+        count, *rest = self.shape
+        shape = tuple(rest)
+        size = math.prod(shape) * self.dtype.itemsize
+        return [
+            TensorInfo(f"{self.name}[{i}]", self.file, self.dtype, shape, self.start + i * size)
+            for i in range(count)
+        ]
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
@@ -105,17 +117,38 @@ def read_tensor(info: TensorInfo) -> np.ndarray:
     Raises:
       CheckpointError: if the file ends before the tensor does.
     """
+    return read_tensors([info])[0]
+
+
+def read_tensors(infos: Iterable[TensorInfo]) -> list[np.ndarray]:
+    """Read tensors into new arrays, in the order given; each file is opened once.
+
+    Raises:
+      CheckpointError: if a file ends before one of its tensors does.
+    """
+    by_file: dict[Path, list[tuple[int, TensorInfo]]] = defaultdict(list)
+    for i, info in enumerate(infos):
+        by_file[info.file].append((i, info))
+    arrays: dict[int, np.ndarray] = {}
+    for path, found in by_file.items():
+        try:
+            with path.open("rb", buffering=0) as file:
+                for i, info in sorted(found, key=lambda pair: pair[1].start):
+                    arrays[i] = _read(file, info)
+        except OSError as error:
+            name = found[0][1].name if len(found) == 1 else ""
+            raise _error(path, f"cannot be read: {error.strerror}", name) from None
+    return [arrays[i] for i in range(len(arrays))]
+
+
+def _read(file: io.FileIO, info: TensorInfo) -> np.ndarray:
     raw = np.empty(info.nbytes + _ALIGNMENT, np.uint8)
     first = -raw.ctypes.data % _ALIGNMENT
     buffer = raw[first : first + info.nbytes]
-    try:
-        with info.file.open("rb", buffering=0) as file:
-            file.seek(info.start)
-            view, done = buffer.data, 0
-            while done < info.nbytes and (count := file.readinto(view[done:])):
-                done += count
-    except OSError as error:
-        raise _error(info.file, f"cannot be read: {error.strerror}", info.name) from None
+    file.seek(info.start)
+    view, done = buffer.data, 0
+    while done < info.nbytes and (count := file.readinto(view[done:])):
+        done += count
     if done < info.nbytes:
         raise _error(
             info.file, f"expected {info.nbytes} bytes, the file ended after {done}", info.name

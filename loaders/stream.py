@@ -2,6 +2,10 @@
 
 Memory bound on the host, beside the arrays that are returned: the part being repacked and the part
 being read ahead, so at most twice the largest tensor. Each file is read once, in order.
+
+Each expert is a part, also those in one stacked tensor. The arrays of all experts of a layer are
+made once, and experts are repacked into their rows in place, in whatever order they come: a layer
+of experts takes its own arrays and two experts, on a device the two experts alone on the host.
 """
 
 from __future__ import annotations
@@ -16,9 +20,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from loaders.errors import CheckpointError, Fault
-from loaders.plan import Plan, QuantizedModule
-from loaders.repack import pack
-from loaders.safetensors_file import TensorInfo, read_tensor
+from loaders.experts import Stack
+from loaders.modules import QuantizedModule
+from loaders.plan import Plan
+from loaders.repack import pack, pack_expert, write_rows
+from loaders.safetensors_file import TensorInfo, read_tensor, read_tensors
 
 Progress = Callable[[int, int, str], None]
 """Called as progress(bytes_done, bytes_total, name) after every part."""
@@ -28,6 +34,8 @@ def load_params(
     plan: Plan, *, dtype: Any = None, progress: Progress | None = None
 ) -> dict[str, Any]:
     """Read every tensor of a plan into a nested dict under the checkpoint's module paths.
+
+    Experts stand in stacks, "….experts.w13" and "….experts.w2" (see `loaders.experts`).
 
     Args:
       plan: what to read.
@@ -40,23 +48,31 @@ def load_params(
         values too large for `dtype`; or if a file ends early.
     """
     params: dict[str, Any] = {}
+    stacks: dict[str, dict[str, jax.Array]] = {}
     faults: list[Fault] = []
     done, total = 0, plan.nbytes
     for part, arrays in read_parts(plan):
-        if isinstance(part, TensorInfo):
-            leaf, overflows = _place(arrays[part.name], dtype, part)
-            faults += overflows
-            _put(params, part.name, leaf)
-        else:
+        name = part.name if isinstance(part, TensorInfo) else part.path
+        if isinstance(part, QuantizedModule):
             faults += check_values(part, arrays)
+        if name in plan.places:
+            path = plan.places[name]
+            leaves = stacks.get(path) or _make_zeros(plan.stacks[path], dtype)
+            place = plan.stacks[path].places[name]
+            stacks[path], overflows = _place_expert(leaves, part, arrays, dtype, *place)
+        elif isinstance(part, TensorInfo):
+            leaf, overflows = _place(arrays[name], dtype, part)
+            _put(params, name, leaf)
+        else:
             leaves, overflows = _place_module(part, arrays, dtype)
-            faults += overflows
-            for name, leaf in leaves.items():
-                _put(params, f"{part.path}.{name}", leaf)
+            _put_all(params, name, leaves)
+        faults += overflows
         done += part.nbytes
         if progress is not None:
-            progress(done, total, part.name if isinstance(part, TensorInfo) else part.path)
+            progress(done, total, name)
         del arrays
+    for path, leaves in stacks.items():
+        _put_all(params, path, leaves)
     if faults:
         raise CheckpointError(plan.folder, faults)
     return params
@@ -143,7 +159,7 @@ def read_parts(plan: Plan) -> Iterator[tuple[QuantizedModule | TensorInfo, dict[
 
 def _read_part(part: QuantizedModule | TensorInfo) -> dict[str, np.ndarray]:
     tensors = {part.name: part} if isinstance(part, TensorInfo) else part.tensors
-    return {name: read_tensor(info) for name, info in tensors.items()}
+    return dict(zip(tensors, read_tensors(tensors.values()), strict=True))
 
 
 def _place_module(
@@ -158,6 +174,41 @@ def _place_module(
     return jax.block_until_ready(weights), faults
 
 
+def _make_zeros(stack: Stack, dtype: Any) -> dict[str, jax.Array]:
+    """The leaves of a stack before any expert is there; `dtype` is for floats and biases."""
+    return {
+        name: jnp.zeros(leaf.shape, dtype if dtype and name in ("weight", "bias") else leaf.dtype)
+        for name, leaf in stack.leaves.items()
+    }
+
+
+def _place_expert(
+    leaves: dict[str, jax.Array],
+    part: QuantizedModule | TensorInfo,
+    arrays: dict[str, np.ndarray],
+    dtype: Any,
+    expert: int,
+    row: int,
+) -> tuple[dict[str, jax.Array], list[Fault]]:
+    """The leaves of a stack with one more part in them; the ones given are used up."""
+    leaves, infos = dict(leaves), {}
+    if isinstance(part, TensorInfo):
+        infos["weight" if len(part.shape) == 2 else "bias"] = part
+    else:
+        infos |= {"bias": part.tensors["bias"]} if "bias" in leaves else {}
+        grouped = {name: leaf for name, leaf in leaves.items() if name != "bias"}
+        words = {role: a for role, a in arrays.items() if role not in ("bias", "weight_shape")}
+        leaves |= pack_expert(grouped, words, part.spec, expert, row)
+    faults: list[Fault] = []
+    for name, info in infos.items():
+        array = arrays[info.name if isinstance(part, TensorInfo) else name]
+        rows, overflows = _place(array, dtype, info)
+        leaves[name] = write_rows(leaves[name], rows, expert, row)
+        faults += overflows
+    # as in _place_module
+    return jax.block_until_ready(leaves), faults
+
+
 def _place(
     array: np.ndarray, dtype: Any, info: TensorInfo
 ) -> tuple[jax.Array | np.ndarray, list[Fault]]:
@@ -169,6 +220,11 @@ def _place(
     if jax.dtypes.canonicalize_dtype(array.dtype) != array.dtype:
         return array, []  # 64-bit numbers, which JAX would cut to 32 bits: they stay NumPy's
     return jax.block_until_ready(jnp.asarray(array)), []
+
+
+def _put_all(tree: dict[str, Any], path: str, leaves: dict[str, Any]) -> None:
+    for name, leaf in leaves.items():
+        _put(tree, f"{path}.{name}", leaf)
 
 
 def _put(tree: dict[str, Any], name: str, leaf: jax.Array | np.ndarray) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from compressed_tensors.quantization import (
 from compressed_tensors.quantization.utils import calculate_qparams
 from safetensors.torch import load_file, save_file
 
+from loaders.folder import INDEX, SINGLE
 from pallas_kernels.spec import QuantSpec
 
 SCALE_DTYPES = {
@@ -47,24 +49,27 @@ def make_scheme(args: QuantizationArgs, *targets: str) -> QuantizationScheme:
     return QuantizationScheme(targets=list(targets or ["Linear"]), weights=args)
 
 
-def make_weight(shape: tuple[int, int], seed: int = 0) -> torch.Tensor:
-    """Random float32 [N, K], each row at its own magnitude."""
+def make_weight(shape: tuple[int, ...], seed: int = 0) -> torch.Tensor:
+    """Random float32 [..., N, K], each row at its own magnitude."""
     rng = np.random.default_rng(seed)
-    rows = rng.uniform(0.01, 1, (shape[0], 1))
+    rows = rng.uniform(0.01, 1, (*shape[:-1], 1))
     return torch.from_numpy((rows * rng.standard_normal(shape)).astype(np.float32))
 
 
 def choose_parameters(
     weight: torch.Tensor, args: QuantizationArgs
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scale and zero point [N, G] from the range of each group."""
-    size = args.group_size or weight.shape[1]
-    groups = weight.reshape(weight.shape[0], -1, size)
+    """Scale and zero point [..., N, G] from the range of each group."""
+    size = args.group_size or weight.shape[-1]
+    groups = weight.reshape(*weight.shape[:-1], -1, size)
     return calculate_qparams(groups.amin(-1), groups.amax(-1), args)
 
 
 def compress(weight: torch.Tensor, args: QuantizationArgs) -> dict[str, torch.Tensor]:
-    """The tensors of one module by role; the scale has the dtype `args.scale_dtype`."""
+    """The tensors of one module by role; the scale has the dtype `args.scale_dtype`.
+
+    A weight of experts [E, N, K] gives tensors with the experts in front.
+    """
     scale, zero_point = choose_parameters(weight, args)
     if args.scale_dtype is not None:
         scale = scale.to(args.scale_dtype)
@@ -73,15 +78,21 @@ def compress(weight: torch.Tensor, args: QuantizationArgs) -> dict[str, torch.Te
 
 
 def decompress(tensors: Mapping[str, Any], args: QuantizationArgs) -> torch.Tensor:
-    """The float weight [N, K] of one module's tensors."""
+    """The float weight [..., N, K] of one module's tensors."""
     state = PackedQuantizationCompressor.decompress(dict(tensors), make_scheme(args))
     return state["weight"]
 
 
 def write_folder(
-    folder: Path, modules: Mapping[str, tuple[dict[str, torch.Tensor], QuantizationArgs]]
+    folder: Path,
+    modules: Mapping[str, tuple[dict[str, torch.Tensor], QuantizationArgs]],
+    *,
+    shards: int = 1,
 ) -> Path:
-    """Write a checkpoint of several modules, each a config group with its exact path as target."""
+    """Write a checkpoint of several modules, each a config group with its exact path as target.
+
+    Tensors are dealt out to the shards at random.
+    """
     groups = {
         f"group_{i}": make_scheme(args, path) for i, (path, (_, args)) in enumerate(modules.items())
     }
@@ -98,7 +109,15 @@ def write_folder(
         for path, (roles, _) in modules.items()
         for role, tensor in roles.items()
     }
-    save_file(tensors, folder / "model.safetensors")
+    names = list(tensors)
+    random.Random(0).shuffle(names)
+    weight_map = {}
+    for i in range(shards):
+        file = SINGLE if shards == 1 else f"model-{i}.safetensors"
+        save_file({name: tensors[name] for name in names[i::shards]}, folder / file)
+        weight_map |= dict.fromkeys(names[i::shards], file)
+    if shards > 1:
+        (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}))
     return folder
 
 

@@ -46,6 +46,27 @@ def make_tensors(
     return tensors
 
 
+def make_experts(
+    path: str, first: QuantSpec, second: QuantSpec, *, names: Sequence[str], experts: int
+) -> dict[str, np.ndarray]:
+    """Random experts as they lie in a checkpoint, by full tensor names.
+
+    Args:
+      path: of the experts, "….experts".
+      first: spec of every projection but the last.
+      second: spec of the last one.
+      names: of the projections.
+      experts: how many.
+    """
+    return {
+        f"{path}.{expert}.{name}.{role}": array
+        for expert in range(experts)
+        for i, name in enumerate(names)
+        for spec in [second if name == names[-1] else first]
+        for role, array in make_tensors(spec, seed=10 * expert + i).items()
+    }
+
+
 def make_config(
     *specs: QuantSpec, targets: Sequence[Sequence[str]] = (("Linear",),), **changes: Any
 ) -> dict:

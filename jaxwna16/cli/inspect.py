@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 import sys
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -14,7 +15,8 @@ from jaxwna16.cli.arguments import add_json
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from loaders.plan import Plan, QuantizedModule
+    from loaders.modules import QuantizedModule
+    from loaders.plan import Plan
     from loaders.safetensors_file import TensorInfo
 
 _BF16_BYTES = 2
@@ -104,13 +106,11 @@ def _name_scheme(row: dict[str, Any]) -> str:
 
 
 def _group_modules(modules: Iterable[QuantizedModule]) -> list[dict[str, Any]]:
-    """Modules that differ in layer numbers alone, in the order of the files."""
-    from jaxwna16.cli.names import star_numbers
-
+    """Modules that differ in layer and expert numbers alone, in the order of the files."""
     alike: dict[tuple, list[QuantizedModule]] = defaultdict(list)
     for module in modules:
         scale_dtype = module.tensors["weight_scale"].dtype.name
-        key = (star_numbers(module.path), module.spec, scale_dtype, "bias" in module.tensors)
+        key = (_make_pattern(module.path), module.spec, scale_dtype, "bias" in module.tensors)
         alike[key].append(module)
     return [
         {
@@ -131,11 +131,9 @@ def _group_modules(modules: Iterable[QuantizedModule]) -> list[dict[str, Any]]:
 
 
 def _group_tensors(tensors: Iterable[TensorInfo]) -> list[dict[str, Any]]:
-    from jaxwna16.cli.names import star_numbers
-
     alike: dict[tuple, list[TensorInfo]] = defaultdict(list)
     for info in tensors:
-        alike[star_numbers(info.name), info.shape, info.dtype.name].append(info)
+        alike[_make_pattern(info.name), info.shape, info.dtype.name].append(info)
     return [
         {
             "tensors": pattern,
@@ -146,6 +144,13 @@ def _group_tensors(tensors: Iterable[TensorInfo]) -> list[dict[str, Any]]:
         }
         for (pattern, shape, dtype), found in alike.items()
     ]
+
+
+def _make_pattern(name: str) -> str:
+    """Stars in place of layer and expert numbers, also of the one in "experts.down_proj[3]"."""
+    from jaxwna16.cli.names import star_numbers
+
+    return re.sub(r"\[[0-9]+\]$", "[*]", star_numbers(name))
 
 
 def _add_up(plan: Plan) -> dict[str, Any]:

@@ -7,6 +7,8 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable
 
+from loaders.errors import write_ranges
+
 
 def star_numbers(name: str) -> str:
     """Replace the numbers in a dotted name: "layers.3.mlp" -> "layers.*.mlp"."""
@@ -31,15 +33,4 @@ def _fold(names: list[str]) -> list[str]:
     ]
     if len(names) == 1 or math.prod(map(len, places)) != len(set(names)):
         return names
-    return [".".join(p[0] if len(p) == 1 else f"{{{_write_ranges(map(int, p))}}}" for p in places)]
-
-
-def _write_ranges(numbers: Iterable[int]) -> str:
-    """[0, 1, 2, 5] -> "0-2,5"."""
-    runs: list[list[int]] = []
-    for number in sorted(numbers):
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    return ",".join(str(r[0]) if len(r) == 1 else f"{r[0]}-{r[-1]}" for r in runs)
+    return [".".join(p[0] if len(p) == 1 else f"{{{write_ranges(map(int, p))}}}" for p in places)]

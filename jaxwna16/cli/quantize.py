@@ -42,7 +42,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="MODULE",
         action="append",
         help="module to leave as it is: its path, or re: and a pattern that matches from the start "
-        "of the path; repeat it for more (default: lm_head)",
+        "of the path; repeat it for more (default: lm_head and routers)",
     )
     add_json(parser, sys.modules[__name__])
 

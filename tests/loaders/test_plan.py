@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -10,6 +12,7 @@ import pytest
 
 from loaders.errors import CheckpointError
 from loaders.plan import make_plan
+from loaders.quantization_config import QuantizationConfig, Scheme
 from pallas_kernels.spec import QuantSpec
 from tests.folders import make_config, make_tensors, prefix_names, write_folder
 
@@ -232,3 +235,51 @@ def test_folder_without_config_is_refused(tmp_path):
     [(file, _, what)] = _list_faults(folder)
     assert file == "config.json"
     assert "cannot be read: No such file" in what
+
+
+def test_each_file_is_opened_twice_however_many_modules_there_are(tmp_path, monkeypatch):
+    shards = [
+        {k: v for i in range(20) for k, v in prefix_names(f"{part}.{i}", GOOD).items()}
+        for part in "ab"
+    ]
+    folder = write_folder(tmp_path / "c", make_config(SPEC), shards)
+    opened, path_open = [], Path.open
+
+    def note(path, *args, **kwargs):
+        opened.append(path.name)
+        return path_open(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "open", note)
+    assert len(make_plan(folder).quantized) == 40
+    counts = Counter(name for name in opened if name.endswith(".safetensors"))
+    assert sorted(counts.values()) == [2, 2]
+
+
+def test_targets_that_name_every_module_are_looked_up_and_not_searched(tmp_path, monkeypatch):
+    """Some tools write them so; 20,000 modules would be compared with 20,000 names."""
+    tensors = {k: v for i in range(40) for k, v in prefix_names(f"m.{i}", GOOD).items()}
+    targets = [[f"m.{i}" for i in range(40)]]
+    ignore = [f"m.{i}.gate" for i in range(40)]
+    tensors |= {f"{name}.weight": np.ones(2, np.float32) for name in ignore}
+    folder = write_folder(
+        tmp_path / "c", make_config(SPEC, targets=targets, ignore=ignore), [tensors]
+    )
+    names = [*targets[0], *ignore]
+    compared = []
+
+    class Name(str):
+        __slots__ = ()
+        __hash__ = str.__hash__
+
+        def __eq__(self, other):
+            compared.append(self)
+            return str.__eq__(self, other)
+
+    config = QuantizationConfig(
+        targets=tuple((Name(name), Scheme(4, 32, False)) for name in targets[0]),
+        ignore=tuple(map(Name, ignore)),
+    )
+    monkeypatch.setattr("loaders.plan.parse_quantization", lambda _: (config, []))
+    plan = make_plan(folder)
+    assert len(plan.quantized) == 40 and not plan.warnings
+    assert len(compared) < 10 * len(names)

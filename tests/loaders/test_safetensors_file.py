@@ -11,7 +11,12 @@ import pytest
 from safetensors.numpy import save_file
 
 from loaders.errors import CheckpointError
-from loaders.safetensors_file import MAX_HEADER_BYTES, read_header, read_tensor
+from loaders.safetensors_file import (
+    MAX_HEADER_BYTES,
+    read_header,
+    read_tensor,
+    read_tensors,
+)
 from tests.folders import describe_entry as entry
 from tests.folders import write_raw
 
@@ -178,6 +183,32 @@ def test_file_cut_short_after_its_header_was_read_is_an_error_when_it_is_read(tm
     path.unlink()
     with pytest.raises(CheckpointError, match=r"a\.safetensors: b: cannot be read: No such file"):
         read_tensor(infos["b"])
+
+
+def test_many_tensors_come_in_the_order_asked_for(tmp_path):
+    arrays = {name: np.full(3, i, np.int32) for i, name in enumerate("abcdef")}
+    infos = {}
+    for file in ("x", "y"):
+        names = list(arrays)[file == "y" :: 2]
+        save_file({n: arrays[n] for n in names}, tmp_path / f"{file}.safetensors")
+        infos |= read_header(tmp_path / f"{file}.safetensors")
+    order = ["f", "a", "c", "b", "a"]
+    found = read_tensors([infos[name] for name in order])
+    assert [array[0] for array in found] == [list(arrays).index(name) for name in order]
+    assert read_tensors([]) == []
+    (tmp_path / "y.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"y\.safetensors: cannot be read: No such file"):
+        read_tensors(infos.values())
+
+
+def test_a_tensor_splits_into_those_along_its_first_axis(tmp_path):
+    array = np.arange(24, dtype=np.int16).reshape(4, 3, 2)
+    save_file({"before": np.zeros(5), "a": array}, tmp_path / "x.safetensors")
+    info = read_header(tmp_path / "x.safetensors")["a"]
+    parts = info.split()
+    assert [part.name for part in parts] == ["a[0]", "a[1]", "a[2]", "a[3]"]
+    np.testing.assert_array_equal(np.stack(read_tensors(parts)), array)
+    assert sum(part.nbytes for part in parts) == info.nbytes
 
 
 def _data_start(path) -> int:

@@ -96,3 +96,74 @@ def test_numbers_that_are_not_finite_in_plain_tensors_are_a_warning(call, broken
     outcome = call("verify", broken)
     assert outcome.code == 0
     assert "warning: model.norm.weight: 2 of 64 values are not finite" in outcome.out
+
+
+def _make_experts(stacked: bool) -> dict[str, np.ndarray]:
+    """Three experts of 20 x 36 and 36 x 20; half of each last word is padding."""
+    sizes = {"up_proj": (20, 36), "down_proj": (36, 20)}
+    tensors = {}
+    for name, (n, k) in sizes.items():
+        roles = {
+            "weight_packed": np.zeros((3, n, -(-k // 8)), np.int32),
+            "weight_scale": np.ones((3, n, 1), np.float32),
+            "weight_zero_point": np.zeros((3, -(-n // 8), 1), np.int32),
+        }
+        for role, array in roles.items():
+            if stacked:
+                tensors[f"m.experts.{name}.{role}"] = array
+            else:
+                tensors |= {f"m.experts.{i}.{name}.{role}": array[i].copy() for i in range(3)}
+        if stacked:
+            tensors[f"m.experts.{name}.weight_shape"] = np.array([3, n, k])
+        else:
+            shapes = {f"m.experts.{i}.{name}.weight_shape": np.array([n, k]) for i in range(3)}
+            tensors |= shapes
+    return tensors
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+def test_each_expert_is_checked_by_itself(call, loose_bits, stacked):
+    tensors = _make_experts(stacked)
+    edit_tensors(loose_bits, lambda old: (old.clear(), old.update(tensors)))
+    report = call("verify", loose_bits, "--json").report
+    assert report["modules"] == 6
+    assert report["bytes"] == sum(array.nbytes for array in tensors.values())
+
+    def damage(tensors):
+        if stacked:
+            tensors["m.experts.up_proj.weight_packed"][1, 7, -1] = 1 << 16
+            tensors["m.experts.down_proj.weight_scale"][2, 5] = np.nan
+        else:
+            tensors["m.experts.1.up_proj.weight_packed"][7, -1] = 1 << 16
+            tensors["m.experts.2.down_proj.weight_scale"][5] = np.nan
+
+    edit_tensors(loose_bits, damage)
+    [fault] = call("verify", loose_bits, "--json").report["error"]["faults"]
+    name = (
+        "m.experts.down_proj.weight_scale[2]" if stacked else "m.experts.2.down_proj.weight_scale"
+    )
+    assert fault["tensor"] == name
+    assert "1 of 36 scales are not finite and above 0, the first at [5, 0]" in fault["what"]
+
+    def repair(tensors):
+        for name in [name for name in tensors if name.endswith("scale")]:
+            tensors[name] = np.ones_like(tensors[name])
+
+    edit_tensors(loose_bits, repair)
+    warnings = call("verify", loose_bits, "--json").report["warnings"]
+    [warning] = [text for text in warnings if "padding" in text]
+    name = "up_proj.weight_packed[1]" if stacked else "1.up_proj.weight_packed"
+    assert warning == f"m.experts.{name}: padding bits are set in 1 of 20 last words"
+
+
+def test_all_missing_experts_are_listed(call, loose_bits):
+    def damage(tensors):
+        tensors.clear()
+        separate = _make_experts(stacked=False)
+        tensors.update({k: v for k, v in separate.items() if ".1." not in k})
+
+    edit_tensors(loose_bits, damage)
+    edit_config(loose_bits, lambda config: config.update(num_experts=5))
+    outcome = call("verify", loose_bits)
+    assert outcome.code == 1
+    assert "m.experts: 3 of 5 experts are missing: 1,3-4" in outcome.err
