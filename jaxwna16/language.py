@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from flax import nnx
@@ -34,7 +34,7 @@ def load_model(
     backend: str | None = None,
     progress: bool | None = None,
 ) -> Llama:
-    """Load a language model of the Llama family with packed weights.
+    """Load a language model of one of `MODEL_TYPES`, with packed weights or without.
 
     Args:
       path_or_hub_id: a checkpoint folder, or a name on the Hugging Face hub.
@@ -51,7 +51,7 @@ def load_model(
       ModelError: if the architecture is not supported, or listing every tensor that is missing,
         unexpected or of another shape.
     """
-    plan = make_plan(resolve_folder(path_or_hub_id))
+    plan = drop_prediction_layers(make_plan(resolve_folder(path_or_hub_id)))
     model = plan_model(plan, dtype=dtype, backend=backend)
     checkpoint = read_plan(plan, dtype=model.dtype, progress=progress)
     return load_params(model, checkpoint.params)
@@ -63,12 +63,31 @@ def plan_model(plan: Plan, *, dtype: Any = None, backend: str | None = None) -> 
     Raises:
       ModelError: as `load_model`; no weight has been read by then.
     """
-    config = ModelConfig.from_dict(plan.config)
-    dtype, specs = dtype or config.dtype or "float32", plan.specs
+    plan = drop_prediction_layers(plan)
+    leaves, specs = plan.describe_leaves(), plan.specs
+    config = ModelConfig.from_dict(plan.config).with_block_of(leaves)
+    dtype = dtype or config.dtype or "float32"
     model = nnx.eval_shape(lambda: Llama(config, specs, dtype=dtype, backend=backend))
-    check_leaves(model, plan.describe_leaves(), f"{plan.folder}: tensors")
+    check_leaves(model, leaves, f"{plan.folder}: tensors")
     model.folder = str(plan.folder)
     return model
+
+
+def drop_prediction_layers(plan: Plan) -> Plan:
+    """The plan without the layers past the last that predict several tokens at once (GLM).
+
+    As in transformers they are not read: generation here is token by token.
+    """
+    config = ModelConfig.from_dict(plan.config)
+    first, count = config.num_hidden_layers, config.prediction_layers
+    dropped = tuple(f"model.layers.{first + i}." for i in range(count))
+
+    def keep(parts: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: part for name, part in parts.items() if not name.startswith(dropped)}
+
+    return dataclasses.replace(
+        plan, quantized=keep(plan.quantized), plain=keep(plan.plain), stacks=keep(plan.stacks)
+    )
 
 
 def generate(

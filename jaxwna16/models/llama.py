@@ -1,7 +1,8 @@
-"""The Llama family (Llama, Mistral, SmolLM2, Qwen2, Qwen3) as one NNX definition.
+"""The Llama family and its relatives with experts (`MODEL_TYPES`) as one NNX definition.
 
 Attribute paths are the checkpoint's own tensor names (`model.layers.0.self_attn.q_proj.weight`), so
-weights are loaded by path (`jaxwna16.models.params`). A linear named in `specs` is a `QuantDense`.
+weights are loaded by path (`jaxwna16.models.params`). A linear named in `specs` is a `QuantDense`,
+experts named there are a `QuantMoE`. Sparse layers are in `jaxwna16.models.moe`.
 """
 
 from __future__ import annotations
@@ -11,21 +12,19 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import lax
 
-from jaxwna16.dense import QuantDense
-from jaxwna16.errors import ModelError
-from jaxwna16.fused import gated, project
+from jaxwna16.fused import project
 from jaxwna16.models.attention import (
     Cache,
     LayerCache,
     attend,
     fold_heads,
-    matmul_precision,
     see_slots,
     write_slots,
 )
 from jaxwna16.models.config import ModelConfig
+from jaxwna16.models.layers import MLP, Dense, Embedding, Linears, RMSNorm, multiply
+from jaxwna16.models.moe import SparseBlock
 from jaxwna16.models.rope import rotate, rotation_tables
 from pallas_kernels.spec import QuantSpec
 
@@ -33,48 +32,10 @@ Array = jax.Array
 Rotation = tuple[Array, Array]
 
 
-class Dense(nnx.Module):
-    """y = x W^T + b with W [N, K] as checkpoints store it; products are summed in float32."""
-
-    def __init__(self, out_features: int, in_features: int, *, use_bias: bool, dtype):
-        self.weight = nnx.Param(jnp.zeros((out_features, in_features), dtype))
-        self.bias = nnx.Param(jnp.zeros(out_features, dtype)) if use_bias else None
-
-    def __call__(self, x: Array) -> Array:
-        y = multiply(x, self.weight[...])
-        if self.bias is not None:
-            y = y + jnp.expand_dims(self.bias[...].astype(y.dtype), range(x.ndim - 1))
-        return y.astype(x.dtype)
-
-
-class Embedding(nnx.Module):
-    """Rows of weight [V, hidden]; a token outside the vocabulary gives NaN."""
-
-    def __init__(self, vocab_size: int, features: int, *, dtype):
-        self.weight = nnx.Param(jnp.zeros((vocab_size, features), dtype))
-
-    def __call__(self, tokens: Array) -> Array:
-        return self.weight[...].at[tokens].get(mode="fill", wrap_negative_indices=False)
-
-
-class RMSNorm(nnx.Module):
-    """x / sqrt(mean(x^2) + eps), computed in float32, rounded, then times the weight."""
-
-    def __init__(self, features: int, eps: float, *, dtype):
-        self.weight = nnx.Param(jnp.ones(features, dtype))
-        self.eps = eps
-
-    def __call__(self, x: Array) -> Array:
-        wide = x.astype(jnp.float32)
-        inverse = lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
-        normalised = (wide * inverse).astype(x.dtype)
-        return normalised * jnp.expand_dims(self.weight[...], range(x.ndim - 1))
-
-
 class Attention(nnx.Module):
     """Self-attention of one layer, with grouped key heads and optional per-head norms."""
 
-    def __init__(self, config: ModelConfig, linears: _Linears, path: str):
+    def __init__(self, config: ModelConfig, linears: Linears, path: str):
         hidden, head_dim = config.hidden_size, config.head_dim
         q_features = config.num_attention_heads * head_dim
         kv_features = config.num_key_value_heads * head_dim
@@ -101,45 +62,39 @@ class Attention(nnx.Module):
         return self.o_proj(attend(q, cache, seen)), cache
 
 
-class MLP(nnx.Module):
-    """down(silu(gate(x)) * up(x))."""
-
-    def __init__(self, config: ModelConfig, linears: _Linears, path: str):
-        hidden, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
-        self.gate_proj = linears.make(f"{path}.gate_proj", inner, hidden, bias)
-        self.up_proj = linears.make(f"{path}.up_proj", inner, hidden, bias)
-        self.down_proj = linears.make(f"{path}.down_proj", hidden, inner, bias)
-
-    def __call__(self, x: Array) -> Array:
-        return self.down_proj(gated(x, self.gate_proj, self.up_proj))
-
-
 class DecoderLayer(nnx.Module):
-    """Attention and MLP, each on a normalised input and added to the stream."""
+    """Attention, and an MLP or experts, each on a normalised input and added to the stream."""
 
-    def __init__(self, config: ModelConfig, linears: _Linears, path: str):
-        hidden, eps = config.hidden_size, config.rms_norm_eps
+    def __init__(self, config: ModelConfig, linears: Linears, layer: int):
+        hidden, eps, path = config.hidden_size, config.rms_norm_eps, f"model.layers.{layer}"
         self.input_layernorm = RMSNorm(hidden, eps, dtype=linears.dtype)
         self.self_attn = Attention(config, linears, f"{path}.self_attn")
         self.post_attention_layernorm = RMSNorm(hidden, eps, dtype=linears.dtype)
-        self.mlp = MLP(config, linears, f"{path}.mlp")
+        if config.moe is not None and config.moe.sparse[layer]:
+            self.block = config.moe.block
+            block = SparseBlock(config.moe, hidden, linears, f"{path}.{self.block}")
+        else:
+            self.block = "mlp"
+            inner, bias = config.intermediate_size, config.mlp_bias
+            block = MLP(hidden, inner, bias, linears, f"{path}.mlp")
+        setattr(self, self.block, block)
 
     def __call__(
         self, x: Array, rotation: Rotation, seen: Array, positions: Array, cache: LayerCache | None
     ) -> tuple[Array, LayerCache]:
         mixed, cache = self.self_attn(self.input_layernorm(x), rotation, seen, positions, cache)
         x = x + mixed
-        return x + self.mlp(self.post_attention_layernorm(x)), cache
+        block = getattr(self, self.block)
+        return x + block(self.post_attention_layernorm(x)), cache
 
 
 class Decoder(nnx.Module):
     """Embedding, layers and the last norm: the checkpoint's `model.`."""
 
-    def __init__(self, config: ModelConfig, linears: _Linears):
+    def __init__(self, config: ModelConfig, linears: Linears):
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, dtype=linears.dtype)
         self.layers = nnx.List(
-            DecoderLayer(config, linears, f"model.layers.{i}")
-            for i in range(config.num_hidden_layers)
+            DecoderLayer(config, linears, layer) for layer in range(config.num_hidden_layers)
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=linears.dtype)
 
@@ -156,12 +111,14 @@ class Llama(nnx.Module):
       folder: the checkpoint folder it was loaded from, if any: where its tokenizer is.
 
     Args:
-      specs: module path ("lm_head", "model.layers.0.mlp.up_proj") -> spec of its packed weight.
+      specs: module path ("lm_head", "model.layers.0.mlp.up_proj") -> spec of its packed weight. Of
+        experts, `w13` (gate and up) and `w2` are such modules: "model.layers.0.mlp.experts.w13".
       dtype: see the attribute.
       backend: of the quantized linears: None is the best available, a name that one or an error.
 
     Raises:
-      ModelError: listing specs that no linear has, or that contradict the linear's shape.
+      ModelError: listing specs that no linear has, or that contradict the linear's shape, and
+        experts of which one product is quantized and the other is not.
     """
 
     def __init__(
@@ -175,7 +132,7 @@ class Llama(nnx.Module):
         self.config = config
         self.dtype = jnp.dtype(dtype)
         self.folder: str | None = None
-        linears = _Linears(specs or {}, self.dtype, backend)
+        linears = Linears(specs or {}, self.dtype, backend)
         self.model = Decoder(config, linears)
         self.lm_head = (
             None
@@ -208,7 +165,7 @@ class Llama(nnx.Module):
         slots = tokens.shape[1] if cache is None else cache[0].slots
         windows = self.config.windows
         seen = {window: see_slots(positions, slots, window) for window in set(windows)}
-        rotation = rotation_tables(self.config.rope, self.config.head_dim, positions, self.dtype)
+        rotation = rotation_tables(self.config.rope, self.config.rotary_dim, positions, self.dtype)
         x = self.model.embed_tokens(tokens)
         caches = []
         for i, (layer, window) in enumerate(zip(self.model.layers, windows, strict=True)):
@@ -226,46 +183,7 @@ class Llama(nnx.Module):
         return self.lm_head(hidden).astype(jnp.float32)
 
 
-def multiply(x: Array, weight: Array) -> Array:
-    """x [..., K] times weight [N, K] transposed, float32 [..., N]."""
-    return lax.dot_general(
-        x,
-        weight,
-        (((x.ndim - 1,), (1,)), ((), ())),
-        precision=matmul_precision(x.dtype),
-        preferred_element_type=jnp.float32,
-    )
-
-
 @jax.jit
 def _run_layer(layer: DecoderLayer, *arguments):
     """A function of its own, so that layers of one shape are traced once and not once each."""
     return layer(*arguments)
-
-
-class _Linears:
-    """Makes each linear by its path, quantized where `specs` says so, and checks the specs."""
-
-    def __init__(self, specs: Mapping[str, QuantSpec], dtype: jnp.dtype, backend: str | None):
-        self.specs = specs
-        self.dtype = dtype
-        self.backend = backend
-        self.unused = set(specs)
-        self.faults: list[str] = []
-
-    def make(self, path: str, out_features: int, in_features: int, use_bias: bool):
-        spec = self.specs.get(path)
-        if spec is None:
-            return Dense(out_features, in_features, use_bias=use_bias, dtype=self.dtype)
-        self.unused.remove(path)
-        found = (spec.out_features, spec.in_features)
-        if found != (out_features, in_features):
-            expected = [out_features, in_features]
-            self.faults.append(f"{path}: expected [N, K] = {expected}, found {list(found)}")
-        return QuantDense(spec, use_bias=use_bias, dtype=self.dtype, backend=self.backend)
-
-    def check_all_used(self) -> None:
-        """Raise `ModelError` if a spec is of no linear here or has another shape."""
-        strays = [f"{path}: no linear of this model can be quantized there" for path in self.unused]
-        if self.faults or strays:
-            raise ModelError("quantized modules do not fit the model", self.faults + sorted(strays))

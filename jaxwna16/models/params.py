@@ -10,17 +10,19 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxwna16.errors import ModelError
-from jaxwna16.models.llama import Dense, Embedding, Llama, RMSNorm
+from jaxwna16.models.layers import Dense, Embedding, RMSNorm
+from jaxwna16.models.llama import Llama
+from jaxwna16.models.moe import Router, Stack
 
-_PLAIN_MODULES = (Dense, Embedding, RMSNorm)
+_PLAIN_MODULES = (Dense, Embedding, RMSNorm, Router, Stack)
 
 
 def load_params(model: Llama, params: Mapping[str, Any]) -> Llama:
     """Give a model, usually an abstract one of `nnx.eval_shape`, the arrays of a params tree.
 
-    Plain weights, norms and biases are cast to the dtype the model was constructed with; leaves of
-    quantized linears are taken as they are. Leaves that `check_leaves` lets pass though the model
-    has no place for them are left out.
+    Plain weights, norms and biases are cast to the dtype the model was constructed with (a router's
+    correction bias to float32); leaves of quantized linears and experts are taken as they are.
+    Leaves that `check_leaves` lets pass though the model has no place for them are left out.
 
     Args:
       model: what to fill.

@@ -3,7 +3,7 @@
 The formulas are those of transformers' `modeling_rope_utils.py` (default, linear, dynamic NTK,
 llama3, yarn), computed in the same order and in float32, so that angles agree to the last bits:
 
-    default  f_i = theta^(-2i/d),  i = 0 .. d/2 - 1,  d = head_dim
+    default  f_i = theta^(-2i/d),  i = 0 .. d/2 - 1,  d = rotated features
     linear   f_i / factor
     dynamic  theta' = theta * (factor * L / P - (factor - 1))^(d / (d - 2)),  L = max(tokens, P)
     llama3   f_i, f_i / factor, or a blend of the two, by wavelength (Llama 3.1)
@@ -56,10 +56,11 @@ def rotation_tables(
     depend on their neighbours (transformers takes the batch's largest).
 
     Args:
+      head_dim: d above, as in all functions here: how many features of a head are rotated.
       positions: int32 [B, S].
 
     Returns:
-      cos, sin in `dtype`, each [B, S, head_dim / 2]: the second half of a head repeats the first.
+      cos, sin in `dtype`, each [B, S, head_dim / 2]: the second half of them repeats the first.
     """
     if rope.rope_type == "dynamic":
         lengths = jnp.max(positions, axis=1) + 1
@@ -72,10 +73,15 @@ def rotation_tables(
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Turn the halves of each head of x [B, S, H, D] by the angles of `rotation_tables`."""
+    """Turn the halves of each head of x [B, S, H, D] by the angles of `rotation_tables`.
+
+    Features past those that the tables are for stay as they are.
+    """
+    half = cos.shape[-1]
     cos, sin = cos[:, :, None, :], sin[:, :, None, :]
-    first, second = jnp.split(x, 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    first, second, rest = jnp.split(x, [half, 2 * half], axis=-1)
+    turned = [first * cos - second * sin, second * cos + first * sin]
+    return jnp.concatenate([*turned, rest] if rest.shape[-1] else turned, axis=-1)
 
 
 def inverse_frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:

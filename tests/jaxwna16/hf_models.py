@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Iterator
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +15,9 @@ from flax import nnx
 
 from jaxwna16.models.config import ModelConfig
 from jaxwna16.models.llama import Llama
+from jaxwna16.models.moe_config import MOE_TYPES
 from jaxwna16.models.params import load_params
+from pallas_kernels.routing import route
 
 torch.set_num_threads(1)  # these models are too small for more
 
@@ -37,6 +43,20 @@ def rope(rope_type: str, **parameters) -> dict:
     """A configuration change that asks for this rope."""
     return {"rope_parameters": {"rope_type": rope_type, "rope_theta": 10000.0, **parameters}}
 
+
+EXPERTS = {"num_local_experts": 8, "num_experts": 8, "moe_intermediate_size": 48}
+DEEPSEEK = {
+    "n_routed_experts": 16,
+    "num_experts_per_tok": 4,
+    "moe_intermediate_size": 48,
+    "n_shared_experts": 2,
+    "n_group": 4,
+    "topk_group": 2,
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 2.5,
+    "first_k_dense_replace": 1,
+    "num_hidden_layers": 3,
+}
 
 FAMILIES = {
     "llama": ("llama", {}),
@@ -97,33 +117,103 @@ FAMILIES = {
             "max_window_layers": 1,
         },
     ),
+    "mixtral": ("mixtral", {"num_local_experts": 8}),
+    "mixtral, window of 5, top 1 of 4": (
+        "mixtral",
+        {"num_local_experts": 4, "num_experts_per_tok": 1, "sliding_window": 5, "head_dim": 32},
+    ),
+    "qwen2_moe": (
+        "qwen2_moe",
+        {**EXPERTS, "num_experts_per_tok": 2, "shared_expert_intermediate_size": 80},
+    ),
+    "qwen2_moe, sparse and dense layers, renormalised": (
+        "qwen2_moe",
+        {
+            **EXPERTS,
+            "num_experts_per_tok": 3,
+            "norm_topk_prob": True,
+            "shared_expert_intermediate_size": 32,
+            "num_hidden_layers": 6,
+            "decoder_sparse_step": 2,
+            "mlp_only_layers": [3],
+            "qkv_bias": False,
+            "use_sliding_window": True,
+            "sliding_window": 5,
+            "max_window_layers": 3,
+        },
+    ),
+    "qwen3_moe": (
+        "qwen3_moe",
+        {**EXPERTS, "num_experts_per_tok": 2, "norm_topk_prob": True, "head_dim": 32},
+    ),
+    "qwen3_moe, 16 experts, top 4, tied": (
+        "qwen3_moe",
+        {
+            **EXPERTS,
+            "num_experts": 16,
+            "num_experts_per_tok": 4,
+            "tie_word_embeddings": True,
+            "attention_bias": True,
+            "use_sliding_window": True,
+            "sliding_window": 6,
+        },
+    ),
+    "dots1, grouped": ("dots1", {**DEEPSEEK, "sliding_window": 5, "max_window_layers": 2}),
+    "dots1, one group": (
+        "dots1",
+        {**DEEPSEEK, "n_group": 1, "topk_group": 1, "norm_topk_prob": False, "head_dim": 32},
+    ),
+    "glm4_moe, grouped": ("glm4_moe", {**DEEPSEEK, "head_dim": 24, "attention_bias": True}),
+    "glm4_moe, normalised heads": ("glm4_moe", {**DEEPSEEK, "use_qk_norm": True}),
 }
 """Name -> (model_type, what differs from `SMALL`)."""
+SPARSE = [name for name, (model_type, _) in FAMILIES.items() if model_type in MOE_TYPES]
+"""Those with experts."""
 
 
 def make_reference(family: str, seed: int = 0, **changes):
-    """A random float32 transformers model; biases and norms are random too."""
+    """A random float32 transformers model; biases, norms and routers are random too."""
     model_type, own = FAMILIES[family]
     config = transformers.AutoConfig.for_model(model_type, **{**SMALL, **own, **changes})
     torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.ndim == 1:
+        for name, tensor in list_tensors(model):
+            if tensor.ndim == 1:
                 center = 1.0 if "norm" in name else 0.0
-                parameter.copy_(center + 0.3 * torch.randn(parameter.shape))
+                tensor.copy_(center + 0.3 * torch.randn(tensor.shape))
+            elif name.endswith("mlp.gate.weight"):
+                tensor.copy_(0.3 * torch.randn(tensor.shape))
     return model.float().eval()
 
 
+def list_tensors(reference) -> Iterator[tuple[str, torch.Tensor]]:
+    """What a checkpoint holds of a transformers model: no copy of tied weights, no frequencies."""
+    yield from reference.named_parameters()
+    for name, buffer in reference.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            yield name, buffer
+
+
+def list_leaves(reference) -> Iterator[tuple[str, np.ndarray]]:
+    """The leaves of the params tree that the loader makes of a transformers model's files."""
+    for name, tensor in list_tensors(reference):
+        name = name.replace(".experts.gate_up_proj", ".experts.w13.weight")
+        name = name.replace(".experts.down_proj", ".experts.w2.weight")
+        if reference.config.model_type == "mixtral":  # its name in files
+            name = name.replace(".mlp.", ".block_sparse_moe.")
+        yield name, tensor.detach().numpy()
+
+
 def nest_params(reference) -> dict:
-    """The params tree of a transformers model, as checkpoints hold it: no copy of tied weights."""
+    """The params tree of a transformers model."""
     tree: dict = {}
-    for name, tensor in reference.named_parameters():
+    for name, array in list_leaves(reference):
         *path, leaf = name.split(".")
         node = tree
         for key in path:
             node = node.setdefault(key, {})
-        node[leaf] = tensor.detach().numpy()
+        node[leaf] = array
     return tree
 
 
@@ -147,3 +237,54 @@ def random_tokens(*shape: int, seed: int = 0) -> np.ndarray:
 def relative_error(ours, reference: np.ndarray) -> float:
     """Largest difference over the largest reference value."""
     return float(np.abs(np.asarray(ours, np.float32) - reference).max() / np.abs(reference).max())
+
+
+class Routed(NamedTuple):
+    """What a router saw and chose for T tokens: experts in ascending order, and their weights."""
+
+    hidden: np.ndarray
+    logits: np.ndarray
+    ids: np.ndarray
+    weights: np.ndarray
+
+
+def record_routers(reference, tokens: np.ndarray) -> dict[int, Routed]:
+    """Run a transformers model; what each sparse layer's router saw and chose."""
+    seen: dict[int, Routed] = {}
+
+    def record(layer: int):
+        def hook(_, arguments, outputs):
+            hidden, (logits, weights, ids) = arguments[0], outputs
+            order = ids.argsort(dim=-1)
+            seen[layer] = Routed(
+                hidden.reshape(-1, hidden.shape[-1]).float().numpy(),
+                logits.float().numpy(),
+                ids.gather(-1, order).numpy(),
+                weights.gather(-1, order).float().numpy(),
+            )
+
+        return hook
+
+    routers = {
+        i: getattr(layer.mlp, "gate", None) for i, layer in enumerate(reference.model.layers)
+    }
+    hooks = [r.register_forward_hook(record(i)) for i, r in routers.items() if r is not None]
+    reference_logits(reference, tokens)
+    for hook in hooks:
+        hook.remove()
+    return seen
+
+
+def choose_experts(model: Llama, layer: int, hidden: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The experts that our router chooses for hidden [T, H], ascending, and their weights."""
+    moe = model.config.moe
+    assert moe is not None
+    gate = getattr(model.model.layers[layer], moe.block).gate
+    logits = gate(jnp.asarray(hidden, model.dtype))
+    ids, weights = route(
+        logits, correction_bias=gate.read_bias(), **dataclasses.asdict(moe.routing)
+    )
+    order = np.argsort(ids, axis=-1)
+    return np.take_along_axis(np.asarray(ids), order, -1), np.take_along_axis(
+        np.asarray(weights), order, -1
+    )

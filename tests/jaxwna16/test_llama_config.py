@@ -52,16 +52,23 @@ def test_windows_follow_the_rules_of_each_family():
 
 
 def test_biases_and_norms_follow_the_family():
+    keys = {"attention_bias": True, "mlp_bias": True, "use_qk_norm": True}
+    experts = {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2}
     facts = {
         model_type: (config.qkv_bias, config.out_bias, config.mlp_bias, config.qk_norm)
         for model_type in MODEL_TYPES
-        for config in [parse(model_type=model_type, attention_bias=True, mlp_bias=True)]
+        for config in [parse(model_type=model_type, **keys, **experts)]
     }
     assert facts == {
         "llama": (True, True, True, False),
         "mistral": (False, False, False, False),
         "qwen2": (True, False, False, False),
         "qwen3": (True, True, False, True),
+        "mixtral": (False, False, False, False),
+        "qwen2_moe": (True, False, False, False),
+        "qwen3_moe": (True, True, False, True),
+        "dots1": (True, True, False, True),
+        "glm4_moe": (True, False, False, True),
     }
 
 
@@ -85,7 +92,7 @@ def test_frequencies_equal_those_of_transformers_to_the_last_bits(family):
     reference = make_reference(family)
     config = ModelConfig.from_dict(reference.config.to_dict())
     rotary = reference.model.rotary_emb
-    ours = inverse_frequencies(config.rope, config.head_dim)
+    ours = inverse_frequencies(config.rope, config.rotary_dim)
     assert ours.dtype == np.float32
     np.testing.assert_array_max_ulp(ours, rotary.inv_freq.numpy(), maxulp=2)
     assert attention_factor(config.rope) == pytest.approx(rotary.attention_scaling, rel=1e-12)

@@ -1,0 +1,75 @@
+"""`ConfigReader`: typed access to a `config.json` that collects what is wrong with it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+
+class ConfigReader:
+    """Reads values by key; a null counts as absent.
+
+    Attributes:
+      given: the config.json as it is.
+      config: the same without nulls.
+      reasons: what was refused so far, a line each.
+    """
+
+    def __init__(self, config: Mapping[str, Any]):
+        self.given = config
+        self.config = {key: value for key, value in config.items() if value is not None}
+        self.reasons: list[str] = []
+
+    def refuse(self, key: str, found: object, expected: str) -> None:
+        """Note that a key has a value that cannot be served."""
+        reason = f"{key}: expected {expected}, found {found!r}"
+        if reason not in self.reasons:
+            self.reasons.append(reason)
+
+    def count(self, key: str, default: int | None = None, least: int = 1) -> int:
+        """An integer of at least `least`."""
+        value = self.config.get(key, default)
+        if isinstance(value, int) and not isinstance(value, bool) and value >= least:
+            return value
+        self.refuse(key, value, f"an integer of at least {least}")
+        return least
+
+    def count_either(self, keys: tuple[str, ...], default: int | None = None) -> int:
+        """`count` of something that has several names; those that are given must agree."""
+        given = [key for key in keys if key in self.config]
+        for key in given[1:]:
+            if self.config[key] != self.config[given[0]]:
+                expected = f"the same as {given[0]} = {self.config[given[0]]!r}"
+                self.refuse(key, self.config[key], expected)
+        return self.count(given[0] if given else keys[0], default)
+
+    def number(self, key: str, default: float) -> float:
+        """A finite number above zero."""
+        value = self.config.get(key, default)
+        if is_positive(value):
+            return float(value)
+        self.refuse(key, value, "a positive number")
+        return default
+
+    def flag(self, key: str, default: bool = False) -> bool:
+        """True or false."""
+        value = self.config.get(key, default)
+        if not isinstance(value, bool):
+            self.refuse(key, value, "true or false")
+        return value is True
+
+    def choose(self, key: str, default: str | None, choices: tuple[str, ...]) -> str | None:
+        """One of `choices`; None where the key is absent and has no default."""
+        value = self.config.get(key, default)
+        if value in choices or (value is None and key != "model_type"):
+            return value
+        self.refuse(key, value, f"one of {', '.join(choices)}")
+        return None
+
+
+def is_positive(value: object) -> bool:
+    """Whether a value read from JSON is a finite number above zero."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return 0 < value < math.inf

@@ -1,0 +1,87 @@
+"""Folders of transformers models whose weights compressed-tensors itself has quantized."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import compressed_tensors
+import transformers
+from compressed_tensors.quantization import (
+    QuantizationArgs,
+    QuantizationConfig,
+    QuantizationStatus,
+)
+from safetensors.torch import load_file, save_file
+
+from tests.checkpoints import compress, decompress, make_scheme
+
+transformers.utils.logging.disable_progress_bar()
+
+KEPT = ("embed_tokens", "lm_head", "mlp.gate", "block_sparse_moe.gate", "shared_expert_gate")
+"""Ends of the paths of what is not quantized; routers are never, by anyone."""
+
+
+class Folders(NamedTuple):
+    """One model twice: packed, and with the floats that its packed weights stand for."""
+
+    packed: Path
+    floats: Path
+
+
+def write_folders(
+    reference, folder: Path, args: QuantizationArgs, down_args: QuantizationArgs | None = None
+) -> Folders:
+    """Save a transformers model, quantize every linear and expert, and decompress them again.
+
+    Args:
+      reference: the model; transformers writes its experts one by one, under published names.
+      folder: where to write.
+      args: how weights are quantized.
+      down_args: how the experts' down projections are, if differently.
+    """
+    source, folders = folder / "source", Folders(folder / "packed", folder / "floats")
+    reference.save_pretrained(source)
+    config = json.loads((source / "config.json").read_text())
+    packed, kept, floats = {}, [], load_file(source / "model.safetensors")
+    for name, weight in list(floats.items()):
+        path = name.removesuffix(".weight")
+        if path == name or weight.ndim != 2 or path.endswith(KEPT):
+            packed[name] = weight
+            kept += [path] if weight.ndim == 2 and not path.endswith("embed_tokens") else []
+            continue
+        own = down_args if down_args is not None and is_down(path) else args
+        roles = compress(weight, own)
+        packed |= {f"{path}.{role}": tensor.contiguous() for role, tensor in roles.items()}
+        floats[name] = decompress(roles, own).float()
+    groups = {"rest": make_scheme(args)}
+    if down_args is not None:
+        groups["down"] = make_scheme(down_args, r"re:.*experts\.\d+\.(down_proj|w2)$")
+    quantization = QuantizationConfig(
+        config_groups=groups,
+        format="pack-quantized",
+        quantization_status=QuantizationStatus.COMPRESSED,
+        ignore=kept,
+    )
+    described = quantization.model_dump(mode="json") | {"version": compressed_tensors.__version__}
+    for path, tensors, extra in (
+        (folders.packed, packed, {"quantization_config": described}),
+        (folders.floats, floats, {}),
+    ):
+        path.mkdir()
+        (path / "config.json").write_text(json.dumps(config | extra))
+        save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    return folders
+
+
+def is_down(path: str) -> bool:
+    return ".experts." in path and path.endswith((".down_proj", ".w2"))
+
+
+def load_reference(folders: Folders):
+    """transformers' own model of the floats, read from their folder."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        folders.floats, attn_implementation="eager", dtype="float32"
+    )
+    return model.eval()

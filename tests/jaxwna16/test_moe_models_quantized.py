@@ -1,0 +1,196 @@
+"""Models with packed experts, loaded from real files, against transformers.
+
+compressed-tensors quantizes every expert and decompresses it again; transformers reads the
+decompressed weights from a folder of their own.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+import shutil
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import jaxwna16
+from jaxwna16.errors import ModelError
+from jaxwna16.generation import _decode, _make_options, _pad_prompts, _prefill, generate_tokens
+from jaxwna16.models.llama import Llama
+from pallas_kernels import QuantSpec
+from tests.checkpoints import make_args, read_files
+from tests.jaxprs import find_kernels
+from tests.jaxwna16.hf_checkpoints import load_reference, write_folders
+from tests.jaxwna16.hf_models import (
+    choose_experts,
+    forward,
+    make_reference,
+    random_tokens,
+    record_routers,
+    reference_logits,
+    relative_error,
+    run_hidden,
+)
+
+SIZES = {
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "moe_intermediate_size": 128,
+    "shared_expert_intermediate_size": 64,
+}
+KINDS = [
+    ("mixtral", 4, 32, False, "bfloat16"),
+    ("mixtral", 8, 128, True, "float16"),
+    ("qwen2_moe", 4, 64, True, "bfloat16"),
+    ("qwen2_moe", 8, -1, False, "float32"),
+    ("qwen3_moe", 4, 128, False, "bfloat16"),
+    ("qwen3_moe, 16 experts, top 4, tied", 8, 32, False, "bfloat16"),
+    ("qwen3_moe", 4, -1, True, "float16"),
+    ("dots1, grouped", 4, 32, False, "bfloat16"),
+    ("dots1, one group", 8, 64, True, "bfloat16"),
+    ("glm4_moe, grouped", 4, 32, False, "float32"),
+]
+
+
+@pytest.fixture(scope="module")
+def load(tmp_path_factory):
+    """Makes the folders of a kind once; gives transformers' model, ours, and the folders."""
+
+    @functools.cache
+    def load(family, bits, group_size, symmetric, scale_dtype, down_bits=None):
+        def describe(bits, group_size):
+            spec = QuantSpec(
+                bits=bits,
+                group_size=group_size,
+                symmetric=symmetric,
+                in_features=128,
+                out_features=128,
+            )
+            return make_args(spec, scale_dtype)
+
+        reference = make_reference(family, **SIZES)
+        down = None if down_bits is None else describe(down_bits, 32)
+        folder = tmp_path_factory.mktemp("moe")
+        folders = write_folders(reference, folder, describe(bits, group_size), down)
+        return load_reference(folders), jaxwna16.load_model(folders.packed), folders
+
+    return load
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: "-".join(map(str, kind[:4])))
+def test_logits_and_chosen_experts_are_those_of_the_decompressed_weights(load, kind):
+    reference, model, _ = load(*kind)
+    tokens = random_tokens(2, 24)
+    error = relative_error(forward(model, jnp.asarray(tokens)), reference_logits(reference, tokens))
+    assert error < 1e-4
+    for layer, router in record_routers(reference, tokens).items():
+        ids, _ = choose_experts(model, layer, router.hidden)
+        np.testing.assert_array_equal(ids, router.ids)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: "-".join(map(str, kind[:4])))
+def test_the_decompressed_folder_itself_gives_the_same_logits(load, kind):
+    reference, _, folders = load(*kind)
+    tokens = random_tokens(2, 24)
+    model = jaxwna16.load_model(folders.floats)
+    error = relative_error(forward(model, jnp.asarray(tokens)), reference_logits(reference, tokens))
+    assert error < 1e-4
+
+
+def test_gate_and_up_may_have_other_bits_and_groups_than_down(load):
+    reference, model, _ = load("qwen3_moe", 4, 64, False, "bfloat16", 8)
+    experts = model.model.layers[0].mlp.experts
+    assert (experts.spec13.bits, experts.spec2.bits) == (4, 8)
+    assert (experts.spec13.group_size, experts.spec2.group_size) == (64, 32)
+    tokens = random_tokens(2, 24)
+    error = relative_error(forward(model, jnp.asarray(tokens)), reference_logits(reference, tokens))
+    assert error < 1e-4
+
+
+@pytest.mark.parametrize("kind", [KINDS[0], KINDS[3], KINDS[4], KINDS[7], KINDS[9]])
+def test_32_greedy_tokens_are_those_of_the_decompressed_weights(load, kind):
+    reference, model, _ = load(*kind)
+    prompt = random_tokens(1, 11)
+    with torch.no_grad():
+        expected = reference.generate(
+            torch.from_numpy(prompt).long(), max_new_tokens=32, do_sample=False
+        )
+    result = generate_tokens(model, [prompt[0].tolist()], max_new_tokens=32)
+    assert result.tokens[0] == expected[0, 11:].tolist()
+
+
+@pytest.mark.parametrize("kind", [KINDS[0], KINDS[7]])
+def test_decoding_token_by_token_equals_one_forward_pass(load, kind):
+    _, model, _ = load(*kind)
+    tokens = random_tokens(2, 16)
+    positions = jnp.broadcast_to(jnp.arange(16)[None, :], tokens.shape)
+    whole, cache = run_hidden(model, jnp.asarray(tokens), positions)
+    # the cache of the whole has room for it all; what comes later is not seen
+    pieces = []
+    for i in range(16):
+        one = jnp.asarray(tokens[:, i : i + 1])
+        piece, cache = run_hidden(model, one, positions[:, i : i + 1], cache)
+        pieces.append(piece)
+    assert relative_error(jnp.concatenate(pieces, axis=1), np.asarray(whole)) < 1e-4
+
+
+def test_perplexity_is_that_of_the_decompressed_weights(load):
+    reference, model, _ = load(*KINDS[0])
+    tokens = random_tokens(4, 32)
+    found = jaxwna16.measure_perplexity(model, tokens.ravel(), window=32, batch=2)
+    logits = torch.from_numpy(reference_logits(reference, tokens))[:, :-1].flatten(0, 1).double()
+    expected = torch.nn.functional.cross_entropy(
+        logits, torch.from_numpy(tokens)[:, 1:].flatten().long()
+    )
+    assert found.nll == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_no_float_copy_of_all_experts_is_made_in_the_decode_loop(load):
+    _, model, _ = load(*KINDS[0])
+    options = _make_options(0.0, 0, 1.0, 0, ())
+    progress = _prefill(model, *_pad_prompts([[1, 2, 3]]), options, width=16)
+    program = _decode.lower(model, progress, options, jnp.int32(1)).compile().as_text()
+    assert re.search(r"u16\[8,", program)  # the stack, packed
+    assert not re.search(r"(f32|bf16)\[8,(512,128|128,256)\]", program)
+    carried = [line for line in program.splitlines() if re.search(r"\bwhile\(", line)]
+    assert carried
+    assert not any("f32[512,128]" in line or "f32[128,256]" in line for line in carried)
+
+
+def test_in_decoding_a_sparse_layer_is_four_kernels(load):
+    """q/k/v, o, and the two products of the experts."""
+    _, _, folders = load(*KINDS[0])
+    model = jaxwna16.load_model(folders.packed, dtype="bfloat16", backend="triton")
+    kernels = find_kernels(Llama.__call__, model, jnp.zeros((1, 1), jnp.int32))
+    assert len(kernels) == 4 * model.config.num_hidden_layers
+
+
+def test_experts_keep_the_dtype_of_their_scales(load):
+    _, model, _ = load(*KINDS[1])
+    assert model.model.layers[0].block_sparse_moe.experts.w13.scale.get_value().dtype == jnp.float16
+
+
+def test_layers_that_predict_several_tokens_are_not_read(load, tmp_path):
+    """Published GLM-4.5 has one past the last layer; transformers leaves it out, too."""
+    _, model, folders = load(*KINDS[9])
+    tensors = read_files(folders.packed)
+    last, extra = "model.layers.2.", "model.layers.3."
+    tensors |= {n.replace(last, extra): t.clone() for n, t in tensors.items() if last in n}
+    tensors[f"{extra}eh_proj.weight"] = torch.zeros(128, 256)
+    save_file(tensors, tmp_path / "model.safetensors")
+    shutil.copy(folders.packed / "config.json", tmp_path)
+    tokens = jnp.asarray(random_tokens(1, 8))
+    longer = jaxwna16.load_model(tmp_path)
+    np.testing.assert_array_equal(forward(longer, tokens), forward(model, tokens))
+    config = json.loads((tmp_path / "config.json").read_text())
+    for changes, stray in (
+        ({"num_nextn_predict_layers": 0}, "model.layers.3.mlp.experts.w13"),
+        ({"num_hidden_layers": 2}, "model.layers.3.mlp.experts.w13"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(config | changes))
+        with pytest.raises(ModelError, match=stray):
+            jaxwna16.load_model(tmp_path)
