@@ -1,18 +1,27 @@
-"""Everything that needs a GPU, in under 8 minutes: tests, tuned tiles, figures.
+"""Everything that needs a GPU, in three stages of less than 10 minutes each.
 
-    make gpu [PYTHON=python3]        or: python benchmarks/gpu_run.py
+    make gpu [PYTHON=python3]        or: python benchmarks/gpu_run.py [measure] [tune] [again]
 
-Runs the tests marked `gpu`, then the tuner, then the bench with every peer that is installed. A
-step that fails does not stop the next. Needs jax with CUDA, pytest and (for the plot) matplotlib;
-nothing is downloaded. All files go to $OUT, or benchmarks/results/gpu:
+* measure: the tests marked `gpu`, then the bench of linear layers and of experts, with every peer
+  that is installed.
+* tune: the tuner for both.
+* again: the bench for both with the tiles that were tuned, without peers.
 
-    run.json                     what each step did: command, seconds, exit code, last lines
-    tuning.json, .md             candidates and winners; nvidia-….json is the table itself
-    kernels.json, .md            every figure; .png and .svg are the plot
+Without arguments all of them, in this order, the most important first; one by one where a command
+may only run for minutes. A step that fails does not stop the next. Needs jax with CUDA, pytest and
+(for the plots) matplotlib; nothing is downloaded. All files go to $OUT, or benchmarks/results/gpu:
+
+    run-STAGE.json               what each step did: command, seconds, exit code, last lines
+    kernels.json, .md            every figure of linear layers; .png and .svg are the plot
+    moe.json, .md                likewise of experts
+    tuning.json, .md             candidates and winners; moe-tuning.… likewise of experts
+    nvidia-….json                the table of tiles
+    tuned/                       kernels.… and moe.… again, with that table
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import dataclasses
 import json
@@ -21,16 +30,17 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-TOTAL_SECONDS = 455
-TEST_SECONDS, TUNING_SECONDS, PEER_SECONDS = 110, 110, 80
-STARTING_SECONDS = 25
-"""What a step may take besides: imports, the limits, its last case."""
+STAGE_SECONDS = {"measure": 560, "tune": 500, "again": 360}
+TEST_SECONDS, PEER_SECONDS, MOE_PEER_SECONDS = 120, 60, 100
+STARTING_SECONDS, MOE_STARTING_SECONDS = 25, 60
+"""What a step may take besides: imports, the limits, what was begun before its time was over."""
 
 _TAIL_LINES = 15
 
@@ -46,30 +56,50 @@ class Step:
     tail: list[str]
 
 
-def main() -> int:
-    """Run the steps; 0 if all of them went well."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the stages; 0 if all steps went well."""
+    parser = argparse.ArgumentParser(description="tests, figures and tuned tiles on a GPU")
+    parser.add_argument("stages", nargs="*", metavar="STAGE", help=", ".join(STAGE_SECONDS))
+    stages = parser.parse_args(arguments).stages or list(STAGE_SECONDS)
+    if unknown := [stage for stage in stages if stage not in STAGE_SECONDS]:
+        parser.error(f"no stage {unknown[0]!r}: there are {', '.join(STAGE_SECONDS)}")
     folder = Path(os.environ.get("OUT") or ROOT / "benchmarks" / "results" / "gpu").resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    steps = run_steps(folder, time.monotonic() + TOTAL_SECONDS)
-    report = {"steps": [dataclasses.asdict(step) for step in steps]}
-    (folder / "run.json").write_text(json.dumps(report, indent=2) + "\n", "utf-8")
-    print_summary(folder, steps)
-    return int(any(step.exit_code != 0 for step in steps))
+    failed = False
+    for stage in stages:
+        steps = run_stage(stage, folder, time.monotonic() + STAGE_SECONDS[stage])
+        report = {"steps": [dataclasses.asdict(step) for step in steps]}
+        (folder / f"run-{stage}.json").write_text(json.dumps(report, indent=2) + "\n", "utf-8")
+        print_summary(folder / "tuned" if stage == "again" else folder, steps)
+        failed = failed or any(step.exit_code != 0 for step in steps)
+    return int(failed)
 
 
-def run_steps(folder: Path, end: float) -> list[Step]:
-    """Tests, tuner, bench, each in the time it has."""
-    # so that the bench finds what the tuner wrote
-    environment = {"JAXWNA16_TILES": str(folder)}
-    bench = ["-m", "jaxwna16", "bench", "--output", str(folder)]
-    steps = [run_step("tests", ["-m", "pytest", "-q", "-m", "gpu", "tests/gpu"], TEST_SECONDS)]
-    tune = [*bench, "--tune", "--seconds", str(TUNING_SECONDS)]
-    steps.append(run_step("tune", tune, TUNING_SECONDS + STARTING_SECONDS, environment))
-    left = end - time.monotonic()
-    seconds = max(30, int(left - PEER_SECONDS - STARTING_SECONDS))
-    peers = ["--peers", "--peer-seconds", str(PEER_SECONDS)]
-    steps.append(run_step("bench", [*bench, *peers, "--seconds", str(seconds)], left, environment))
-    return steps
+def run_stage(stage: str, folder: Path, end: float) -> list[Step]:
+    """The steps of a stage, each in its part of the time that is left."""
+
+    def bench(name: str, part: float, *options: str, peers: int = 0, tuned: bool = True) -> Step:
+        seconds = part * (end - time.monotonic())
+        besides = MOE_STARTING_SECONDS if "--moe" in options else STARTING_SECONDS
+        inner = max(20, int(seconds - peers - besides))
+        arguments = ["-m", "jaxwna16", "bench", *options, "--seconds", str(inner)]
+        arguments += ["--peers", "--peer-seconds", str(peers)] if peers else []
+        # so that the table is written here, and found by those who come after
+        environment = {"JAXWNA16_TILES": str(folder)} if tuned else None
+        return run_step(name, arguments, seconds, environment)
+
+    here, again = ["--output", str(folder)], ["--output", str(folder / "tuned")]
+    if stage == "measure":
+        tests = run_step("tests", ["-m", "pytest", "-q", "-m", "gpu", "tests/gpu"], TEST_SECONDS)
+        dense = bench("bench", 0.4, *here, peers=PEER_SECONDS, tuned=False)
+        moe = bench("bench moe", 1.0, "--moe", *here, peers=MOE_PEER_SECONDS, tuned=False)
+        return [tests, dense, moe]
+    if stage == "tune":
+        return [
+            bench("tune", 0.45, "--tune", *here),
+            bench("tune moe", 1, "--tune", "--moe", *here),
+        ]
+    return [bench("bench again", 0.45, *again), bench("bench moe again", 1, "--moe", *again)]
 
 
 def run_step(
@@ -105,11 +135,14 @@ def run_step(
 
 def print_summary(folder: Path, steps: list[Step]) -> None:
     """The targets that were measured, then one line a step."""
-    with contextlib.suppress(FileNotFoundError):
+    rows: list[Any] = []
+    for name in ("kernels", "moe"):
+        with contextlib.suppress(FileNotFoundError):
+            rows += json.loads((folder / f"{name}.json").read_text("utf-8"))["rows"]
+    if rows:
         from jaxwna16.bench.report import tabulate_targets
 
-        result: dict[str, Any] = json.loads((folder / "kernels.json").read_text("utf-8"))
-        cells = [row[:6] for row in tabulate_targets(result["rows"])]
+        cells = [row[:6] for row in tabulate_targets(rows)]
         widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
         for row in cells:
             print("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)))

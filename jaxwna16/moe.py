@@ -20,6 +20,7 @@ from pallas_kernels.weights import check_weights, make_abstract
 
 _LEAVES = ("packed", "scale", "zero_point", "bias")
 _INTEGERS = ("packed", "zero_point")
+_WEIGH = ("output", "input")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -156,12 +157,7 @@ class QuantMoE(nnx.Module):
         Raises:
           SpecError: if the arrays contradict the specs.
         """
-        packed = w13.get("packed")
-        experts = 0 if packed is None or packed.ndim == 0 else packed.shape[0]
-        for weights, spec in ((w13, spec13), (w2, spec2)):
-            check_weights(weights, spec, experts)
-        if ("bias" in w13) != ("bias" in w2):
-            raise SpecError("w13 and w2 must both have a bias, or neither")
+        experts = check_stacks((w13, w2), (spec13, spec2))
         options |= {"experts": experts, "use_bias": "bias" in w13}
         layer = nnx.eval_shape(lambda: cls(spec13, spec2, **options))
         for stack, weights in ((layer.w13, w13), (layer.w2, w2)):
@@ -187,7 +183,7 @@ class QuantMoE(nnx.Module):
           router_logits: [..., number of all experts].
           correction_bias: of the choice, see `route`.
           shared: [..., H], what shared experts made of x; it is added.
-          shared_gate: logits [..., 1] or [...]; their sigmoid multiplies `shared`.
+          shared_gate: logits [..., 1]; their sigmoid multiplies `shared`.
           expert_offset: number of this layer's first expert, where it holds a part of them.
 
         Raises:
@@ -213,9 +209,15 @@ def check_expert_options(
     spec13: QuantSpec, spec2: QuantSpec, experts: int, options: ExpertOptions, dtype: Any
 ) -> None:
     """Raise a SpecError or BackendError if no layer can have these options."""
-    for spec in (spec13, spec2):
+    for name, spec in (("spec13", spec13), ("spec2", spec2)):
+        if not isinstance(spec, QuantSpec):
+            raise SpecError(f"{name} must be a QuantSpec, got {type(spec).__name__}")
         check_options(spec, dtype, options.backend, "speed")
     check_activation(options.activation, options.gated)
+    if options.weigh not in _WEIGH:
+        raise SpecError(f"weigh must be one of {_WEIGH}, got {options.weigh!r}")
+    if options.interleaved and not options.gated:
+        raise SpecError("interleaved is for gated experts")
     if type(experts) is not int or experts < 1:
         raise SpecError(f"experts must be an integer of at least 1, got {experts!r}")
     wanted = spec2.in_features * (2 if options.gated else 1), spec2.out_features
@@ -224,6 +226,25 @@ def check_expert_options(
             f"spec13 must have [N, K] = {list(wanted)} beside this spec2, "
             f"got {[spec13.out_features, spec13.in_features]}"
         )
+
+
+def check_stacks(
+    stacks: tuple[Mapping[str, jax.Array], Mapping[str, jax.Array]],
+    specs: tuple[QuantSpec, QuantSpec],
+) -> int:
+    """Count the experts; raise a SpecError if w13 and w2 are no stacks of as many."""
+    packed = stacks[0].get("packed") if isinstance(stacks[0], Mapping) else None
+    experts = (*getattr(packed, "shape", ()), 0)[0]
+    for name, weights, spec in zip(("w13", "w2"), stacks, specs, strict=True):
+        try:
+            check_weights(weights, spec, experts)
+        except SpecError as error:
+            raise SpecError(f"{name}: {error}") from error
+        if "perm" in weights:
+            raise SpecError(f"{name}: experts with reordered features (perm) are not supported")
+    if ("bias" in stacks[0]) != ("bias" in stacks[1]):
+        raise SpecError("w13 and w2 must both have a bias, or neither")
+    return experts
 
 
 def run_experts(
@@ -239,7 +260,14 @@ def run_experts(
     expert_offset: jax.Array | int,
 ) -> jax.Array:
     """Route, run the chosen experts, add the shared ones; arguments as `QuantMoE.__call__`."""
-    routing = {f.name: getattr(options.routing, f.name) for f in dataclasses.fields(Routing)}
+    held, lead = weights[0]["packed"].shape[0], x.shape[:-1]
+    found = router_logits.shape
+    if len(found) != x.ndim or found[:-1] != lead or found[-1] < held:
+        raise SpecError(
+            f"router_logits must be [..., E] with [...] = {list(lead)} as x has it, and E at least "
+            f"the {held} experts of this layer, got {list(found)}"
+        )
+    routing = dataclasses.asdict(options.routing)
     ids, factors = route(router_logits, correction_bias=correction_bias, **routing)
     return quant_moe(
         x,
@@ -263,8 +291,6 @@ def weigh_shared(shared: jax.Array | None, gate: jax.Array | None) -> jax.Array 
         if gate is not None:
             raise SpecError("shared_gate is given without shared")
         return shared
-    if gate.ndim == shared.ndim - 1:
-        gate = gate[..., None]
     if gate.shape != (*shared.shape[:-1], 1):
         raise SpecError(f"shared_gate must be {[*shared.shape[:-1], 1]}, got {list(gate.shape)}")
     return shared.astype(jnp.float32) * jax.nn.sigmoid(gate.astype(jnp.float32))

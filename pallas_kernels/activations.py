@@ -36,7 +36,7 @@ def apply(name: str, gate: jax.Array, up: jax.Array | None = None) -> jax.Array:
     """act(gate) * up, or act(gate) without up; float32 in, float32 out."""
     if name == "swigluoai":
         assert up is not None
-        gate, up = jnp.minimum(gate, _LIMIT), jnp.minimum(jnp.maximum(up, -_LIMIT), _LIMIT)
+        gate, up = _cut_above(gate, _LIMIT), _cut_below(_cut_above(up, _LIMIT), -_LIMIT)
         return gate * jax.nn.sigmoid(_ALPHA * gate) * (up + 1)
     y = _apply_alone(name, gate)
     return y if up is None else y * up
@@ -49,5 +49,14 @@ def _apply_alone(name: str, h: jax.Array) -> jax.Array:
         return h * 0.5 * (1 + jax.lax.erf(h * math.sqrt(0.5)))
     if name == "gelu_tanh":
         return h * 0.5 * (1 + jnp.tanh(math.sqrt(2 / math.pi) * (h + 0.044715 * h * h * h)))
-    positive = jnp.maximum(h, 0.0)
+    positive = _cut_below(h, 0.0)
     return positive * positive
+
+
+# not minimum and maximum, which make a number of NaN where Pallas-Triton lowers them (minnumf)
+def _cut_above(h: jax.Array, limit: float) -> jax.Array:
+    return jnp.where(h > limit, limit, h)
+
+
+def _cut_below(h: jax.Array, limit: float) -> jax.Array:
+    return jnp.where(h < limit, limit, h)

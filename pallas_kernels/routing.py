@@ -27,6 +27,7 @@ from pallas_kernels.errors import SpecError
 SCORINGS = ("softmax", "sigmoid", "sqrt_softplus")
 GROUP_SCORES = ("max", "top2_sum")
 _TINY = 1e-20  # keeps a sum of scores that all vanished from dividing by 0, as DeepSeek's code does
+_LIFT = 2.0**40  # changes no rounding; keeps the square of `_TINY`, in the derivative, above 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -107,9 +108,14 @@ def route(
     """Choose the experts of every token; see the module for the formulas and `Routing`.
 
     Differentiable with respect to the logits through the weights. Of equal experts, and of equal
-    groups, the lower number comes first. A token with a NaN among its scores (which an infinite
-    logit makes under softmax) or its choice gets the experts 0 .. top_k - 1 with weights NaN, so
-    that it cannot pass unnoticed; an expert of logit -inf counts 0 and comes last.
+    groups, the lower number comes first; experts are equal where their float32 c is, even if their
+    logits are not (from 18 on every sigmoid is 1).
+
+    A token with a NaN or infinite score, or a NaN in c, gets the experts 0 .. top_k - 1 with
+    weights NaN, so that it cannot pass unnoticed. That is a token with a NaN among its logits or in
+    `correction_bias`; under softmax also one with a logit of +inf, or with -inf alone; under
+    sqrt_softplus one of +inf. Otherwise a logit of -inf is a score of 0, and +inf under sigmoid 1.
+    An expert with a bias of -inf is the last of its group, one of +inf the first.
 
     Args:
       router_logits: float [..., E].
@@ -140,33 +146,43 @@ def route(
     scores = _score(logits.astype(jnp.float32), scoring)
     choice = lax.stop_gradient(scores)
     if correction_bias is not None:
-        if correction_bias.shape != (experts,):
+        bias = jnp.asarray(correction_bias)
+        if bias.shape != (experts,) or not jnp.issubdtype(bias.dtype, jnp.floating):
             raise SpecError(
-                f"correction_bias must be [{experts}], got {list(correction_bias.shape)}"
+                f"correction_bias must be float [{experts}], got {bias.dtype} {list(bias.shape)}"
             )
-        bias = lax.stop_gradient(correction_bias).astype(jnp.float32)
+        bias = lax.stop_gradient(bias).astype(jnp.float32)
         choice = choice + jnp.expand_dims(bias, range(choice.ndim - 1))
-    broken = jnp.isnan(choice).any(-1, keepdims=True)
-    # equal all over: the first ones are chosen, whatever a device's top_k makes of NaN
-    choice = jnp.where(broken, 0.0, choice)
+    broken = (~jnp.isfinite(scores) | jnp.isnan(choice)).any(-1, keepdims=True)
+    # finite, so that two biases never add up to NaN and only other groups' experts are -inf; and
+    # equal all over where broken: the first are chosen, whatever a device's top_k makes of NaN
+    finite = jnp.finfo(jnp.float32)
+    choice = jnp.where(broken, 0.0, jnp.clip(choice, finite.min, finite.max))
     if groups > top_groups:
         choice = _mask_groups(choice, routing)
     ids = lax.top_k(choice, top_k)[1]
     weights = jnp.take_along_axis(scores, ids, axis=-1)
     if renormalize:
-        weights = weights / (weights.sum(-1, keepdims=True) + _TINY)
+        lifted = weights * _LIFT
+        weights = lifted / (lifted.sum(-1, keepdims=True) + _TINY * _LIFT)
     return ids, jnp.where(broken, jnp.nan, weights * scaling_factor)
 
 
 def _score(logits: jax.Array, scoring: str) -> jax.Array:
     if scoring == "softmax":
         return jax.nn.softmax(logits, axis=-1)
-    return jax.nn.sigmoid(logits) if scoring == "sigmoid" else jnp.sqrt(jax.nn.softplus(logits))
+    if scoring == "sigmoid":
+        return jax.nn.sigmoid(logits)
+    positive = jax.nn.softplus(logits)
+    # the derivative of a square root is infinite at 0, which would make NaN of a vanished score's
+    vanished = positive == 0
+    return jnp.where(vanished, 0.0, jnp.sqrt(jnp.where(vanished, 1.0, positive)))
 
 
 def _mask_groups(choice: jax.Array, routing: Routing) -> jax.Array:
     """-inf for experts outside the best groups."""
-    grouped = choice.reshape(*choice.shape[:-1], routing.groups, -1)
+    size = choice.shape[-1] // routing.groups
+    grouped = choice.reshape(*choice.shape[:-1], routing.groups, size)
     if routing.group_score == "max":
         quality = grouped.max(-1)
     else:

@@ -2,12 +2,15 @@
 
     {"device_kind": "NVIDIA H200", "kernel_version": 1, "layout_version": 1, "made": {...},
      "entries": [{"bits": 4, "group_size": 128, "in_features": 4096, "out_features": 4096,
-                  "tokens": 16, "x_dtype": "bfloat16", "schedule": {"block_m": 16, ...}}, ...]}
+                  "tokens": 16, "x_dtype": "bfloat16", "schedule": {"block_m": 16, ...}}, ...],
+     "experts": [{"bits": 4, "group_size": 128, "hidden": 2048, "intermediate": 768, "experts": 128,
+                  "top_k": 8, "tokens": 16, "x_dtype": "bfloat16",
+                  "schedule": {"first": {...}, "second": {...}, "direct": false}}, ...]}
 
-An entry stands for what is near the shape that was timed: K, N and M within a factor of two, groups
-of the same class. The nearest one is used. A table is looked for in $JAXWNA16_TILES (a file, or a
-folder of files), the user's cache folder, and this package, in that order. It is used as a whole or
-refused as a whole; a GPU that nobody described (`device.UNKNOWN`) has none.
+`experts` may be missing. `pallas_kernels.tile_entries` says which entry serves a product. A table
+is looked for in $JAXWNA16_TILES (a file, or a folder of files), the user's cache folder, and this
+package, in that order. It is used as a whole or refused as a whole; a GPU that nobody described
+(`device.UNKNOWN`) has none.
 """
 
 from __future__ import annotations
@@ -17,95 +20,47 @@ import contextlib
 import dataclasses
 import functools
 import json
-import math
 import os
 import re
 import reprlib
 import typing
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-import jax.numpy as jnp
-
 from pallas_kernels.device import UNKNOWN, Device
 from pallas_kernels.errors import TableError
-from pallas_kernels.schedule import PREFILL, Schedule, Tiles, find_faults
+from pallas_kernels.schedule import PREFILL, Schedule, Tiles
+from pallas_kernels.schedule_moe import MoeTiles, Specs
 from pallas_kernels.spec import LAYOUT_VERSION, QuantSpec
+from pallas_kernels.tile_entries import (
+    GROUP_CLASSES,
+    MAX_TOKENS,
+    Entry,
+    MoeEntry,
+    TileTable,
+    find_moe_schedule,
+    find_schedule,
+)
 
 KERNEL_VERSION = 1
 """Version of the kernels that tiles are tuned for; it changes when timings would be misleading."""
 
 FOLDER_VARIABLE = "JAXWNA16_TILES"
 _PACKAGED = Path(__file__).parent / "tiles"
-_MAX_TOKENS = 4096
 _MAX_BYTES = 4 << 20
 _MAX_INTEGER = 2**31 - 1
 _MAX_FAULTS = 20
 _WAY_OUT = "delete or mend the file; `jaxwna16 bench --tune` makes a table anew"
 _HEADER = ("device_kind", "kernel_version", "layout_version", "made")
+_LISTS = ("entries", "experts")
 _ALLOWED = {
     "bits": (4, 8),
-    "group_size": (32, 64, 128),
-    "tokens": tuple(1 << i for i in range(_MAX_TOKENS.bit_length())),
+    "group_size": GROUP_CLASSES,
+    "tokens": tuple(1 << i for i in range(MAX_TOKENS.bit_length())),
     "x_dtype": ("bfloat16", "float16"),
 }
 _TILE_TYPES = typing.get_type_hints(Tiles)
-
-
-@dataclasses.dataclass(frozen=True)
-class Entry:
-    """One tuned shape, and what was fastest for it.
-
-    Attributes:
-      bits: 4 or 8.
-      group_size: 32, 64 or 128; any other becomes its class, see `classify_group`.
-      in_features, out_features: K and N that were timed.
-      tokens: M that was timed, as a power of two up to 4096; any other is rounded up.
-      x_dtype: "bfloat16" or "float16".
-      schedule: the fastest.
-    """
-
-    bits: int
-    group_size: int
-    in_features: int
-    out_features: int
-    tokens: int
-    x_dtype: str
-    schedule: Schedule
-
-    def __post_init__(self):
-        object.__setattr__(self, "group_size", classify_group(self.group_size))
-        object.__setattr__(self, "tokens", round_up_bucket(self.tokens))
-
-    @property
-    def key(self) -> tuple[int, int, int, int, int, str]:
-        """All but the schedule; a table has each once."""
-        shape = (self.in_features, self.out_features, self.tokens)
-        return (self.bits, self.group_size, *shape, self.x_dtype)
-
-
-@dataclasses.dataclass(frozen=True)
-class TileTable:
-    """All entries for one kind of GPU; `made` says by what and when."""
-
-    device_kind: str
-    entries: tuple[Entry, ...]
-    made: Mapping[str, str]
-
-
-def classify_group(group_size: int) -> int:
-    """The class of a group size, 32, 64 or 128: the next one up, and the last for all above.
-
-    Groups differ to a kernel by how many scales it meets in a step along K, and a step is hardly
-    longer than 128.
-    """
-    return next((size for size in _ALLOWED["group_size"] if group_size <= size), 128)
-
-
-def round_up_bucket(tokens: int) -> int:
-    """The bucket of M: the next power of two, at most 4096."""
-    return min(_MAX_TOKENS, 1 << max(0, tokens - 1).bit_length())
 
 
 def load_schedule(
@@ -116,70 +71,37 @@ def load_schedule(
     Raises:
       TableError: if the table is wrong or stale, or is one for another device.
     """
+    table = _load_table(device)
+    return table and find_schedule(table, device, spec, tokens, x_dtype, scale_dtype)
+
+
+def load_moe_schedule(
+    device: Device,
+    specs: Specs,
+    experts: int,
+    tokens: int,
+    top_k: int,
+    x_dtype,
+    scale_dtypes: Sequence,
+) -> MoeTiles | None:
+    """What the device's table says of gated experts, as `load_schedule`.
+
+    Raises:
+      TableError: as `load_schedule`.
+    """
+    table = _load_table(device)
+    facts = (specs, experts, tokens, top_k, x_dtype, scale_dtypes)
+    return table and find_moe_schedule(table, device, *facts)
+
+
+def _load_table(device: Device) -> TileTable | None:
     path = None if device.kind == UNKNOWN.kind else find_table_path(device.kind)
     if path is None:
         return None
     table = read_table(path)
     if table.device_kind != device.kind:
         _refuse(path, [f"device_kind must be {device.kind!r}, found {_show(table.device_kind)}"])
-    return find_schedule(table, device, spec, tokens, x_dtype, scale_dtype)
-
-
-def find_schedule(
-    table: TileTable, device: Device, spec: QuantSpec, tokens: int, x_dtype, scale_dtype
-) -> Schedule | None:
-    """The schedule of the nearest entry that can run, None if no entry is near.
-
-    Nearest is the least distance in K and N (as logarithms), and among equals the nearest M.
-    """
-    kind = (spec.bits, classify_group(spec.group_size), jnp.dtype(x_dtype).name)
-    scales_fit = jnp.dtype(scale_dtype) == jnp.dtype(x_dtype)
-    bucket = round_up_bucket(tokens)
-    near = [
-        entry
-        for entry in table.entries
-        if (entry.bits, entry.group_size, entry.x_dtype) == kind
-        and _is_near(entry, spec, bucket)
-        and (scales_fit or not _multiplies_weight(entry.schedule))
-        and not _find_schedule_faults(entry.schedule, spec, device)
-    ]
-    return min(near, key=lambda entry: _rank(entry, spec, bucket)).schedule if near else None
-
-
-def _is_near(entry: Entry, spec: QuantSpec, bucket: int) -> bool:
-    here = (spec.in_features, spec.out_features, bucket)
-    there = (entry.in_features, entry.out_features, entry.tokens)
-    if any(max(pair) > 2 * min(pair) for pair in zip(here, there, strict=True)):
-        return False
-    if not isinstance(entry.schedule, Tiles):
-        return bucket >= entry.tokens  # expanding pays the more the more tokens share it
-    # each weight is to be read as often as when this was timed
-    block = entry.schedule.block_m
-    return -(-bucket // block) == -(-entry.tokens // block)
-
-
-def _multiplies_weight(schedule: Schedule) -> bool:
-    return isinstance(schedule, Tiles) and schedule.scale_on == "weight"
-
-
-def _rank(entry: Entry, spec: QuantSpec, bucket: int) -> tuple[float, ...]:
-    away = (
-        abs(math.log2(spec.in_features / entry.in_features)),
-        abs(math.log2(spec.out_features / entry.out_features)),
-    )
-    away_in_tokens = abs(math.log2(bucket / entry.tokens))
-    return (sum(away), away_in_tokens, -entry.tokens, entry.in_features, entry.out_features)
-
-
-def _find_schedule_faults(schedule: Schedule, spec: QuantSpec, device: Device) -> list[str]:
-    """Everything that keeps a kernel from running `schedule` on weights of `spec`."""
-    if not isinstance(schedule, Tiles):
-        return []
-    faults = find_faults(schedule, spec, device)
-    steps = 0 if faults else -(-spec.tiles_k * spec.tile_k // schedule.block_k)
-    if not faults and schedule.splits > 2 * steps:
-        faults = [f"splits must be at most {2 * steps}, two a step of K, found {schedule.splits}"]
-    return faults
+    return table
 
 
 def find_table_path(device_kind: str) -> Path | None:
@@ -246,14 +168,19 @@ def _format(table: TileTable) -> str:
     """JSON with one line for each entry, so that tables can be compared line by line."""
     values = (table.device_kind, KERNEL_VERSION, LAYOUT_VERSION, dict(table.made))
     header = [
-        f"  {json.dumps(name)}: {json.dumps(value, sort_keys=True)},"
+        f"  {json.dumps(name)}: {json.dumps(value, sort_keys=True)}"
         for name, value in zip(_HEADER, values, strict=True)
     ]
-    entries = [
-        "    " + json.dumps(dataclasses.asdict(entry), sort_keys=True)
-        for entry in sorted(table.entries, key=lambda entry: entry.key)
+    lists = [
+        "\n".join([f'  "{name}": [', ",\n".join(_format_entries(getattr(table, name))), "  ]"])
+        for name in _LISTS
     ]
-    return "\n".join(["{", *header, '  "entries": [', ",\n".join(entries), "  ]", "}", ""])
+    return "{\n" + ",\n".join([*header, *lists]) + "\n}\n"
+
+
+def _format_entries(entries: Sequence[Entry | MoeEntry]) -> list[str]:
+    ordered = sorted(entries, key=lambda entry: entry.key)
+    return ["    " + json.dumps(dataclasses.asdict(entry), sort_keys=True) for entry in ordered]
 
 
 def read_table(path: str | os.PathLike) -> TileTable:
@@ -286,23 +213,18 @@ def _parse(text: bytes, path: Path) -> TileTable:
         content = json.loads(text, object_pairs_hook=_make_object)
     except (ValueError, RecursionError) as error:
         _refuse(path, [f"it is not JSON as expected: {error}"])
-    faults = _find_wrong_names(content, (*_HEADER, "entries"), "the table")
+    faults = _find_wrong_names(content, (*_HEADER, "entries"), "the table", optional=("experts",))
     if not faults:
         faults = _find_header_faults(content)
     if faults:
         _refuse(path, faults)
     # how many cores it has does not decide what can run
     device = Device(content["device_kind"], UNKNOWN.cores)
-    entries = []
-    for i, raw in enumerate(content["entries"]):
-        entry, found = _parse_entry(raw, device, f"entries[{i}]")
-        entries += [entry] if entry else []
-        faults += found
-    counts = collections.Counter(entry.key for entry in entries)
-    faults += [f"{count} entries for {key}" for key, count in counts.items() if count > 1]
-    if faults:
+    entries, found = _parse_entries(content["entries"], Entry, device, "entries")
+    experts, more = _parse_entries(content.get("experts", []), MoeEntry, device, "experts")
+    if faults := [*found, *more]:
         _refuse(path, faults)
-    return TileTable(content["device_kind"], tuple(entries), content["made"])
+    return TileTable(content["device_kind"], entries, content["made"], experts)
 
 
 def _make_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -312,11 +234,14 @@ def _make_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
-def _find_wrong_names(raw: Any, names: Collection[str], where: str) -> list[str]:
+def _find_wrong_names(
+    raw: Any, names: Collection[str], where: str, optional: Collection[str] = ()
+) -> list[str]:
     if not isinstance(raw, dict):
         return [f"{where} must be an object, found {_show(raw)}"]
     missing = [f"{where} lacks {name}" for name in names if name not in raw]
-    return missing + [f"{where} has an unknown {_show(n)}" for n in raw if n not in names]
+    known = {*names, *optional}
+    return missing + [f"{where} has an unknown {_show(n)}" for n in raw if n not in known]
 
 
 def _find_header_faults(content: dict[str, Any]) -> list[str]:
@@ -325,53 +250,75 @@ def _find_header_faults(content: dict[str, Any]) -> list[str]:
         found = content[name]
         if type(found) is not int or found != wanted:
             faults.append(f"{name} must be {wanted}, found {_show(found)}: the table is stale")
-    kind, made, entries = content["device_kind"], content["made"], content["entries"]
+    kind, made = content["device_kind"], content["made"]
     if not isinstance(kind, str) or not kind.isprintable():
         faults.append(f"device_kind must be printable text, found {_show(kind)}")
     if not isinstance(made, dict) or not all(isinstance(text, str) for text in made.values()):
         faults.append(f"made must map names to text, found {_show(made)}")
-    if not isinstance(entries, list):
-        faults.append(f"entries must be a list, found {_show(entries)}")
+    for name in _LISTS:
+        if not isinstance(content.get(name, []), list):
+            faults.append(f"{name} must be a list, found {_show(content[name])}")
     return faults
 
 
-def _parse_entry(raw: Any, device: Device, where: str) -> tuple[Entry | None, list[str]]:
-    """The entry, or None and what is wrong with it."""
-    if faults := _find_wrong_names(raw, [f.name for f in dataclasses.fields(Entry)], where):
+def _parse_entries(raws: list, kind: type, device: Device, name: str) -> tuple[tuple, list[str]]:
+    """All entries of a list that are right, and the faults of the others."""
+    entries, faults = [], []
+    for i, raw in enumerate(raws):
+        entry, found = _parse_entry(raw, kind, device, f"{name}[{i}]")
+        entries += [entry] if entry else []
+        faults += found
+    counts = collections.Counter(entry.key for entry in entries)
+    twice = [f"{count} {name} for {key}" for key, count in counts.items() if count > 1]
+    return tuple(entries), faults + twice
+
+
+def _parse_entry(raw: Any, kind: type, device: Device, where: str) -> tuple[Any, list[str]]:
+    """The entry, `Entry` or `MoeEntry` as `kind` says, or None and what is wrong with it."""
+    if faults := _find_wrong_names(raw, [f.name for f in dataclasses.fields(kind)], where):
         return None, faults
     for name, allowed in _ALLOWED.items():
         if type(raw[name]) is not type(allowed[0]) or raw[name] not in allowed:
             wanted = ", ".join(map(str, allowed))
             faults.append(f"{where}.{name} must be one of {wanted}, found {_show(raw[name])}")
-    for name in ("in_features", "out_features"):
+    for name in kind.SIZES:
         faults += _find_wrong_type(raw[name], int, f"{where}.{name}")
-    schedule = raw["schedule"]
-    if schedule != PREFILL:
-        where = f"{where}.schedule"
-        found = _find_wrong_names(schedule, _TILE_TYPES, where)
-        if not found:
-            for name, kind in _TILE_TYPES.items():
-                found += _find_wrong_type(schedule[name], kind, f"{where}.{name}")
-        faults += found
-        schedule = schedule if faults else Tiles(**schedule)
-    if faults:
+    parse = _parse_schedule if kind is Entry else _parse_moe_tiles
+    schedule, found = parse(raw["schedule"], f"{where}.schedule")
+    if faults := [*faults, *found]:
         return None, faults
-    spec = QuantSpec(
-        bits=raw["bits"],
-        group_size=-1,  # its class need not divide K
-        symmetric=False,
-        in_features=raw["in_features"],
-        out_features=raw["out_features"],
-    )
-    found = _find_schedule_faults(schedule, spec, device)
-    if found:
-        return None, [f"{where}: {fault}" for fault in found]
-    return Entry(**{**raw, "schedule": schedule}), []
+    entry = kind(**{**raw, "schedule": schedule})
+    if found := entry.find_faults(device):
+        return None, [f"{where}.schedule: {fault}" for fault in found]
+    return entry, []
+
+
+def _parse_schedule(raw: Any, where: str) -> tuple[Schedule | None, list[str]]:
+    return (PREFILL, []) if raw == PREFILL else _parse_tiles(raw, where)
+
+
+def _parse_moe_tiles(raw: Any, where: str) -> tuple[MoeTiles | None, list[str]]:
+    if faults := _find_wrong_names(raw, ("first", "second", "direct"), where):
+        return None, faults
+    first, faults = _parse_tiles(raw["first"], f"{where}.first")
+    second, found = _parse_tiles(raw["second"], f"{where}.second")
+    faults = [*faults, *found, *_find_wrong_type(raw["direct"], bool, f"{where}.direct")]
+    if first is None or second is None or faults:
+        return None, faults
+    return MoeTiles(first=first, second=second, direct=raw["direct"]), []
+
+
+def _parse_tiles(raw: Any, where: str) -> tuple[Tiles | None, list[str]]:
+    faults = _find_wrong_names(raw, _TILE_TYPES, where)
+    if not faults:
+        for name, kind in _TILE_TYPES.items():
+            faults += _find_wrong_type(raw[name], kind, f"{where}.{name}")
+    return (None, faults) if faults else (Tiles(**raw), [])
 
 
 def _find_wrong_type(value: Any, kind: type, where: str) -> list[str]:
     if kind is not int:
-        wanted, is_good = "text", type(value) is kind
+        wanted, is_good = {str: "text", bool: "true or false"}[kind], type(value) is kind
     else:
         wanted = f"an integer from 1 to {_MAX_INTEGER}"
         is_good = type(value) is int and 1 <= value <= _MAX_INTEGER

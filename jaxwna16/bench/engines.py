@@ -1,11 +1,12 @@
 """The ways to compute a case, and the programs in which each is timed.
 
 *Chained*: one compiled program of many products, one after the other as in a model, each with a
-weight of its own. Where N = K a product is the input of the next. Elsewhere an optimization barrier
-makes the next wait for it: that costs no kernel, and XLA neither merges products nor moves their
-parts past each other. Copies of the weight take turns; two arguments that are the same buffer are
-different weights to XLA, so nothing is computed once for both. XLA may replay the kernels as a CUDA
-graph, as it does in a model; it is told to keep their order, so that no two products overlap.
+weight of its own. Where N = K a product is the input of the next. Elsewhere, and for experts, an
+optimization barrier makes the next wait for it: that costs no kernel, and XLA neither merges
+products nor moves their parts past each other. Copies of the weight take turns; two arguments that
+are the same buffer are different weights to XLA, so nothing is computed once for both. XLA may
+replay the kernels as a CUDA graph, as it does in a model; it is told to keep their order, so that
+no two products overlap.
 
 *Graph-free*: the same chain without CUDA graphs. A graph launches its kernels faster, but XLA must
 change every node when buffers take turns: which of the two the host holds up less depends on the
@@ -24,22 +25,16 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax import lax
 
-from jaxwna16.bench.cases import Case, count_bytes
+from jaxwna16.bench.cases import Case, Inputs, Weight, count_bytes
+from jaxwna16.bench.moe_cases import DRAWS, MoeCase
 from jaxwna16.bench.timing import Clock, Effort, Timing, measure
-from pallas_kernels.layout import tiles_from_codes
-from pallas_kernels.matmul import quant_matmul
-from pallas_kernels.quantize import pad_groups
-from pallas_kernels.spec import QuantSpec
-from pallas_kernels.weights import make_abstract
 
-Weight = Any
-"""A tree of arrays: the leaf dict of a packed weight, or one float array."""
+AnyCase = Case | MoeCase
 
 CHAINED, GRAPH_FREE, SINGLE = "chained", "graph_free", "single"
-_SAME_INPUTS = 4
+_MOST_COPIES = 512
 _IN_ORDER = {"xla_gpu_command_buffer_scheduling_mode": "SERIALIZE"}
 _NO_GRAPH = {"xla_gpu_enable_command_buffer": ""}
 _CUBLAS = {"xla_gpu_enable_triton_gemm": False}
@@ -47,12 +42,12 @@ _CUBLAS = {"xla_gpu_enable_triton_gemm": False}
 
 @dataclasses.dataclass(frozen=True)
 class Engine:
-    """A way to compute x @ W.T.
+    """A way to compute a case.
 
     Attributes:
       name: "ours", "bf16" or "xla".
       packed: whether its weight is packed, or floats.
-      backend: of `quant_matmul`, where it is packed.
+      backend: of `quant_matmul` or `quant_moe`, where it is packed.
       options: compiler options beside those of the program.
     """
 
@@ -61,19 +56,29 @@ class Engine:
     backend: str | None = None
     options: dict[str, Any] = dataclasses.field(default_factory=dict, compare=False)
 
-    def multiply(self, x: jax.Array, weight: Weight, spec: QuantSpec) -> jax.Array:
-        """One product [M, K] -> [M, N]."""
-        if self.packed:
-            return quant_matmul(x, weight, spec, backend=self.backend)
-        contract = (((1,), (1,)), ((), ()))
-        return lax.dot_general(x, weight, contract, preferred_element_type=x.dtype)
+    def compute(self, case: AnyCase, inputs: Inputs, weight: Weight) -> Any:
+        """One product."""
+        return case.compute(inputs, weight, packed=self.packed, backend=self.backend)
 
-    def describe_weight(self, case: Case) -> Weight:
+    def describe_weight(self, case: AnyCase) -> Weight:
         """Shapes and dtypes of one weight."""
-        spec = case.spec
-        if self.packed:
-            return make_abstract(spec, case.dtype)
-        return jax.ShapeDtypeStruct((spec.out_features, spec.in_features), case.dtype)
+        return case.describe_weight(self.packed)
+
+    def draw_weight(self, case: AnyCase, key: jax.Array) -> Weight:
+        """A random weight."""
+        return case.draw_weight(key, self.packed)
+
+    def draw_inputs(self, case: AnyCase, number: int) -> Inputs:
+        """Random inputs; others for each number."""
+        return case.draw_inputs(number)
+
+
+class Grouping(Engine):
+    """A part of a Mixture-of-Experts: which token meets which expert. It reads no weight."""
+
+    def compute(self, case: AnyCase, inputs: Inputs, weight: Weight) -> Any:
+        assert isinstance(case, MoeCase)
+        return case.group(inputs, self.backend)
 
 
 # Among Triton's fusions XLA would search for seconds for each shape: the float product is cuBLAS's.
@@ -81,38 +86,18 @@ FLOAT = Engine("bf16", packed=False, options=_CUBLAS)
 EXPAND = Engine("xla", packed=True, backend="xla", options=_CUBLAS)
 
 
-def make_weights(engine: Engine, case: Case, effort: Effort) -> list[Weight]:
-    """Copies of a random weight that together exceed the cache, each with numbers of its own."""
-    size = count_bytes(engine.describe_weight(case))
-    count = min(max(2, math.ceil(effort.cold_bytes / size)), 512)
-    draw = _draw_packed if engine.packed else _draw_floats
-    make = jax.jit(functools.partial(draw, spec=case.spec, dtype=case.dtype))
-    weights = [make(jax.random.key(i)) for i in range(count)]
-    return jax.block_until_ready(weights)
+def make_weights(engine: Engine, case: AnyCase, effort: Effort) -> list[Weight]:
+    """Copies of a random weight, each with numbers of its own, that take turns."""
+    make = jax.jit(functools.partial(engine.draw_weight, case))
+    copies = count_copies(case, engine.packed, effort)
+    return jax.block_until_ready([make(jax.random.key(i)) for i in range(copies)])
 
 
-def _draw_packed(key: jax.Array, spec: QuantSpec, dtype: str) -> Weight:
-    keys = jax.random.split(key, 3)
-    grouped = (spec.out_features, spec.groups)
-    codes = jax.random.bits(keys[0], (spec.out_features, spec.in_features), jnp.uint8)
-    # results are as large as x, so that a chain neither overflows nor dies out
-    variance = ((1 << spec.bits) ** 2 - 1) / 12 * (1 if spec.symmetric else 2)
-    size = 1 / math.sqrt(spec.in_features * variance)
-    scale = jax.random.uniform(keys[1], grouped, jnp.float32, 0.5 * size, 1.4 * size)
-    weight = {
-        "packed": tiles_from_codes(codes & jnp.uint8((1 << spec.bits) - 1), spec),
-        "scale": pad_groups(scale.astype(dtype), spec),
-    }
-    if not spec.symmetric:
-        zero = jax.random.randint(keys[2], grouped, -spec.offset, spec.offset, jnp.int32)
-        weight["zero_point"] = pad_groups(zero.astype(jnp.int8), spec)
-    return weight
-
-
-def _draw_floats(key: jax.Array, spec: QuantSpec, dtype: str) -> Weight:
-    shape = (spec.out_features, spec.in_features)
-    numbers = jax.random.normal(key, shape, dtype)
-    return numbers * jnp.asarray(1 / math.sqrt(spec.in_features), dtype)
+def count_copies(case: AnyCase, packed: bool, effort: Effort) -> int:
+    """How many: what products read in one turn exceeds the cache, within `effort.most_bytes`."""
+    wanted = max(2, math.ceil(effort.cold_bytes / case.count_least_bytes(packed)))
+    size = count_bytes(case.describe_weight(packed))
+    return min(wanted, _MOST_COPIES, max(1, effort.most_bytes // size))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,25 +105,29 @@ class Program:
     """A compiled program that is ready to be timed.
 
     Attributes:
+      engine, case: what it computes.
       run: takes the inputs, then the weights, one of each a product.
       products: how many it computes.
     """
 
-    case: Case
-    run: Callable[[list[jax.Array], list[Weight]], Any]
+    engine: Engine
+    case: AnyCase
+    run: Callable[[list[Inputs], list[Weight]], Any]
     products: int
 
     def time(self, weights: list[Weight], effort: Effort, *, clock: Clock | None = None) -> Timing:
-        """Time it; the weights take turns."""
-        case, count = self.case, self.products
-        inputs = draw_inputs(case, min(count, _SAME_INPUTS))
-        xs = [inputs[i % len(inputs)] for i in range(count)]
+        """Time it; inputs and weights take turns."""
+        count = self.products
+        inputs = [self.engine.draw_inputs(self.case, i) for i in range(DRAWS)]
         turns = [
-            [weights[(start + i) % len(weights)] for i in range(count)]
-            for start in range(0, len(weights), count)
+            (
+                [inputs[(start + i) % DRAWS] for i in range(count)],
+                [weights[(start + i) % len(weights)] for i in range(count)],
+            )
+            for start in range(0, max(len(weights), DRAWS), count)
         ]
         return measure(
-            lambda made: self.run(xs, turns[made % len(turns)]),
+            lambda made: self.run(*turns[made % len(turns)]),
             jax.block_until_ready,
             effort,
             products=count,
@@ -146,25 +135,18 @@ class Program:
         )
 
 
-def draw_inputs(case: Case, count: int) -> list[jax.Array]:
-    """Random x, [M, K] each."""
-    shape = (case.tokens, case.spec.in_features)
-    return [jax.random.normal(jax.random.key(100 + i), shape, case.dtype) for i in range(count)]
-
-
-def count_layers(case: Case, effort: Effort) -> int:
+def count_layers(case: AnyCase, effort: Effort) -> int:
     """How many products a chain has: fewer where they are large."""
-    spec, layers = case.spec, effort.layers
-    result = case.tokens * spec.out_features * jnp.dtype(case.dtype).itemsize
+    layers = min(effort.layers, case.longest_chain)
     while layers > 4 and (
-        layers * case.flops > effort.chain_flops or layers * result > effort.chain_bytes
+        layers * case.flops > effort.chain_flops or layers * case.result_bytes > effort.chain_bytes
     ):
         layers //= 2
     return layers
 
 
 def compile_program(
-    engine: Engine, case: Case, figure: str, effort: Effort, *, feed: bool = True
+    engine: Engine, case: AnyCase, figure: str, effort: Effort, *, feed: bool = True
 ) -> Program:
     """Compile one of the programs of an engine.
 
@@ -178,23 +160,22 @@ def compile_program(
       Exception: whatever tracing or the compiler raises.
     """
     layers = 1 if figure == SINGLE else count_layers(case, effort)
-    spec = case.spec
     # a function of its own for every program: jit never hands out what it traced for another
-    multiply = jax.jit(lambda x, weight: engine.multiply(x, weight, spec))
+    compute = jax.jit(lambda inputs, weight: engine.compute(case, inputs, weight))
 
-    def run(xs: list[jax.Array], weights: list[Weight]) -> Any:
+    def run(xs: list[Inputs], weights: list[Weight]) -> Any:
         y, results = None, []
-        for x, weight in zip(xs, weights, strict=True):
-            if y is not None and feed and spec.in_features == spec.out_features:
-                x = y
+        for inputs, weight in zip(xs, weights, strict=True):
+            if y is not None and feed and case.feeds:
+                inputs = y
             elif y is not None:
-                x, y = lax.optimization_barrier((x, y))
+                inputs, y = lax.optimization_barrier((inputs, y))
                 results.append(y)
-            y = multiply(x, weight)
+            y = compute(inputs, weight)
         return [*results, y]
 
-    x = jax.ShapeDtypeStruct((case.tokens, spec.in_features), case.dtype)
-    arguments = [x] * layers, [engine.describe_weight(case)] * layers
+    inputs = jax.eval_shape(lambda: engine.draw_inputs(case, 0))
+    arguments = [inputs] * layers, [engine.describe_weight(case)] * layers
     options = engine.options | (_IN_ORDER if figure == CHAINED else _NO_GRAPH)
     compiled = jax.jit(run).lower(*arguments).compile(compiler_options=options)
-    return Program(case, compiled, layers)
+    return Program(engine, case, compiled, layers)

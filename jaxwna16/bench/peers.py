@@ -14,21 +14,20 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from jaxwna16.bench.cases import Case
-from jaxwna16.bench.engines import CHAINED
-from jaxwna16.bench.peer_worker import BUILDERS, MARK
+from jaxwna16.bench.engines import CHAINED, AnyCase
+from jaxwna16.bench.peer_worker import MARK, PEERS
 from jaxwna16.bench.run import Deadline, Row
 from jaxwna16.bench.timing import Effort
 
 _SHAPES = 3
-_TOKENS = (1, 16, 64, 128, 256, 1024)
+_TOKENS = {"dense": (1, 16, 64, 128, 256, 1024), "moe": (1, 16, 64, 256, 1024, 4096)}
 _ENOUGH = 24
 _WORKER = (sys.executable, "-m", "jaxwna16.bench.peer_worker")
 _LAST_LINES = 5
 
 
 def time_peers(
-    cases: Sequence[Case],
+    cases: Sequence[AnyCase],
     rows: Sequence[Row],
     effort: Effort,
     deadline: Deadline,
@@ -39,7 +38,7 @@ def time_peers(
     """Time every peer on the cases, write what it needed into the rows, and say how each fared.
 
     Args:
-      cases: what is timed; of many, a few shapes and numbers of tokens are chosen.
+      cases: what is timed, of one kind; of many, a few shapes and numbers of tokens are chosen.
       rows: those of the cases, in the same order.
       effort: as for our own figures.
       deadline: the peers that are left share the time that is left.
@@ -50,10 +49,11 @@ def time_peers(
       For each peer {"name", "version", "absent", "error"}: `absent` says why it is not there.
     """
     chosen = _choose(cases)
+    names = PEERS[cases[0].kind] if cases else {}
     fared = []
-    for place, name in enumerate(BUILDERS):
+    for place, name in enumerate(names):
         report(f"peer {name}: {len(chosen)} cases")
-        seconds = deadline.left / (len(BUILDERS) - place)
+        seconds = deadline.left / (len(names) - place)
         outcome, found = _run_worker(worker, name, [cases[i] for i in chosen], effort, seconds)
         for place_of_case, result in found.items():
             rows[chosen[place_of_case]]["peers"][name] = result
@@ -61,38 +61,30 @@ def time_peers(
     return fared
 
 
-def _choose(cases: Sequence[Case]) -> list[int]:
+def _choose(cases: Sequence[AnyCase]) -> list[int]:
     """All of a few cases; of many, those with the first shapes that are compared everywhere."""
     if len(cases) <= _ENOUGH:
         return list(range(len(cases)))
-    shapes = list(dict.fromkeys(_shape(case) for case in cases))[:_SHAPES]
+    first = {}  # the first weight of each shape
+    for case in cases:
+        first.setdefault(case.shape, case.weight)
+    weights = list(first.values())[:_SHAPES]
     return [
         i
         for i, case in enumerate(cases)
-        if _shape(case) in shapes and case.tokens in _TOKENS and case.spec == _first(cases, case)
+        if case.weight in weights and case.tokens in _TOKENS[case.kind]
     ]
 
 
-def _shape(case: Case) -> tuple[int, int]:
-    return case.spec.in_features, case.spec.out_features
-
-
-def _first(cases: Sequence[Case], case: Case) -> Any:
-    """The first spec of this case's shape."""
-    return next(other.spec for other in cases if _shape(other) == _shape(case))
-
-
 def _run_worker(
-    worker: Sequence[str], name: str, cases: Sequence[Case], effort: Effort, seconds: float
+    worker: Sequence[str], name: str, cases: Sequence[AnyCase], effort: Effort, seconds: float
 ) -> tuple[dict[str, Any], dict[int, dict[str, Any]]]:
     """Let a process time one peer; what it has printed counts, also when it does not end well."""
     order = {
+        "kind": cases[0].kind,
         "peer": name,
         "effort": dataclasses.asdict(effort),
-        "cases": [
-            {"spec": dataclasses.asdict(c.spec), "tokens": c.tokens, "dtype": c.dtype}
-            for c in cases
-        ],
+        "cases": [dataclasses.asdict(case) for case in cases],
     }
     outcome: dict[str, Any] = {"version": None, "absent": None, "error": None}
     with subprocess.Popen(

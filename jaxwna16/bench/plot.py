@@ -20,8 +20,14 @@ COLORS = {
     "gemlite": "#dd8452",
     "humming": "#8c5fb0",
     "conch": "#b58900",
+    "torch grouped": "#8fb3e0",
+    "tokamax": "#dd8452",
 }
 NAMES = {OURS: "jaxwna16", "bf16": "bf16 product (jnp.dot)", "xla": "XLA: dequantize, then dot"}
+_MOE_NAMES = {
+    "bf16": "XLA: bf16, expert by expert",
+    "xla": "XLA: dequantize, expert by expert",
+}
 _OTHER_COLOR = "#555555"
 _LIMIT_COLOR = "#222222"
 _COLUMNS = 4
@@ -52,10 +58,11 @@ def draw(report: dict[str, Any], stem: Path) -> list[Path]:
         if place % columns == 0:
             axis.set_ylabel("microseconds per product")
         if place + columns >= len(panels):
-            axis.set_xlabel("tokens M")
+            axis.set_xlabel("tokens")
     _add_legend(figure, axes.flat[: len(panels)], max(2, columns))
+    product = "x[M, K] · Wᵀ" if "in_features" in panels[0][0] else "of the chosen experts"
     figure.suptitle(
-        "Time of one product x[M, K] · Wᵀ, weight from memory: lower is better, "
+        f"Time of one product {product}, weight from memory: lower is better, "
         f"grey is out of reach\n{describe_limits(report)}",
         fontsize=11,
     )
@@ -72,7 +79,7 @@ def _group_rows(rows: Sequence[Row]) -> list[list[Row]]:
     groups: dict[tuple, list[Row]] = {}
     for row in rows:
         if row["figures"]:
-            keys = ("in_features", "out_features", "bits", "group_size", "symmetric")
+            keys = ("shape", "bits", "group_size", "symmetric")
             groups.setdefault(tuple(row[key] for key in keys), []).append(row)
     full = [group for group in groups.values() if len(group) >= _FEW]
     return full or list(groups.values())
@@ -91,6 +98,7 @@ def _draw_panel(axis: Any, rows: list[Row], limits: dict[str, Any]) -> None:
     lowest = min(bounds) / 1.8
     axis.fill_between(tokens, bounds, lowest, color="#d9d9d9", zorder=0, linewidth=0)
     axis.plot(tokens, bounds, color=_LIMIT_COLOR, linewidth=1.2, zorder=1, label="limit")
+    names = NAMES | (_MOE_NAMES if "experts_touched" in rows[0] else {})
     for name, found in series.items():
         ours = name == OURS
         axis.plot(
@@ -101,7 +109,7 @@ def _draw_panel(axis: Any, rows: list[Row], limits: dict[str, Any]) -> None:
             linewidth=2.2 if ours else 1.1,
             linestyle="-" if len(found) == len(rows) else ":",
             zorder=4 if ours else 2,
-            label=NAMES.get(name, name),
+            label=names.get(name, name),
         )
     axis.set_xscale("log", base=2)
     axis.set_yscale("log")
@@ -123,10 +131,11 @@ def _draw_panel(axis: Any, rows: list[Row], limits: dict[str, Any]) -> None:
 def _word_title(rows: list[Row]) -> str:
     row = rows[0]
     symmetry = "symmetric" if row["symmetric"] else "asymmetric"
-    group = (
-        "channel" if row["group_size"] == row["in_features"] else f"groups of {row['group_size']}"
-    )
-    title = f"K={row['in_features']}  N={row['out_features']}"
+    channel = row["group_size"] in (-1, row.get("in_features"))
+    group = "channel" if channel else f"groups of {row['group_size']}"
+    title = row["shape"]
+    if "in_features" in row:
+        title = f"K={row['in_features']}  N={row['out_features']}"
     return f"{title}\n{row['bits']} bits, {group}, {symmetry}"
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from jaxwna16.bench.engines import SINGLE
-from jaxwna16.bench.run import OURS, Row, find_timing
+from jaxwna16.bench.engines import CHAINED, SINGLE
+from jaxwna16.bench.run import GROUPING, OURS, Row, find_timing
 from jaxwna16.bench.targets import NONE, judge_targets, word_measured
 
 Cells = list[list[str]]
@@ -21,6 +21,14 @@ LEGEND = (
 )
 
 
+MOE_LEGEND = (
+    "Experts: one product is gate and up, activation, down and the sum over the chosen experts, "
+    "without the router. touched: experts that some token has chosen; GB/s counts their weights. "
+    "grouping: to find which token meets which expert, in a chain of its own, and its share of the "
+    "whole."
+)
+
+
 def tabulate_rows(rows: Sequence[Row]) -> Cells:
     """A header, then one line a case."""
     others = list(
@@ -29,16 +37,35 @@ def tabulate_rows(rows: Sequence[Row]) -> Cells:
     several = {
         key for key in ("bits", "symmetric", "group_size") if len({r[key] for r in rows}) > 1
     }
-    header = ["K x N", "M", *(["weight"] if several else []), "chained us", "±", "single us"]
+    header = ["shape", "tokens", *(["weight"] if several else []), "chained us", "±", "single us"]
     header += ["GB/s", "copy", "TFLOP/s", "rate", "limit", *(f"{name} x" for name in others)]
-    return [header, *(_list_cells(row, bool(several), others) for row in rows)]
+    experts = any("experts_touched" in row for row in rows)
+    lines = [_list_cells(row, bool(several), others) for row in rows]
+    if experts:
+        header += ["touched", "grouping us", "share"]
+        lines = [[*line, *_list_moe_cells(row)] for line, row in zip(lines, rows, strict=True)]
+    return [header, *lines]
+
+
+def _list_moe_cells(row: Row) -> list[str]:
+    grouping = row["parts"].get(GROUPING, {})
+    touched = f"{row['experts_touched']:.3g}"
+    if CHAINED not in grouping:
+        return [touched, NONE, NONE]
+    share = f"{grouping['share']:.0%}" if "share" in grouping else NONE
+    return [touched, _word_time(grouping[CHAINED]["median"]), share]
+
+
+def word_legend(rows: Sequence[Row]) -> str:
+    """What the columns of `tabulate_rows` mean."""
+    experts = any("experts_touched" in row for row in rows)
+    return f"{LEGEND} {MOE_LEGEND}" if experts else LEGEND
 
 
 def _list_cells(row: Row, names_weight: bool, others: list[str]) -> list[str]:
-    cells = [f"{row['in_features']}x{row['out_features']}", str(row["tokens"])]
+    cells = [row["shape"], str(row["tokens"])]
     if names_weight:
-        symmetry = "sym" if row["symmetric"] else "asym"
-        cells.append(f"W{row['bits']} g{row['group_size']} {symmetry}")
+        cells.append(word_weight(row))
     figures, chained = row["figures"], find_timing(row, OURS)
     if figures is None or chained is None:
         return [*cells, *[NONE] * (8 + len(others))]
@@ -55,6 +82,12 @@ def _list_cells(row: Row, names_weight: bool, others: list[str]) -> list[str]:
     ]
     ratios = row["times_as_fast_as"]
     return cells + [f"{ratios[name]:.2f}" if name in ratios else NONE for name in others]
+
+
+def word_weight(row: Row) -> str:
+    """ "W4 g128 asym"."""
+    group = "channel" if row["group_size"] == -1 else f"g{row['group_size']}"
+    return f"W{row['bits']} {group} {'sym' if row['symmetric'] else 'asym'}"
 
 
 def _word_time(seconds: float | None) -> str:
@@ -91,12 +124,12 @@ def _word_number(number: float | None) -> str:
 def tabulate_tuned(tuned: Sequence[dict[str, Any]]) -> Cells:
     """A header, then one line a case that was tuned."""
     return [
-        ["K x N", "M", "weight", "tried", "failed", "rule us", "best us", "gain", "best"],
+        ["shape", "tokens", "weight", "tried", "failed", "rule us", "best us", "gain", "best"],
         *(
             [
-                f"{found['in_features']}x{found['out_features']}",
+                found["shape"],
                 str(found["tokens"]),
-                f"W{found['bits']} g{found['group_size']}",
+                word_weight(found),
                 str(found["candidates"]),
                 str(len(found["failures"])),
                 _word_time(found["rule_seconds"]),
@@ -119,7 +152,7 @@ def list_problems(report: dict[str, Any]) -> list[str]:
     """Whatever went wrong, a line each; the same trouble of several cases is counted."""
     counted: dict[str, int] = {}
     for row in report["rows"]:
-        for name, found in (row["engines"] | row["peers"]).items():
+        for name, found in (row["engines"] | row["parts"] | row["peers"]).items():
             if found.get("error"):
                 text = f"{name}: {found['error']}"
                 counted[text] = counted.get(text, 0) + 1
@@ -157,7 +190,11 @@ def write_markdown(report: dict[str, Any]) -> str:
         parts += ["## Tuned tiles", _format_table(tabulate_tuned(report["tuned"]))]
     if report["rows"]:
         parts += ["## Targets", _format_table(tabulate_targets(report["rows"]), 1)]
-        parts += ["## Cases", LEGEND, _format_table(tabulate_rows(report["rows"]))]
+        parts += [
+            "## Cases",
+            word_legend(report["rows"]),
+            _format_table(tabulate_rows(report["rows"])),
+        ]
     if report["problems"]:
         parts += ["## Problems", "\n".join(f"- {line}" for line in report["problems"])]
     return "\n\n".join(parts) + "\n"

@@ -5,38 +5,41 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from jaxwna16.bench.cases import Case
 from jaxwna16.bench.engines import (
     CHAINED,
     EXPAND,
     FLOAT,
     GRAPH_FREE,
     SINGLE,
+    AnyCase,
     Engine,
+    Grouping,
     Program,
     compile_program,
     make_weights,
 )
 from jaxwna16.bench.limits import Limits
+from jaxwna16.bench.moe_cases import MoeCase
 from jaxwna16.bench.timing import Clock, Effort
-from pallas_kernels.backends import explain
 from pallas_kernels.errors import Wna16Error
-from pallas_kernels.spec import QuantSpec
 
 OURS = "ours"
+GROUPING = "grouping"
+_PARTS = (GROUPING,)
 OUT_OF_TIME = "not timed: the time for the whole run was over (--seconds)"
-_EXPAND_TOKENS = (1, 16, 128, 1024)
+_SOME_TOKENS = (1, 16, 128, 1024)
 _MANY_TOKENS = 5
 _GPU_FIGURES = {
     OURS: (CHAINED, GRAPH_FREE, SINGLE),
     FLOAT.name: (CHAINED, GRAPH_FREE),
     EXPAND.name: (CHAINED,),
+    GROUPING: (CHAINED,),
 }
-_CPU_FIGURES = {OURS: (CHAINED, SINGLE), FLOAT.name: (CHAINED,)}
+_CPU_FIGURES = {OURS: (CHAINED, SINGLE), FLOAT.name: (CHAINED,), GROUPING: (CHAINED,)}
 
 Report = Callable[[str], None]
 Row = dict[str, Any]
@@ -71,12 +74,12 @@ class Bench:
       report: is told what happens.
     """
 
-    cases: Sequence[Case]
+    cases: Sequence[AnyCase]
     backend: str | None
     effort: Effort
     deadline: Deadline
     report: Report = lambda text: None
-    _floats: dict[tuple, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    _floats: dict[Hashable, dict[str, Any]] = dataclasses.field(default_factory=dict)
 
     @property
     def _figures(self) -> dict[str, tuple[str, ...]]:
@@ -85,14 +88,19 @@ class Bench:
     def run(self) -> list[Row]:
         """Time every case; a failure is written in its row, and the others go on."""
         rows = []
-        for spec in dict.fromkeys(case.spec for case in self.cases):
-            members = [case for case in self.cases if case.spec == spec]
-            rows += self._run_weight(spec, members)
+        for weight in dict.fromkeys(case.weight for case in self.cases):
+            rows += self._run_weight([case for case in self.cases if case.weight == weight])
         return rows
 
-    def _run_weight(self, spec: QuantSpec, cases: list[Case]) -> list[Row]:
+    def _run_weight(self, cases: list[AnyCase]) -> list[Row]:
         rows = [
-            {**case.describe(), "schedule": self._name_schedule(case), "engines": {}, "peers": {}}
+            {
+                **case.describe(),
+                "schedule": self._name_schedule(case),
+                "engines": {},
+                "parts": {},
+                "peers": {},
+            }
             for case in cases
         ]
         by_case = dict(zip(cases, rows, strict=True))
@@ -108,16 +116,21 @@ class Bench:
             self._time_engines(engines, plan, programs, by_case)
         return rows
 
-    def _plan(self, cases: list[Case]) -> dict[Engine, list[Case]]:
+    def _plan(self, cases: list[AnyCase]) -> dict[Engine, list[AnyCase]]:
         """Which cases each engine is timed on."""
+        few = len(cases) <= _MANY_TOKENS
+        some = [c for c in cases if few or c.tokens in _SOME_TOKENS]
         plan = {Engine(OURS, packed=True, backend=self.backend): cases}
+        grouped = [c for c in cases if self._is_grouped(c)]
+        if grouped:
+            plan[Grouping(GROUPING, packed=True, backend=self.backend)] = grouped
         if self.backend is None:
-            few = len(cases) <= _MANY_TOKENS
-            plan[EXPAND] = [c for c in cases if few or c.tokens in _EXPAND_TOKENS]
-        plan[FLOAT] = [c for c in cases if _float_key(c) not in self._floats]
+            plan[EXPAND] = some
+        floats = some if cases[0].is_looped else cases
+        plan[FLOAT] = [c for c in floats if c.float_key not in self._floats]
         return plan
 
-    def _compile(self, plan: dict[Engine, list[Case]]) -> dict[tuple, Program | Exception]:
+    def _compile(self, plan: dict[Engine, list[AnyCase]]) -> dict[tuple, Program | Exception]:
         """Compile all programs of one weight at once, on all processors."""
         jobs = [
             (engine, case, figure)
@@ -126,10 +139,10 @@ class Bench:
             for figure in self._figures[engine.name]
         ]
 
-        def compile_one(job: tuple[Engine, Case, str]) -> Program | Exception:
+        def compile_one(job: tuple[Engine, AnyCase, str]) -> Program | Exception:
             engine, case, figure = job
             try:
-                return compile_program(engine, case, figure, self.effort)
+                return compile_program(engine, case, figure, self._choose_effort(engine, case))
             except Exception as error:
                 return error
 
@@ -141,7 +154,7 @@ class Bench:
         for engine in engines:
             for case in plan[engine]:
                 found: dict[str, Any] = {}
-                by_case[case]["engines"][engine.name] = found
+                by_case[case]["parts" if engine.name in _PARTS else "engines"][engine.name] = found
                 if not self.deadline.left:
                     found["error"] = OUT_OF_TIME
                     continue
@@ -152,36 +165,40 @@ class Bench:
                         program = programs.pop((engine, case, figure))
                         if isinstance(program, Exception):
                             raise program
-                        found[figure] = dataclasses.asdict(program.time(weights, self.effort))
+                        effort = self._choose_effort(engine, case)
+                        found[figure] = dataclasses.asdict(program.time(weights, effort))
                         found["layers"] = max(program.products, found.get("layers", 0))
                 except Exception as error:
                     found["error"] = describe_failure(error)
         if FLOAT in engines:
             self._share_floats(plan[FLOAT], by_case)
 
-    def _share_floats(self, timed: list[Case], by_case: dict[Case, Row]) -> None:
+    def _share_floats(self, timed: list[AnyCase], by_case: dict[AnyCase, Row]) -> None:
         """A float product is the same for every packed form of its weight: time it once."""
         for case in timed:
-            self._floats[_float_key(case)] = by_case[case]["engines"][FLOAT.name]
+            self._floats[case.float_key] = by_case[case]["engines"][FLOAT.name]
         for case, row in by_case.items():
-            row["engines"][FLOAT.name] = self._floats[_float_key(case)]
+            if case.float_key in self._floats:
+                row["engines"][FLOAT.name] = self._floats[case.float_key]
 
-    def _name_schedule(self, case: Case) -> str | None:
+    def _choose_effort(self, engine: Engine, case: AnyCase) -> Effort:
+        """Less for a loop in XLA that is there to compare with: it takes milliseconds."""
+        if not case.is_looped or engine.name not in (FLOAT.name, EXPAND.name):
+            return self.effort
+        layers, batches = min(4, self.effort.layers), min(3, self.effort.batches)
+        return dataclasses.replace(self.effort, layers=layers, batches=batches)
+
+    def _is_grouped(self, case: AnyCase) -> bool:
         try:
-            choice = explain(
-                case.spec,
-                case.dtype,
-                backend=self.backend,
-                tokens=case.tokens,
-                scale_dtype=case.dtype,
-            )
+            return isinstance(case, MoeCase) and case.is_grouped(self.backend)
+        except Wna16Error:  # which its schedule names
+            return False
+
+    def _name_schedule(self, case: AnyCase) -> str:
+        try:
+            return case.name_schedule(self.backend)
         except Wna16Error as error:
             return f"none: {error}"
-        return choice.schedule or choice.backend
-
-
-def _float_key(case: Case) -> tuple:
-    return case.spec.in_features, case.spec.out_features, case.tokens, case.dtype
 
 
 def describe_failure(error: BaseException) -> str:
@@ -207,7 +224,8 @@ def add_shares(rows: Iterable[Row], limits: Limits) -> None:
     """Add to each row what its chained time means: rates, shares of the limits, ratios.
 
     `limit_seconds` is the larger of the times that moving the bytes and computing would take at
-    this device's limits; no kernel can be faster, save for what it finds in a cache.
+    this device's limits; no kernel can be faster, save for what it finds in a cache. The `share` of
+    a part is its time, alone in a chain of its own, over that of the whole.
     """
     for row in rows:
         memory = row["bytes"] / limits.bytes_per_second
@@ -226,6 +244,9 @@ def add_shares(rows: Iterable[Row], limits: Limits) -> None:
         row["times_as_fast_as"] = {
             name: other / seconds for name, other in times.items() if other and seconds
         }
+        for part in row["parts"].values():
+            if seconds and CHAINED in part:
+                part["share"] = part[CHAINED]["median"] / seconds
 
 
 def count_failures(rows: Iterable[Row]) -> int:

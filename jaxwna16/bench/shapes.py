@@ -1,4 +1,7 @@
-"""The shapes that are timed: linear layers of known models, and squares. Written K x N."""
+"""The shapes that are timed: linear layers and experts of known models, and squares.
+
+A linear layer is written K x N, experts H x I x E x top_k.
+"""
 
 from __future__ import annotations
 
@@ -29,6 +32,30 @@ class Shape:
         return f"{self.in_features}x{self.out_features}"
 
 
+@dataclasses.dataclass(frozen=True)
+class MoeShape:
+    """Gated experts: gate and up [2 I, H], down [H, I], E of each.
+
+    Attributes:
+      hidden: H.
+      intermediate: I.
+      experts: E.
+      top_k: how many a token chooses, at most E.
+      role: where it comes from, for people.
+    """
+
+    hidden: int
+    intermediate: int
+    experts: int
+    top_k: int
+    role: str = dataclasses.field(default="", compare=False)
+
+    @property
+    def label(self) -> str:
+        """ "2048x768 E128 k8": H, I, E and top_k."""
+        return f"{self.hidden}x{self.intermediate} E{self.experts} k{self.top_k}"
+
+
 def _list_layers(model: str, hidden: int, queries: int, keys: int, middle: int = 0) -> list[Shape]:
     layers = [
         Shape(hidden, queries, f"{model} q"),
@@ -46,6 +73,12 @@ MODELS = {
     "llama-3.3-70b": _list_layers("Llama-3.3-70B", 8192, 8192, 1024, 28672),
     # its experts are not dense, its router is not quantized
     "qwen3-30b-a3b": _list_layers("Qwen3-30B-A3B", 2048, 4096, 512),
+}
+MOE_MODELS = {
+    "qwen3-30b-a3b": MoeShape(2048, 768, 128, 8, "Qwen3-30B-A3B experts"),
+    "mixtral-8x7b": MoeShape(4096, 14336, 8, 2, "Mixtral-8x7B experts"),
+    "qwen3.5-122b-a10b": MoeShape(3072, 1024, 256, 8, "Qwen3.5-122B-A10B experts"),
+    "deepseek-v3": MoeShape(7168, 2048, 256, 8, "DeepSeek-V3 routed experts"),
 }
 SQUARES = [Shape(8192, 8192), Shape(8192, 28672), Shape(4096, 4096), Shape(16384, 16384)]
 """Shapes that other projects publish figures for."""
@@ -74,6 +107,33 @@ def parse_shapes(text: str) -> list[Shape]:
                 f"{part!r} is neither KxN (8192x28672) nor one of {', '.join(MODELS)}"
             )
     return _merge(shapes)
+
+
+def parse_moe_shapes(text: str) -> list[MoeShape]:
+    """Read "mixtral-8x7b,2048x768x128x8": names of models, and shapes H x I x E x top_k.
+
+    Raises:
+      argparse.ArgumentTypeError: if a part is neither, or a token chooses more experts than there
+        are.
+    """
+    shapes: list[MoeShape] = []
+    for part in text.split(","):
+        if part.lower() in MOE_MODELS:
+            shapes.append(MOE_MODELS[part.lower()])
+            continue
+        if not re.fullmatch(r"[1-9]\d*([x×][1-9]\d*){3}", part):
+            raise argparse.ArgumentTypeError(
+                f"{part!r} is neither HxIxExtop_k (2048x768x128x8) nor one of "
+                f"{', '.join(MOE_MODELS)}"
+            )
+        hidden, intermediate, experts, top_k = map(int, re.split("[x×]", part))
+        shape = MoeShape(hidden, intermediate, experts, top_k)
+        if shape.top_k > shape.experts:
+            raise argparse.ArgumentTypeError(
+                f"{part!r}: a token cannot choose {shape.top_k} of {shape.experts} experts"
+            )
+        shapes.append(shape)
+    return list(dict.fromkeys(shapes))
 
 
 def parse_counts(text: str) -> list[int]:

@@ -26,6 +26,7 @@ class Effort:
       chain_bytes: likewise, where their results would take more memory than this.
       cold_bytes: copies of a weight take turns; together they are at least this large, several
         times the last level cache, so that each product reads its weight from memory.
+      most_bytes: together they are no larger than this, save one that is larger by itself.
       limit_bytes: what is copied to measure the bandwidth.
       limit_size: side of the square product that measures the rate.
     """
@@ -36,6 +37,7 @@ class Effort:
     chain_flops: float = 4e13
     chain_bytes: float = 2e9
     cold_bytes: int = 256_000_000
+    most_bytes: int = 12_000_000_000
     limit_bytes: int = 2_000_000_000
     limit_size: int = 8192
 
@@ -47,6 +49,7 @@ ON_CPU = Effort(
     layers=4,
     chain_flops=2e9,
     cold_bytes=100_000_000,
+    most_bytes=1_000_000_000,
     limit_bytes=100_000_000,
     limit_size=768,
 )

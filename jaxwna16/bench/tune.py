@@ -17,34 +17,31 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxwna16.bench.cases import Case
+from jaxwna16.bench.cases import Inputs, Weight
 from jaxwna16.bench.engines import (
     CHAINED,
+    AnyCase,
     Engine,
     Program,
-    Weight,
     compile_program,
-    draw_inputs,
     make_weights,
 )
 from jaxwna16.bench.run import Deadline, Report, describe_failure
 from jaxwna16.bench.timing import ON_GPU, Effort
 from pallas_kernels.device import Device
 from pallas_kernels.errors import TableError
-from pallas_kernels.matmul import quant_matmul
-from pallas_kernels.schedule import PREFILL, Schedule, describe, fix_schedule, list_candidates
-from pallas_kernels.spec import QuantSpec
-from pallas_kernels.tile_tables import (
-    Entry,
-    TileTable,
-    classify_group,
-    read_table,
-    round_up_bucket,
-    write_table,
-)
+from pallas_kernels.schedule import Schedule, fix_schedule
+from pallas_kernels.schedule_moe import MoeTiles
+from pallas_kernels.tile_entries import Entry, MoeEntry, TileTable, round_up_bucket
+from pallas_kernels.tile_tables import read_table, write_table
+
+AnySchedule = Schedule | MoeTiles
 
 TOKENS = (1, 16, 64, 256, 128, 32, 8, 512, 1024, 4, 2, 2048, 4096)
 """What is tuned by default: every bucket of a table, first what other projects publish."""
+
+MOE_TOKENS = (1, 16, 64, 4096, 8, 32, 4, 2, 256, 1024, 128, 512, 2048)
+"""Likewise for experts."""
 
 NOISE = 0.01
 """A candidate must be faster than the rule's choice by this share to replace it."""
@@ -66,19 +63,19 @@ _KEPT_WEIGHTS = 16
 class Trial:
     """One candidate: the seconds of one product, or why there are none."""
 
-    schedule: Schedule
+    schedule: AnySchedule
     seconds: float | None
     error: str | None = None
 
 
-RunTrials = Callable[[Case, Sequence[Schedule]], list[Trial]]
+RunTrials = Callable[[AnyCase, Sequence[AnySchedule]], list[Trial]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Tuned:
     """The outcome for one case: all trials, the rule's choice first, and the one to use."""
 
-    case: Case
+    case: AnyCase
     trials: tuple[Trial, ...]
     best: Trial | None
 
@@ -98,24 +95,24 @@ class Tuned:
         }
 
     def _name(self, trial: Trial) -> str:
-        return describe(trial.schedule, self.case.tokens)
+        return self.case.describe_schedule(trial.schedule)
 
 
-def plan_tuning(cases: Iterable[Case]) -> list[Case]:
+def plan_tuning(cases: Iterable[AnyCase]) -> list[AnyCase]:
     """One case for each entry of a table, first the numbers of tokens that matter most.
 
     A table has buckets of tokens, and does not tell symmetric weights from others.
     """
-    order = {tokens: place for place, tokens in enumerate(TOKENS)}
-    found: dict[Any, Case] = {}
+    found: dict[Any, AnyCase] = {}
     for case in cases:
         case = dataclasses.replace(case, tokens=round_up_bucket(case.tokens))
-        found.setdefault(_entry_key(_make_entry(case, PREFILL)), case)
-    return sorted(found.values(), key=lambda case: order[case.tokens])
+        found.setdefault((case.kind, case.make_entry(None).key), case)
+    order = {"dense": TOKENS, "moe": MOE_TOKENS}
+    return sorted(found.values(), key=lambda case: order[case.kind].index(case.tokens))
 
 
 def tune_cases(
-    cases: Iterable[Case],
+    cases: Iterable[AnyCase],
     device: Device,
     deadline: Deadline,
     run_trials: RunTrials,
@@ -125,9 +122,13 @@ def tune_cases(
     for case in cases:
         if not deadline.left:
             return
-        candidates = list_candidates(case.spec, case.tokens, case.dtype, case.dtype, device)
+        candidates = case.list_candidates(device)
         report(f"{case.label}: {len(candidates)} candidates")
         trials = run_trials(case, candidates)
+        timed: list[Any] = [(trial.schedule, trial.seconds) for trial in trials if trial.seconds]
+        more = case.list_more(candidates[0], timed)
+        if more and deadline.left:
+            trials = [*trials, *run_trials(case, more)]
         yield Tuned(case, tuple(trials), pick_best(trials))
 
 
@@ -149,20 +150,21 @@ class Workbench:
     def __init__(self, deadline: Deadline, backend: str | None = None):
         self._deadline = deadline
         self._engine = Engine("ours", packed=True, backend=backend)
-        self._weights: dict[tuple[QuantSpec, str], list[Weight]] = {}
+        self._weights: dict[Any, list[Weight]] = {}
 
-    def __call__(self, case: Case, candidates: Sequence[Schedule]) -> list[Trial]:
+    def __call__(self, case: AnyCase, candidates: Sequence[AnySchedule]) -> list[Trial]:
         """Time the candidates; those that the time does not suffice for are trials that failed."""
         weights = self._make_weights(case)
-        x = draw_inputs(case, 1)[0]
-        expected = quant_matmul(x.astype(jnp.float32), weights[0], case.spec, backend="xla")
-        trials: dict[Schedule, Trial] = {}
-        programs: dict[Schedule, Program] = {}
+        inputs = case.draw_inputs(0)
+        wide = jax.tree.map(lambda a: a.astype(jnp.float32) if a.dtype == case.dtype else a, inputs)
+        expected = case.compute(wide, weights[0], packed=True, backend="xla")
+        trials: dict[AnySchedule, Trial] = {}
+        programs: dict[AnySchedule, Program] = {}
         for schedule, program in self._compile(case, candidates):
             if isinstance(program, str):
                 trials[schedule] = Trial(schedule, None, program)
                 continue
-            trials[schedule] = self._try(schedule, program, weights, SHORT, x, expected)
+            trials[schedule] = self._try(schedule, program, weights, SHORT, inputs, expected)
             programs[schedule] = program
         timed = sorted((t for t in trials.values() if t.seconds), key=lambda t: t.seconds or 0)
         first = [trial for trial in timed if trial.schedule == candidates[0]]
@@ -172,8 +174,8 @@ class Workbench:
         # what was timed shortly only is slower than the finalists, or it would be one
         return [trials[schedule] for schedule in candidates]
 
-    def _make_weights(self, case: Case) -> list[Weight]:
-        key = case.spec, case.dtype
+    def _make_weights(self, case: AnyCase) -> list[Weight]:
+        key = case.weight, case.dtype
         if key not in self._weights:
             while len(self._weights) >= _KEPT_WEIGHTS:
                 del self._weights[next(iter(self._weights))]
@@ -181,11 +183,11 @@ class Workbench:
         return self._weights[key]
 
     def _compile(
-        self, case: Case, candidates: Sequence[Schedule]
-    ) -> Iterator[tuple[Schedule, Program | str]]:
+        self, case: AnyCase, candidates: Sequence[AnySchedule]
+    ) -> Iterator[tuple[AnySchedule, Program | str]]:
         """Compile on all processors, some candidates at a time, so that time can run out."""
 
-        def compile_one(schedule: Schedule) -> Program | str:
+        def compile_one(schedule: AnySchedule) -> Program | str:
             try:
                 with fix_schedule(schedule):
                     return compile_program(self._engine, case, CHAINED, LONG, feed=False)
@@ -203,18 +205,18 @@ class Workbench:
 
     def _try(
         self,
-        schedule: Schedule,
+        schedule: AnySchedule,
         program: Program,
         weights: list[Weight],
         effort: Effort,
-        x: jax.Array | None = None,
+        inputs: Inputs = None,
         expected: jax.Array | None = None,
     ) -> Trial:
-        """Time a program; first, if x is given, see whether its products are right."""
+        """Time a program; first, if inputs are given, see whether its products are right."""
         try:
-            if x is not None and expected is not None:
+            if expected is not None:
                 count = program.products
-                results = program.run([x] * count, [weights[0]] * count)
+                results = program.run([inputs] * count, [weights[0]] * count)
                 fault = find_disagreement(results, expected)
                 if fault:
                     return Trial(schedule, None, fault)
@@ -253,43 +255,27 @@ def write_winners(tuned: Iterable[Tuned], device: Device, path: Path, made: dict
     Raises:
       TableError: if there is a table that cannot be used, or is of another device.
     """
-    entries = {_entry_key(entry): entry for entry in read_entries(path, device)}
-    for found in tuned:
-        if found.best is not None:
-            entry = _make_entry(found.case, found.best.schedule)
-            entries[_entry_key(entry)] = entry
-    write_table(path, TileTable(device.kind, tuple(entries.values()), made))
-    return len(entries)
+    table = read_tuned(path, device)
+    found = [outcome.case.make_entry(outcome.best.schedule) for outcome in tuned if outcome.best]
+    entries = {e.key: e for e in [*table.entries, *found] if isinstance(e, Entry)}
+    experts = {e.key: e for e in [*table.experts, *found] if isinstance(e, MoeEntry)}
+    new = TileTable(device.kind, tuple(entries.values()), made, tuple(experts.values()))
+    write_table(path, new)
+    return len(entries) + len(experts)
 
 
-def read_entries(path: Path, device: Device) -> tuple[Entry, ...]:
-    """The entries of the table at `path`, none if there is no such file.
+def read_tuned(path: Path, device: Device) -> TileTable:
+    """The table at `path`, an empty one if there is no such file.
 
     Raises:
       TableError: if the table cannot be used, or is of another device.
     """
     if not path.exists():
-        return ()
+        return TileTable(device.kind, (), {})
     table = read_table(path)
     if table.device_kind != device.kind:
         raise TableError(
             f"{path} is a table for {table.device_kind}, this is {device.kind}: name another file "
             "with --table"
         )
-    return table.entries
-
-
-def _make_entry(case: Case, schedule: Schedule) -> Entry:
-    return Entry(
-        bits=case.spec.bits,
-        group_size=classify_group(case.spec.group_size),
-        in_features=case.spec.in_features,
-        out_features=case.spec.out_features,
-        tokens=case.tokens,
-        x_dtype=case.dtype,
-        schedule=schedule,
-    )
-
-
-def _entry_key(entry: Entry) -> tuple:
-    return dataclasses.astuple(dataclasses.replace(entry, schedule=PREFILL))
+    return table

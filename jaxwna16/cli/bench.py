@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jaxwna16.bench.shapes import (
+    MOE_MODELS,
     TOKENS,
     list_default_shapes,
     parse_counts,
     parse_group_size,
+    parse_moe_shapes,
     parse_shapes,
 )
 from jaxwna16.cli.arguments import CallError, add_json
@@ -21,7 +23,7 @@ from jaxwna16.cli.arguments import CallError, add_json
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from jaxwna16.bench.cases import Case
+    from jaxwna16.bench.engines import AnyCase
     from jaxwna16.bench.run import Deadline, Row
 
 _SECONDS = 180.0
@@ -29,12 +31,14 @@ _TUNING_SECONDS = 150.0
 _PEER_SECONDS = 120.0
 _CPU_TOKENS = [1, 16]
 _CPU_SHAPES = "2048x2048"
+_CPU_EXPERTS = "512x256x16x4"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Time packed products on this machine's GPU, beside its own limits, the bf16 product and "
-        "other projects' kernels. docs/benchmarks.md says how to read the figures."
+        "Time packed products, of linear layers or of experts, on this machine's GPU, beside its "
+        "own limits, the bf16 product and other projects' kernels. docs/benchmarks.md says how to "
+        "read the figures."
     )
     parser.add_argument(
         "--shapes",
@@ -42,6 +46,15 @@ def configure(parser: argparse.ArgumentParser) -> None:
         type=parse_shapes,
         help="input x output features, or models (llama-3.1-8b, llama-3.3-70b, qwen3-30b-a3b); "
         "default: the linear layers of all three and four squares",
+    )
+    parser.add_argument(
+        "--moe",
+        metavar="MODEL,...",
+        nargs="?",
+        const=[],
+        type=parse_moe_shapes,
+        help="experts instead of linear layers: models, or hidden x intermediate x experts x top_k "
+        f"(2048x768x128x8); default: {', '.join(MOE_MODELS)}",
     )
     parser.add_argument(
         "--tokens",
@@ -142,11 +155,11 @@ def judge(report: dict[str, Any]) -> int:
 
 def show(report: dict[str, Any], console: Console) -> None:
     from jaxwna16.bench.report import (
-        LEGEND,
         describe_limits,
         tabulate_rows,
         tabulate_targets,
         tabulate_tuned,
+        word_legend,
     )
     from jaxwna16.cli.screen import escape_controls, make_table
 
@@ -159,11 +172,11 @@ def show(report: dict[str, Any], console: Console) -> None:
 
     console.print(describe_limits(report), style="bold")
     if report["tuned"]:
-        print_table(tabulate_tuned(report["tuned"]), "best", "K x N", "weight")
+        print_table(tabulate_tuned(report["tuned"]), "best", "shape", "weight")
         console.print(f"{report['table']['entries']} entries in {report['table']['file']}")
     if report["rows"]:
-        print_table(tabulate_rows(report["rows"]), "K x N", "weight")
-        console.print(LEGEND, style="dim")
+        print_table(tabulate_rows(report["rows"]), "shape", "weight")
+        console.print(word_legend(report["rows"]), style="dim")
         if report["machine"]["device"]["platform"] == "gpu":
             print_table(tabulate_targets(report["rows"]), "case", "target", "measured", "published")
     for line in report["problems"]:
@@ -176,6 +189,8 @@ def _check_call(args: argparse.Namespace) -> bool:
     """Whether the CPU is timed."""
     import jax
 
+    if args.moe is not None and args.shapes:
+        raise CallError("--shapes are linear layers, --moe times experts: give one of them")
     if args.table is not None and not args.tune:
         raise CallError("--table says where --tune writes: give --tune, too")
     for name in ("seconds", "peer_seconds"):
@@ -199,12 +214,19 @@ def _check_call(args: argparse.Namespace) -> bool:
     return True
 
 
-def _plan(args: argparse.Namespace, on_cpu: bool) -> list[Case]:
+def _plan(args: argparse.Namespace, on_cpu: bool) -> Sequence[AnyCase]:
     from jaxwna16.bench.cases import plan_cases
+    from jaxwna16.bench.moe_cases import plan_moe_cases
     from jaxwna16.bench.tune import TOKENS as TUNED_TOKENS
 
-    usual = on_cpu and parse_shapes(_CPU_SHAPES)
-    shapes = args.shapes or usual or list_default_shapes()
+    plan: Callable[..., Sequence[AnyCase]]
+    if args.moe is None:
+        plan, named = plan_cases, args.shapes
+        usual = parse_shapes(_CPU_SHAPES) if on_cpu else list_default_shapes()
+    else:
+        plan, named = plan_moe_cases, args.moe
+        usual = parse_moe_shapes(_CPU_EXPERTS) if on_cpu else list(MOE_MODELS.values())
+    shapes: Any = named or usual
     tokens = args.tokens or (_CPU_TOKENS if on_cpu else TUNED_TOKENS if args.tune else TOKENS)
     kinds = [kind for kind, wanted in ((False, args.asymmetric), (True, args.symmetric)) if wanted]
     facts: dict[str, Any] = {
@@ -213,8 +235,8 @@ def _plan(args: argparse.Namespace, on_cpu: bool) -> list[Case]:
         "bits": args.bits or [4],
         "symmetric": kinds or [False],
     }
-    cases = plan_cases(shapes, tokens, **facts)
-    chosen = args.shapes or args.tokens or args.bits or kinds
+    cases = plan(shapes, tokens, **facts)
+    chosen = named or args.tokens or args.bits or kinds
     if chosen or on_cpu:
         return cases
     # what the targets compare with besides: 8 bits, and a symmetric twin
@@ -222,13 +244,13 @@ def _plan(args: argparse.Namespace, on_cpu: bool) -> list[Case]:
     if not args.tune:  # tiles do not depend on symmetry
         extra.append({"symmetric": [True]})
     few = [m for m in tokens if m in (1, 16, 64)]
-    others = [c for kind in extra for c in plan_cases(shapes[:1], few, **(facts | kind))]
-    first = [c for c in cases if c.spec == cases[0].spec]
+    others = [c for kind in extra for c in plan(shapes[:1], few, **(facts | kind))]
+    first = [c for c in cases if c.weight == cases[0].weight]
     return [*first, *others, *cases[len(first) :]]
 
 
 def _bench(
-    args: argparse.Namespace, cases: list[Case], on_cpu: bool, say: Callable[[str], None]
+    args: argparse.Namespace, cases: Sequence[AnyCase], on_cpu: bool, say: Callable[[str], None]
 ) -> dict[str, Any]:
     import dataclasses
 
@@ -251,13 +273,13 @@ def _bench(
 
 
 def _tune(
-    args: argparse.Namespace, cases: list[Case], say: Callable[[str], None]
+    args: argparse.Namespace, cases: Sequence[AnyCase], say: Callable[[str], None]
 ) -> dict[str, Any]:
     from jaxwna16.bench.run import Deadline
     from jaxwna16.bench.tune import (
         Workbench,
         plan_tuning,
-        read_entries,
+        read_tuned,
         tune_cases,
         write_winners,
     )
@@ -266,7 +288,7 @@ def _tune(
 
     device, deadline = find_device(), Deadline(args.seconds or _TUNING_SECONDS)
     path = args.table or user_table_path(device.kind)
-    read_entries(path, device)  # so that a table that cannot be used costs no time on the GPU
+    read_tuned(path, device)  # so that a table that cannot be used costs no time on the GPU
     plan = plan_tuning(cases)
     tuned = list(tune_cases(plan, device, deadline, Workbench(deadline), say))
     entries = write_winners(tuned, device, path, _describe_origin())
@@ -292,7 +314,8 @@ def _describe_origin() -> dict[str, str]:
 def _describe_options(args: argparse.Namespace) -> dict[str, Any]:
     left_out = {"verb", "json"}
     options = {name: value for name, value in vars(args).items() if name not in left_out}
-    options["shapes"] = args.shapes and [shape.label for shape in args.shapes]
+    for name in ("shapes", "moe"):
+        options[name] = options[name] and [shape.label for shape in options[name]]
     return {name: str(v) if isinstance(v, Path) else v for name, v in options.items()}
 
 
@@ -312,6 +335,8 @@ def _write(report: dict[str, Any], args: argparse.Namespace) -> None:
     from jaxwna16.errors import InputError
 
     name = "tuning" if args.tune else "kernels"
+    if args.moe is not None:
+        name = "moe-tuning" if args.tune else "moe"
     try:
         report["files"] = write_plot(report, args.output, name)
     except InputError as error:

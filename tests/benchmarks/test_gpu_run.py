@@ -45,38 +45,98 @@ def is_running(pid: int) -> bool:
         return False
 
 
-def test_every_step_runs_and_the_summary_says_how_each_went(tmp_path, monkeypatch, capsys):
-    commands = []
+@pytest.fixture
+def pretended(tmp_path, monkeypatch):
+    """Steps that take no time; each command is recorded."""
+    commands = {}
 
     def pretend(name, arguments, seconds, environment=None):
-        commands.append((name, arguments, seconds, environment))
-        code = {"tests": 1, "tune": None, "bench": 0}[name]
+        commands[name] = (arguments, seconds, environment)
+        code = {"tests": 1, "tune moe": None}.get(name, 0)
         return gpu_run.Step(name, arguments, 2.0, code, [])
 
     monkeypatch.setenv("OUT", str(tmp_path / "out"))
     monkeypatch.setattr(gpu_run, "run_step", pretend)
-    assert gpu_run.main() == 1
-    names, arguments, seconds, environments = zip(*commands, strict=True)
-    assert names == ("tests", "tune", "bench")
-    assert "--tune" in arguments[1]
-    assert "--peers" in arguments[2]
-    # all of it, with what the last step may take, is less than 8 minutes
-    assert sum(seconds[:2]) < gpu_run.TOTAL_SECONDS
-    assert seconds[2] <= gpu_run.TOTAL_SECONDS < 480
-    # the bench finds the table that the tuner wrote
-    assert environments[1] == environments[2] == {"JAXWNA16_TILES": str(tmp_path / "out")}
-    steps = json.loads((tmp_path / "out" / "run.json").read_text())["steps"]
-    assert [step["exit_code"] for step in steps] == [1, None, 0]
+    return commands
+
+
+def test_every_step_runs_and_the_summary_says_how_each_went(tmp_path, pretended, capsys):
+    assert gpu_run.main([]) == 1
+    assert list(pretended) == [
+        "tests",
+        "bench",
+        "bench moe",
+        "tune",
+        "tune moe",
+        "bench again",
+        "bench moe again",
+    ]
+    for name, (arguments, _, _) in pretended.items():
+        assert ("--moe" in arguments) == ("moe" in name)
+        assert ("--tune" in arguments) == ("tune" in name)
+        assert ("--peers" in arguments) == (name in ("bench", "bench moe"))
+    results = tmp_path / "out"
+    steps = json.loads((results / "run-measure.json").read_text())["steps"]
+    assert [step["exit_code"] for step in steps] == [1, 0, 0]
+    steps = json.loads((results / "run-tune.json").read_text())["steps"]
+    assert [step["exit_code"] for step in steps] == [0, None]
     out = capsys.readouterr().out
     assert "tests: failed (1), 2 s" in out
-    assert "tune: took too long" in out
-    assert "bench: good" in out
+    assert "tune moe: took too long" in out
+    assert "bench moe again: good" in out
 
 
-def test_the_summary_shows_the_targets_that_were_measured(tmp_path, capsys):
-    (tmp_path / "kernels.json").write_text(json.dumps({"rows": []}))
+def test_figures_with_tuned_tiles_are_kept_beside_those_without(tmp_path, pretended):
+    gpu_run.main([])
+    folder = tmp_path / "out"
+    for name, (arguments, _, environment) in pretended.items():
+        if name == "tests":
+            continue
+        place = folder / "tuned" if "again" in name else folder
+        assert arguments[arguments.index("--output") + 1] == str(place)
+        # only those after the tuner find the table, which it writes there
+        tuned = "tune" in name or "again" in name
+        assert environment == ({"JAXWNA16_TILES": str(folder)} if tuned else None)
+
+
+@pytest.mark.parametrize("stage", gpu_run.STAGE_SECONDS)
+def test_a_stage_alone_takes_less_than_ten_minutes(pretended, stage):
+    assert gpu_run.main([stage]) == (stage != "again")
+    assert gpu_run.STAGE_SECONDS[stage] < 600
+    assert sum(gpu_run.STAGE_SECONDS.values()) < 1500
+    left = gpu_run.STAGE_SECONDS[stage]
+    for name, (arguments, seconds, _) in pretended.items():
+        assert seconds <= left
+        if "--seconds" in arguments:
+            inner = int(arguments[arguments.index("--seconds") + 1])
+            peers = "--peer-seconds" in arguments and int(
+                arguments[arguments.index("--peer-seconds") + 1]
+            )
+            # what is begun may end before the step is stopped
+            assert inner + peers + (60 if "moe" in name else 25) <= seconds + 1
+            assert inner >= 100
+
+
+def test_a_stage_that_does_not_exist_is_refused(pretended, capsys):
+    with pytest.raises(SystemExit):
+        gpu_run.main(["bench"])
+    assert "no stage 'bench': there are measure, tune, again" in capsys.readouterr().err
+    assert pretended == {}
+
+
+@pytest.mark.parametrize(
+    ("name", "target"),
+    [("kernels", "W4, M=1, 8192x8192"), ("moe", "MoE decode, 2048x768 E128 k8")],
+)
+def test_the_summary_shows_the_targets_that_were_measured(tmp_path, capsys, name, target):
+    row = {"tokens": 1, "symmetric": False, "bits": 4, "shape": "", "engines": {}, "peers": {}}
+    row |= {"group_size": 128, "dtype": "bfloat16", "figures": None, "parts": {}, "bytes": 1}
+    row |= {"experts_touched": 8.0} if name == "moe" else {}
+    (tmp_path / f"{name}.json").write_text(json.dumps({"rows": [row]}))
     gpu_run.print_summary(tmp_path, [])
-    assert "W4, M=1, 8192x8192" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert target in out
+    assert ("8192x8192" in out) == (name == "kernels")
 
 
 def test_steps_use_this_python_and_no_memory_that_others_need(monkeypatch):

@@ -17,15 +17,26 @@ from pallas_kernels import tile_tables
 from pallas_kernels.device import Device
 from pallas_kernels.errors import TableError
 from pallas_kernels.schedule import list_candidates
-from pallas_kernels.tile_tables import (
+from pallas_kernels.schedule_moe import list_moe_candidates
+from pallas_kernels.tile_entries import (
     Entry,
+    MoeEntry,
     TileTable,
+    find_moe_schedule,
     find_schedule,
-    name_file,
-    read_table,
-    write_table,
 )
-from tests.tables import H200, TILES, WIDE, make_entry, make_spec, make_table
+from pallas_kernels.tile_tables import name_file, read_table, write_table
+from tests.tables import (
+    FEW,
+    H200,
+    TILES,
+    WIDE,
+    make_entry,
+    make_moe_entry,
+    make_moe_specs,
+    make_spec,
+    make_table,
+)
 
 
 def _entries(device: Device) -> st.SearchStrategy[Entry]:
@@ -52,6 +63,31 @@ def _entries(device: Device) -> st.SearchStrategy[Entry]:
     return draw_entry()
 
 
+def _moe_entries(device: Device) -> st.SearchStrategy[MoeEntry]:
+    @st.composite
+    def draw_entry(draw):
+        bits, group = draw(st.sampled_from([4, 8])), draw(st.sampled_from([32, 64, 128, -1]))
+        hidden, middle = (128 * draw(st.integers(1, 60)) for _ in range(2))
+        experts, tokens = draw(st.integers(1, 300)), draw(st.integers(1, 5000))
+        top_k = draw(st.integers(1, min(experts, 16)))
+        dtype = draw(st.sampled_from(["bfloat16", "float16"]))
+        specs = make_moe_specs(hidden, middle, bits=bits, group_size=group)
+        facts = (specs, experts, tokens, top_k, dtype, (dtype, dtype), device)
+        return MoeEntry(
+            bits=bits,
+            group_size=specs[0].group_size,
+            hidden=hidden,
+            intermediate=middle,
+            experts=experts,
+            top_k=top_k,
+            tokens=tokens,
+            x_dtype=dtype,
+            schedule=draw(st.sampled_from(list_moe_candidates(*facts))),
+        )
+
+    return draw_entry()
+
+
 _numbers = itertools.count()
 
 
@@ -65,22 +101,34 @@ def _name_new_file(factory) -> Path:
 def test_what_the_tuner_may_choose_is_written_and_read_back(data, kind, tmp_path_factory):
     device = Device(kind, data.draw(st.integers(1, 200)))
     entries = data.draw(st.lists(_entries(device), max_size=5, unique_by=lambda entry: entry.key))
+    unique = {"max_size": 4, "unique_by": lambda entry: entry.key}
+    experts = data.draw(st.lists(_moe_entries(device), **unique))
     made = data.draw(st.dictionaries(st.text(), st.text(), max_size=3))
-    table = TileTable(device_kind=kind, entries=tuple(entries), made=made)
+    table = TileTable(device_kind=kind, entries=tuple(entries), made=made, experts=tuple(experts))
     path = _name_new_file(tmp_path_factory)
     write_table(path, table)
     back = read_table(path)
     assert back.device_kind == kind
     assert back.made == made
     assert back.entries == tuple(sorted(entries, key=lambda entry: entry.key))
+    assert back.experts == tuple(sorted(experts, key=lambda entry: entry.key))
     first = path.read_bytes()
-    write_table(path, dataclasses.replace(table, entries=table.entries[::-1]))
+    turned = {"entries": table.entries[::-1], "experts": table.experts[::-1]}
+    write_table(path, dataclasses.replace(table, **turned))
     assert path.read_bytes() == first
     for entry in entries:
         spec = make_spec(entry.in_features, entry.out_features, bits=entry.bits, group_size=-1)
         spec = dataclasses.replace(spec, group_size=min(spec.in_features, entry.group_size))
         found = find_schedule(back, device, spec, entry.tokens, entry.x_dtype, entry.x_dtype)
         assert found == entry.schedule
+    for entry in experts:
+        specs = make_moe_specs(entry.hidden, entry.intermediate, bits=entry.bits, group_size=-1)
+        specs = tuple(
+            dataclasses.replace(spec, group_size=min(spec.in_features, entry.group_size))
+            for spec in specs
+        )
+        facts = (specs, entry.experts, entry.tokens, entry.top_k, entry.x_dtype)
+        assert find_moe_schedule(back, device, *facts, (entry.x_dtype,) * 2) == entry.schedule
 
 
 def test_every_line_is_one_entry(tmp_path):
@@ -88,6 +136,16 @@ def test_every_line_is_one_entry(tmp_path):
     lines = (tmp_path / "t.json").read_text().splitlines()
     assert [i for i, line in enumerate(lines) if '"in_features": 4096' in line] == [6]
     assert [i for i, line in enumerate(lines) if '"in_features": 8192' in line] == [7]
+
+
+def test_a_table_made_before_there_were_experts_is_read(tmp_path):
+    content = _content()
+    assert content.pop("experts") == []
+    path = tmp_path / "t.json"
+    path.write_text(json.dumps(content))
+    table = read_table(path)
+    assert table.entries == (make_entry(),)
+    assert table.experts == ()
 
 
 def test_a_table_that_could_not_be_read_is_not_written(tmp_path):
@@ -124,7 +182,7 @@ def test_a_file_is_read_again_only_when_it_has_changed(tmp_path):
 # What is refused
 
 
-def _content(*entries: Entry) -> dict:
+def _content(*entries: Entry | MoeEntry) -> dict:
     """A good table as JSON gives it, to be spoiled."""
     return json.loads(tile_tables._format(make_table(*entries or [make_entry()])))
 
@@ -269,14 +327,21 @@ def _read_back(path: Path) -> str | None:
     for entry in table.entries:
         spec = make_spec(entry.in_features, entry.out_features, bits=entry.bits, group_size=-1)
         find_schedule(table, H200, spec, entry.tokens, entry.x_dtype, entry.x_dtype)
+    for entry in table.experts:
+        specs = make_moe_specs(entry.hidden, entry.intermediate, bits=entry.bits, group_size=-1)
+        facts = (specs, entry.experts, entry.tokens, entry.top_k, entry.x_dtype)
+        find_moe_schedule(table, H200, *facts, (entry.x_dtype,) * 2)
     for k, n in ((1, 1), (4096, 4096), (28672, 8192)):
         find_schedule(table, H200, make_spec(k, n, group_size=-1), 16, "bfloat16", "bfloat16")
     return _normalize(json.loads(tile_tables._format(table)))
 
 
 def _normalize(content: dict) -> str:
-    entries = sorted(json.dumps(entry, sort_keys=True) for entry in content["entries"])
-    return json.dumps({**content, "entries": entries}, sort_keys=True)
+    lists = {
+        name: sorted(json.dumps(entry, sort_keys=True) for entry in content.get(name, []))
+        for name in ("entries", "experts")
+    }
+    return json.dumps({**content, **lists}, sort_keys=True)
 
 
 @settings(deadline=None, max_examples=400)
@@ -287,6 +352,8 @@ def test_a_changed_field_is_refused_or_means_what_it_says(data, tmp_path_factory
         make_entry(),
         make_entry(tokens=64, schedule=WIDE),
         make_entry(tokens=4096, schedule="prefill"),
+        make_moe_entry(),
+        make_moe_entry(tokens=1, schedule=dataclasses.replace(FEW, direct=True)),
     )
     content = copy.deepcopy(good)
     *outer, last = data.draw(st.sampled_from(list(_list_places(good))))
@@ -311,7 +378,8 @@ def test_a_changed_field_is_refused_or_means_what_it_says(data, tmp_path_factory
 @settings(deadline=None, max_examples=200)
 @given(data=st.data())
 def test_changed_bytes_are_refused_or_a_table(data, tmp_path_factory):
-    text = tile_tables._format(make_table(make_entry())).encode()
+    table = make_table(make_entry(), make_moe_entry())
+    text = tile_tables._format(table).encode()
     start = data.draw(st.integers(0, len(text)))
     end = min(len(text), start + data.draw(st.integers(0, 20)))
     changed = text[:start] + data.draw(st.binary(max_size=8)) + text[end:]

@@ -12,13 +12,11 @@ from pallas_kernels import tile_tables
 from pallas_kernels.device import UNKNOWN
 from pallas_kernels.errors import TableError
 from pallas_kernels.schedule import PREFILL, Tiles, choose
+from pallas_kernels.tile_entries import classify_group, find_schedule, round_up_bucket
 from pallas_kernels.tile_tables import (
-    classify_group,
-    find_schedule,
     find_table_path,
     load_schedule,
     name_file,
-    round_up_bucket,
     user_table_path,
     write_table,
 )

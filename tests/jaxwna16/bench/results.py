@@ -6,8 +6,9 @@ from typing import Any
 
 from jaxwna16.bench.cases import Case, plan_cases
 from jaxwna16.bench.limits import Limits
+from jaxwna16.bench.moe_cases import MoeCase, plan_moe_cases
 from jaxwna16.bench.run import add_shares
-from jaxwna16.bench.shapes import parse_shapes
+from jaxwna16.bench.shapes import parse_moe_shapes, parse_shapes
 
 LIMITS = Limits(1e12, 1e14, "bfloat16", "copy")
 
@@ -16,6 +17,12 @@ def make_cases(shapes: str, tokens: list[int], **facts: Any) -> list[Case]:
     """Cases of 4 bits, groups of 32, with zero points unless told otherwise."""
     usual = {"bits": [4], "group_size": 32, "symmetric": [False], "dtype": "bfloat16"}
     return plan_cases(parse_shapes(shapes), tokens, **(usual | facts))
+
+
+def make_moe_cases(shapes: str, tokens: list[int], **facts: Any) -> list[MoeCase]:
+    """Likewise of experts."""
+    usual = {"bits": [4], "group_size": 32, "symmetric": [False], "dtype": "bfloat16"}
+    return plan_moe_cases(parse_moe_shapes(shapes), tokens, **(usual | facts))
 
 
 def make_timing(seconds: float) -> dict[str, Any]:
@@ -29,9 +36,11 @@ def make_timing(seconds: float) -> dict[str, Any]:
     }
 
 
-def make_row(case: Case, peers: dict[str, float] | None = None, **engines: float) -> dict[str, Any]:
+def make_row(
+    case: Case | MoeCase, peers: dict[str, float] | None = None, **engines: float
+) -> dict[str, Any]:
     """The row of a case with the chained seconds of each engine and peer."""
-    row = {**case.describe(), "schedule": "decode", "engines": {}, "peers": {}}
+    row = {**case.describe(), "schedule": "decode", "engines": {}, "parts": {}, "peers": {}}
     for name, seconds in engines.items():
         row["engines"][name] = {"chained": make_timing(seconds), "layers": 64}
     for name, seconds in (peers or {}).items():

@@ -17,7 +17,6 @@ from jaxwna16.bench.engines import (
     Engine,
     compile_program,
     count_layers,
-    draw_inputs,
     make_weights,
 )
 from jaxwna16.bench.timing import Effort
@@ -29,7 +28,11 @@ EFFORT = Effort(batch_seconds=1e-4, batches=3, layers=4, cold_bytes=50_000)
 
 
 def run_by_hand(engine: Engine, case, xs, weights) -> list[jax.Array]:
-    return [engine.multiply(x, w, case.spec) for x, w in zip(xs, weights, strict=True)]
+    return [engine.compute(case, x, w) for x, w in zip(xs, weights, strict=True)]
+
+
+def draw_inputs(case, count: int) -> list:
+    return [case.draw_inputs(i) for i in range(count)]
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
@@ -64,7 +67,7 @@ def test_a_product_of_a_square_weight_is_the_input_of_the_next():
     [y] = compile_program(OURS, case, CHAINED, EFFORT).run(xs, weights)
     expected = xs[0]
     for weight in weights:
-        expected = OURS.multiply(expected, weight, case.spec)
+        expected = OURS.compute(case, expected, weight)
     np.testing.assert_array_equal(y, expected)
     # results keep the size of x, whatever the length of the chain
     assert 0.2 < float(jnp.std(y.astype(jnp.float32))) < 5

@@ -10,7 +10,7 @@ import pytest
 from jaxwna16.bench import output
 from jaxwna16.bench.output import write_plot, write_tables
 from jaxwna16.errors import InputError
-from tests.jaxwna16.bench.results import make_cases, make_report, make_row
+from tests.jaxwna16.bench.results import make_cases, make_moe_cases, make_report, make_row
 
 
 @pytest.fixture
@@ -55,6 +55,25 @@ def test_the_plot_has_a_panel_a_weight_and_every_series(report, tmp_path):
     # matplotlib draws letters as shapes and leaves each text as a comment
     for text in ("K=64  N=64", "K=4096  N=4096", "jaxwna16", "bf16 product (jnp.dot)", "conch"):
         assert f"<!-- {text} -->" in svg or text in svg
+
+
+def test_experts_are_drawn_with_what_they_are_compared_with(tmp_path):
+    cases = make_moe_cases("64x32x8x2,mixtral-8x7b", [1, 16, 256], group_size=-1)
+    rows = [
+        make_row(c, ours=1e-5 * c.tokens, bf16=3e-5 * c.tokens, peers={"tokamax": 2e-5})
+        for c in cases
+    ]
+    write_plot(make_report(rows), tmp_path, "moe")
+    svg = (tmp_path / "moe.svg").read_text()
+    for text in (
+        "64x32 E8 k2",
+        "4096x14336 E8 k2",
+        "4 bits, channel, asymmetric",
+        "XLA: bf16, expert by expert",
+        "tokamax",
+    ):
+        assert f"<!-- {text} -->" in svg or text in svg
+    assert "jnp.dot" not in svg
 
 
 def test_without_times_there_is_nothing_to_draw(tmp_path):

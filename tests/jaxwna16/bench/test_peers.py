@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import sys
 import types
 
 import pytest
 
-from jaxwna16.bench import peer_worker
-from jaxwna16.bench.peer_worker import BUILDERS, MARK, Source, UnservedError, serve
+from jaxwna16.bench import dense_peers, peer_worker
+from jaxwna16.bench.peer_sources import Product, UnservedError, draw_source
+from jaxwna16.bench.peer_worker import MARK, PEERS, Peer, check, read_case, serve
 from jaxwna16.bench.peers import time_peers
 from jaxwna16.bench.run import Deadline
 from jaxwna16.bench.timing import Effort
-from tests.jaxwna16.bench.results import make_cases, make_row, make_timing
+from tests.jaxwna16.bench.results import make_cases, make_moe_cases, make_row, make_timing
 
 EFFORT = Effort()
+DENSE = PEERS["dense"]
 torch = pytest.importorskip("torch")
 
 
@@ -33,20 +37,21 @@ def run_peers(script: str, cases, seconds: float = 60.0):
 
 def test_a_peer_that_is_not_installed_is_named_with_the_reason():
     said = []
-    serve("humming", make_cases("64x64", [1]), EFFORT, said.append)
+    serve(DENSE["humming"], make_cases("64x64", [1]), EFFORT, said.append)
     assert said == [{"absent": "humming is not installed"}]
 
 
 def test_without_a_gpu_pytorch_has_nothing_to_time():
     said = []
-    serve("tinygemm", make_cases("64x64", [1]), EFFORT, said.append)
+    serve(DENSE["tinygemm"], make_cases("64x64", [1]), EFFORT, said.append)
     assert said == [{"absent": "PyTorch sees no CUDA GPU"}]
 
 
 def test_the_real_worker_answers_through_its_pipe():
-    [fared] = [
-        peer for peer in time_peers([], [], EFFORT, Deadline(300.0)) if peer["name"] == "humming"
-    ]
+    cases = make_cases("64x64", [1])
+    rows = [make_row(case) for case in cases]
+    peers = time_peers(cases, rows, EFFORT, Deadline(300.0))
+    [fared] = [peer for peer in peers if peer["name"] == "humming"]
     assert fared == {
         "name": "humming",
         "version": None,
@@ -57,28 +62,40 @@ def test_the_real_worker_answers_through_its_pipe():
 
 def test_a_case_that_a_peer_fails_at_is_said_and_the_next_goes_on(monkeypatch):
     def build(source, dtype):
-        raise UnservedError("4 bits only")
+        if source.spec.bits == 8:
+            raise UnservedError("4 bits only")
+        return Product(lambda x, weight: x, ())
 
-    def pretend_time(torch, case, effort, multiply, weights, source):
-        return {"chained": make_timing(1e-5)}
+    def draw_on_cpu(torch, case, device):
+        assert device == "cuda"
+        return draw_source(torch, case, "cpu")
 
     four, eight = make_cases("64x64", [1], bits=[4, 8])
-    monkeypatch.setitem(BUILDERS, "tinygemm", ("torch", "torch", build))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(peer_worker, "_time", pretend_time)
-    monkeypatch.setattr(
-        peer_worker,
-        "_make_copies",
-        lambda torch, build, case, effort: build(None, None) if case.spec.bits == 8 else (0, 0, 0),
-    )
+    monkeypatch.setattr(peer_worker, "draw_source", draw_on_cpu)
+    monkeypatch.setattr(peer_worker._TorchBench, "run", lambda *_: {"chained": make_timing(1e-5)})
     said = []
-    serve("tinygemm", [four, eight, four], EFFORT, said.append)
+    serve(Peer("torch", "torch", build), [four, eight, four], EFFORT, said.append)
     assert said[0]["version"] == torch.__version__
     assert [message.get("error") for message in said[1:]] == [
         None,
         "UnservedError: 4 bits only",
         None,
     ]
+
+
+def test_a_wrong_product_is_not_timed():
+    y = torch.linspace(-1, 1, 100)
+    assert check(y.bfloat16(), y) < 0.01
+    for wrong in (y.flip(0), y * float("nan"), torch.zeros(100)):
+        with pytest.raises(UnservedError, match="wrong: the relative error is"):
+            check(wrong, y)
+
+
+def test_the_worker_reads_the_cases_that_it_is_sent():
+    for case in (*make_cases("64x64", [3]), *make_moe_cases("64x32x8x2", [3])):
+        facts = json.loads(json.dumps(dataclasses.asdict(case)))
+        assert read_case(case.kind, facts) == case
 
 
 def test_times_reach_the_rows_whatever_else_is_printed():
@@ -89,7 +106,7 @@ def test_times_reach_the_rows_whatever_else_is_printed():
         "say(case=0, error='RuntimeError: no kernel')\n"
     )
     fared, rows = run_peers(script, make_cases("64x64", [1, 16]))
-    assert [peer["version"] for peer in fared] == ["1.2"] * len(BUILDERS)
+    assert [peer["version"] for peer in fared] == ["1.2"] * len(DENSE)
     assert rows[1]["peers"]["gemlite"] == {"chained": {"median": 2e-5}, "relative_error": 0.003}
     assert rows[0]["peers"]["gemlite"] == {"error": "RuntimeError: no kernel"}
 
@@ -142,22 +159,27 @@ def test_conch_is_given_words_that_mean_the_same_weight(monkeypatch, bits, symme
     module.mixed_precision_gemm = stand_in  # pyright: ignore[reportAttributeAccessIssue]
     monkeypatch.setitem(sys.modules, module.__name__, module)
     [case] = make_cases("64x96", [1], bits=[bits], symmetric=[symmetric])
-    source = draw_source(case.spec)
-    multiply, weight = peer_worker.build_conch(source, torch.float32)
+    source = draw_source(torch, case, "cpu")
+    multiply, weight, _ = dense_peers.build_conch(source, torch.float32)
     x = torch.randn(3, 64)
-    expected = x @ source.expand().t()
+    expected = source.compute(x)
     torch.testing.assert_close(multiply(x, weight), expected, rtol=1e-4, atol=1e-3)
 
 
 def test_tinygemm_says_what_it_does_not_serve():
     [case] = make_cases("64x96", [1], bits=[8])
     with pytest.raises(UnservedError, match="4 bits"):
-        peer_worker.build_tinygemm(draw_source(case.spec), torch.bfloat16)
+        dense_peers.build_tinygemm(draw_source(torch, case, "cpu"), torch.bfloat16)
 
 
-def draw_source(spec) -> Source:
-    top, grouped = 1 << spec.bits, (spec.out_features, spec.groups)
-    codes = torch.randint(0, top, (spec.out_features, spec.in_features), dtype=torch.uint8)
-    drawn = torch.randint(0, top, grouped).float()
-    zero = torch.full(grouped, float(spec.offset)) if spec.symmetric else drawn
-    return Source(torch, spec, codes, torch.rand(grouped) + 0.5, zero)
+def test_experts_have_peers_of_their_own():
+    cases = make_moe_cases("64x32x8x2,64x64x8x2,64x96x8x2,64x128x8x2", [1, 2, 128, 4096])
+    script = "[say(case=i, chained={'median': c['tokens']}) for i, c in enumerate(order['cases'])]"
+    few = [case for case in cases if case.tokens < 128]
+    fared, rows = run_peers(script, few)
+    assert [peer["name"] for peer in fared] == ["torch grouped", "tokamax", "humming"]
+    assert all(row["peers"]["humming"]["chained"]["median"] == row["tokens"] for row in rows)
+    _, rows = run_peers(script, cases * 2)
+    timed = [row for row in rows if row["peers"]]
+    assert {row["tokens"] for row in timed} == {1, 4096}
+    assert {row["intermediate"] for row in timed} == {32, 64, 96}

@@ -7,10 +7,17 @@ from jaxwna16.bench.report import (
     tabulate_rows,
     tabulate_targets,
     tabulate_tuned,
+    word_legend,
     write_markdown,
 )
 from jaxwna16.bench.targets import TARGETS, judge_targets
-from tests.jaxwna16.bench.results import make_cases, make_report, make_row
+from tests.jaxwna16.bench.results import (
+    make_cases,
+    make_moe_cases,
+    make_report,
+    make_row,
+    make_timing,
+)
 
 
 def find_target(rows, case):
@@ -57,6 +64,86 @@ def test_every_target_has_a_line_and_a_dash_where_nothing_was_measured():
     assert len(lines) == len(TARGETS)
     assert {line[header.index("measured")] for line in lines} == {"—"}
     assert {line[header.index("reached")] for line in lines} == {""}
+
+
+DECODE = "MoE decode, 2048x768 E128 k8, W4, T=1..64, worst of >= 100 MB"
+
+
+def make_moe_rows(tokens, shares, **facts):
+    """Rows of Qwen3-30B-A3B whose time is such that they reach these shares of the copy."""
+    cases = make_moe_cases("qwen3-30b-a3b", tokens, group_size=128, **facts)
+    rows = [make_row(case) for case in cases]
+    seconds = [row["bytes"] / 1e12 / share for row, share in zip(rows, shares, strict=True)]
+    made = [make_row(case, ours=s, bf16=2 * s) for case, s in zip(cases, seconds, strict=True)]
+    return make_report(made)["rows"]
+
+
+def test_experts_are_judged_by_the_worst_number_of_tokens_that_moves_enough():
+    rows = make_moe_rows([1, 16, 32, 64, 128], [0.1, 0.7, 0.66, 0.8, 0.2])
+    assert rows[0]["bytes"] < 100e6 < rows[1]["bytes"]
+    line = find_target(rows, DECODE)
+    assert round(line["measured"], 6) == 0.66
+    assert line["reached"] is True
+    assert round(line["microseconds"]["bf16"] / line["microseconds"]["ours"], 6) == 2
+    assert find_target(make_moe_rows([16], [0.64]), DECODE)["reached"] is False
+    assert find_target(make_moe_rows([1], [0.9]), DECODE)["measured"] is None
+    assert find_target(make_moe_rows([16], [0.9], symmetric=[True]), DECODE)["measured"] is None
+
+
+def test_prefill_of_experts_is_judged_by_its_rate():
+    name = "MoE prefill, 2048x768 E128 k8, W4, T=4096"
+    rows = make_moe_rows([4096], [0.5])
+    rate = rows[0]["flops"] / (rows[0]["bytes"] / 0.5e12) / 1e12
+    line = find_target(rows, name)
+    assert round(line["measured"] / rate, 6) == 1
+    assert line["reached"] is (rate >= 350)
+    header, *lines = tabulate_targets(rows)
+    [cells] = [cells for cells in lines if cells[0] == name]
+    assert cells[header.index("measured")].endswith(" TFLOP/s")
+
+
+def test_grouping_is_judged_by_its_longest_time():
+    rows = make_moe_rows([16, 64], [0.5, 0.5])
+    rows[0]["parts"]["grouping"] = {"chained": make_timing(12e-6)}
+    rows[1]["parts"]["grouping"] = {"chained": make_timing(8e-6)}
+    line = find_target(rows, "MoE grouping, worst T")
+    assert (round(line["measured"], 6), line["unit"], line["reached"]) == (12.0, "us", False)
+
+
+def test_symmetric_experts_are_compared_with_asymmetric_ones():
+    cases = make_moe_cases("64x32x8x2", [1, 16], symmetric=[False, True])
+    times = {(False, 1): 1.0, (False, 16): 1.04, (True, 1): 1.0, (True, 16): 1.0}
+    rows = [make_row(c, ours=times[c.symmetric, c.tokens]) for c in cases]
+    line = find_target(rows, "MoE asymmetric / symmetric time, worst pair")
+    assert (line["measured"], line["reached"]) == (1.04, True)
+
+
+def test_a_run_is_held_to_the_targets_of_its_kind():
+    [dense] = make_cases("64x64", [1])
+    [experts] = make_moe_cases("64x32x8x2", [1])
+    named = [{line["case"] for line in judge_targets([make_row(c)])} for c in (dense, experts)]
+    assert not named[0] & named[1]
+    assert all(case.startswith("MoE ") for case in named[1])
+    both = {line["case"] for line in judge_targets([make_row(dense), make_row(experts)])}
+    assert both == named[0] | named[1] == {target.case for target in TARGETS}
+
+
+def test_experts_have_columns_of_their_own():
+    cases = make_moe_cases("64x32x8x2", [1, 3], group_size=-1, bits=[4, 8])
+    rows = [make_row(case, ours=1e-5) for case in cases]
+    rows[0]["parts"]["grouping"] = {"chained": make_timing(2e-6)}
+    rows[1]["parts"]["grouping"] = {"error": "RuntimeError: none"}
+    report = make_report(rows)
+    header, first, second, *_ = tabulate_rows(report["rows"])
+    assert first[:3] == ["64x32 E8 k2", "1", "W4 channel asym"]
+    assert header[-3:] == ["touched", "grouping us", "share"]
+    assert first[-3:] == ["2", "2.00", "20%"]
+    assert second[-2:] == ["—", "—"]
+    assert len(header) == len(first) == len(second)
+    assert "Experts: " in word_legend(rows)
+    assert "Experts: " not in word_legend([make_row(case) for case in make_cases("64x64", [1])])
+    assert "grouping: RuntimeError: none (1 of the cases)" in list_problems(report)
+    assert "| 64x32 E8 k2 | 1 |" in write_markdown(report)
 
 
 def test_a_row_without_times_has_dashes_in_every_column():

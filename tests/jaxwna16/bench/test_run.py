@@ -7,7 +7,7 @@ import pytest
 from jaxwna16.bench import run as bench
 from jaxwna16.bench.run import OUT_OF_TIME, Bench, Deadline, add_shares, count_failures, find_median
 from jaxwna16.bench.timing import Effort
-from tests.jaxwna16.bench.results import LIMITS, make_cases, make_row
+from tests.jaxwna16.bench.results import LIMITS, make_cases, make_moe_cases, make_row, make_timing
 
 EFFORT = Effort(batch_seconds=1e-4, batches=3, layers=2, cold_bytes=20_000)
 
@@ -47,6 +47,58 @@ def test_on_a_gpu_graphs_and_the_expanding_path_are_timed_too():
     assert all("graph_free" in row["engines"]["bf16"] for row in rows)
     # of many numbers of tokens, the slow path is timed at some
     assert [row["tokens"] for row in rows if "xla" in row["engines"]] == [1, 16]
+
+
+def test_experts_walk_the_same_way_and_their_grouping_is_a_part():
+    rows = time_cases(make_moe_cases("64x32x4x2", [1, 3]))
+    add_shares(rows, LIMITS)
+    assert [row["tokens"] for row in rows] == [1, 3]
+    for row in rows:
+        assert set(row["engines"]) == {"ours", "bf16"}
+        assert row["engines"]["ours"]["single"]["median"] > 0
+        [(name, grouping)] = row["parts"].items()
+        assert name == "grouping"
+        seconds = find_median(row, "ours")
+        assert grouping["share"] == grouping["chained"]["median"] / seconds
+        assert row["figures"]["gigabytes_per_second"] == row["bytes"] / seconds / 1e9
+        # a part is nothing to compare with
+        assert set(row["times_as_fast_as"]) == {"bf16"}
+
+
+def test_of_experts_what_xla_does_in_a_loop_is_timed_at_some_tokens_and_shortly(monkeypatch):
+    compiled = []
+
+    def compile_nothing(engine, case, figure, effort):
+        compiled.append((engine.name, case.tokens, figure, effort.layers, effort.batches))
+        raise RuntimeError("no GPU")
+
+    monkeypatch.setattr(bench, "compile_program", compile_nothing)
+    monkeypatch.setattr(bench, "make_weights", lambda engine, *_: [engine.packed])
+    tokens = [1, 2, 4, 8, 16, 32]
+    effort = Effort(batches=9, layers=64)
+    rows = Bench(make_moe_cases("64x32x64x2", tokens), None, effort, Deadline(100.0)).run()
+    ours = [one for one in compiled if one[0] == "ours"]
+    assert {one[1] for one in ours} == set(tokens)
+    assert {one[2:] for one in ours} == {
+        (figure, 64, 9) for figure in ("chained", "graph_free", "single")
+    }
+    loops = [one for one in compiled if one[0] in ("bf16", "xla")]
+    assert {one[:2] for one in loops} == {(name, t) for name in ("bf16", "xla") for t in (1, 16)}
+    assert {one[3:] for one in loops} == {(4, 3)}
+    # few pairs among many experts are not grouped
+    assert {one[1] for one in compiled if one[0] == "grouping"} == {16, 32}
+    assert [sorted(row["parts"]) for row in rows] == [[]] * 4 + [["grouping"]] * 2
+
+
+def test_the_share_of_a_part_is_of_our_own_time():
+    [case] = make_moe_cases("64x32x4x2", [1])
+    row = make_row(case, ours=4e-6)
+    row["parts"]["grouping"] = {"chained": make_timing(1e-6)}
+    failed = make_row(case)
+    failed["parts"]["grouping"] = {"error": "RuntimeError: none"}
+    add_shares([row, failed], LIMITS)
+    assert row["parts"]["grouping"]["share"] == pytest.approx(0.25)
+    assert "share" not in failed["parts"]["grouping"]
 
 
 def test_a_case_that_cannot_be_compiled_is_recorded_and_the_others_go_on(monkeypatch):

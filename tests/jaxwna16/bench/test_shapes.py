@@ -8,10 +8,13 @@ import pytest
 
 from jaxwna16.bench.shapes import (
     MODELS,
+    MOE_MODELS,
+    MoeShape,
     Shape,
     list_default_shapes,
     parse_counts,
     parse_group_size,
+    parse_moe_shapes,
     parse_shapes,
 )
 
@@ -43,6 +46,31 @@ def test_the_default_is_every_model_and_every_square_once():
 def test_what_is_no_shape_is_refused_by_name(text):
     with pytest.raises(argparse.ArgumentTypeError, match="neither KxN"):
         parse_shapes(text)
+
+
+def test_experts_are_written_hidden_intermediate_experts_top_k():
+    assert parse_moe_shapes("2048x768x128x8") == [MoeShape(2048, 768, 128, 8)]
+    assert parse_moe_shapes("Mixtral-8x7B,64x32x8x2,64x32x8x2") == [
+        MOE_MODELS["mixtral-8x7b"],
+        MoeShape(hidden=64, intermediate=32, experts=8, top_k=2),
+    ]
+    assert MoeShape(2048, 768, 128, 8).label == "2048x768 E128 k8"
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("64x32", "neither HxIxExtop_k"),
+        ("64x32x8x0", "neither HxIxExtop_k"),
+        ("64x32x8x2x1", "neither HxIxExtop_k"),
+        ("llama-3.1-8b", "nor one of qwen3-30b-a3b, mixtral-8x7b"),
+        ("mixtral-8x7b,", "neither HxIxExtop_k"),
+        ("64x32x8x9", "a token cannot choose 9 of 8 experts"),
+    ],
+)
+def test_what_are_no_experts_is_refused_by_name(text, says):
+    with pytest.raises(argparse.ArgumentTypeError, match=says):
+        parse_moe_shapes(text)
 
 
 def test_counts_are_sorted_and_each_comes_once():

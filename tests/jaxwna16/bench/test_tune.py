@@ -21,8 +21,10 @@ from jaxwna16.bench.tune import (
 from pallas_kernels.device import Device
 from pallas_kernels.errors import TableError
 from pallas_kernels.schedule import PREFILL, Tiles, list_candidates
-from pallas_kernels.tile_tables import TileTable, read_table, write_table
-from tests.jaxwna16.bench.results import make_cases
+from pallas_kernels.schedule_moe import MoeTiles, list_moe_candidates
+from pallas_kernels.tile_entries import TileTable
+from pallas_kernels.tile_tables import read_table, write_table
+from tests.jaxwna16.bench.results import make_cases, make_moe_cases
 
 DEVICE = Device("an invented GPU", 132)
 A = Tiles(block_m=8, block_n=128, block_k=128)
@@ -107,6 +109,75 @@ def test_winners_are_written_beside_what_the_table_has(tmp_path):
     assert [entry.schedule for entry in read_table(path).entries] == [B, B]
 
 
+def test_experts_are_tuned_product_by_product_and_then_together():
+    [case] = make_moe_cases("qwen3-30b-a3b", [64], group_size=128)
+    asked = []
+
+    def time_apart(case, candidates):
+        """Products that take their own time: 256 features are best for one, 64 for the other."""
+        asked.append(list(candidates))
+        cost = {64: 1.0, 128: 2.0, 256: 3.0}
+        return [
+            Trial(s, 10 + cost[s.second.block_n] - cost[s.first.block_n] + s.first.block_m)
+            for s in candidates
+        ]
+
+    [found] = tune_cases([case], DEVICE, Deadline(100.0), time_apart)
+    facts = (case.specs, 128, 64, 8, "bfloat16", ("bfloat16",) * 2)
+    assert asked[0] == list_moe_candidates(*facts, DEVICE)
+    assert 1 <= len(asked[1]) <= 4
+    assert not set(asked[0]) & set(asked[1])
+    assert found.best is not None
+    best = found.best.schedule
+    assert isinstance(best, MoeTiles)
+    assert (best.first.block_n, best.second.block_n) == (256, 64)
+    assert best in asked[1]
+    facts = found.describe()
+    assert facts["candidates"] == len(asked[0]) + len(asked[1])
+    assert facts["rule"].startswith("blocks of 8 rows; first 128 features")
+    assert facts["best"].startswith("blocks of 8 rows; first 256 features")
+    assert facts["shape"] == "2048x768 E128 k8"
+
+
+def test_nothing_is_put_together_when_the_time_is_over():
+    now, asked = [0.0], []
+
+    def take_a_minute(case, candidates):
+        asked.append(candidates)
+        now[0] += 60.0
+        return [Trial(s, 1.0 / (i + 1)) for i, s in enumerate(candidates)]
+
+    cases = make_moe_cases("qwen3-30b-a3b", [64], group_size=128)
+    [found] = tune_cases(cases, DEVICE, Deadline(50.0, lambda: now[0]), take_a_minute)
+    assert len(asked) == 1
+    assert found.best is found.trials[-1]
+
+
+def test_experts_are_tuned_in_an_order_of_their_own():
+    cases = make_moe_cases("64x32x8x2,64x64x8x2", [2, 16, 64, 4096])
+    assert [case.tokens for case in plan_tuning(cases)] == [16, 16, 64, 64, 4096, 4096, 2, 2]
+    assert set(tune.MOE_TOKENS) == set(tune.TOKENS)
+
+
+def test_experts_and_linear_layers_share_a_table(tmp_path):
+    path = tmp_path / "table.json"
+    [layer] = make_cases("4096x4096", [1])
+    [experts] = make_moe_cases("64x128x8x2", [1])
+    tiles = MoeTiles(first=A, second=B)
+    one, other = (
+        Tuned(c, (t,), t) for c, t in ((layer, Trial(A, 1.0)), (experts, Trial(tiles, 1.0)))
+    )
+    assert write_winners([one], DEVICE, path, {}) == 1
+    assert write_winners([other], DEVICE, path, {}) == 2
+    table = read_table(path)
+    assert [entry.schedule for entry in table.entries] == [A]
+    assert [(entry.sizes, entry.tokens) for entry in table.experts] == [((64, 128, 8, 2), 1)]
+    assert table.experts[0].schedule == tiles
+    better = Trial(MoeTiles(first=B, second=B), 1.0)
+    write_winners([Tuned(experts, (better,), better)], DEVICE, path, {})
+    assert [entry.schedule for entry in read_table(path).experts] == [better.schedule]
+
+
 def test_a_table_of_another_gpu_is_left_alone(tmp_path):
     path = tmp_path / "table.json"
     write_table(path, TileTable("another GPU", (), {}))
@@ -159,7 +230,6 @@ def workbench(monkeypatch):
     import types
 
     from pallas_kernels import schedule as schedules
-    from pallas_kernels.matmul import quant_matmul
 
     recipes, made = {}, {}
 
@@ -168,8 +238,8 @@ def workbench(monkeypatch):
         shift, seconds = recipes[chosen]
         if isinstance(shift, Exception):
             raise shift
-        x, weight = tune.draw_inputs(case, 1)[0], bench._make_weights(case)[0]
-        y = quant_matmul(x, weight, case.spec, backend="xla") + jnp.bfloat16(shift)
+        weight = bench._make_weights(case)[0]
+        y = engine.compute(case, case.draw_inputs(0), weight) + jnp.bfloat16(shift)
         made[chosen] = FakeProgram(y, seconds)
         return made[chosen]
 
@@ -209,3 +279,14 @@ def test_only_the_fastest_and_the_rules_choice_are_timed_at_length(workbench):
     bench(case, many)
     long = [tiles.splits for tiles in many if made[tiles].efforts == [tune.SHORT, tune.LONG]]
     assert long == [1, 5, 6, 7, 8]
+
+
+def test_tiles_of_experts_are_held_to_the_result_in_float32(workbench):
+    """What is computed here is right in the XLA path; a shift is not."""
+    bench, recipes, _ = workbench
+    [case] = make_moe_cases("64x64x4x2", [3])
+    right, wrong = MoeTiles(first=A, second=A), MoeTiles(first=A, second=B)
+    recipes |= {right: (0.0, 3e-5), wrong: (100.0, 1e-5)}
+    trials = bench(case, [right, wrong])
+    assert trials[0] == Trial(right, 3e-5)
+    assert str(trials[1].error).startswith("wrong: product 0 differs in 192 places")

@@ -56,6 +56,9 @@ def test_the_refusal_is_json_too(call):
         (["--cpu", "--tokens", "0"], "positive integers"),
         (["--cpu", "--group-size", "x"], "channel"),
         (["--cpu", "--dtype", "float32"], "invalid choice"),
+        (["--cpu", "--moe", "64x32"], "neither HxIxExtop_k"),
+        (["--cpu", "--moe", "64x32x2x4"], "a token cannot choose 4 of 2 experts"),
+        (["--cpu", "--moe", "--shapes", "64x64"], "--shapes are linear layers"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -105,12 +108,56 @@ def test_the_cpu_path_is_timed_and_written(call, tmp_path):
     assert written["rows"] == report["rows"]
 
 
+def test_experts_are_timed_and_written_beside_linear_layers(call, tmp_path):
+    experts = ["--moe", "64x32x4x2", "--tokens", "3", "--output", tmp_path]
+    outcome = call(*CALL, *experts, "--json")
+    assert outcome.code == 0
+    [row] = outcome.report["rows"]
+    assert (row["shape"], row["tokens"]) == ("64x32 E4 k2", 3)
+    assert row["figures"]["bandwidth_share"] > 0
+    assert row["parts"]["grouping"]["share"] > 0
+    assert outcome.report["options"]["moe"] == ["64x32 E4 k2"]
+    assert outcome.report["problems"] == []
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["moe.json", "moe.md", "moe.png", "moe.svg"]
+
+
+def test_a_group_that_does_not_fit_experts_names_them(call):
+    outcome = call("bench", "--cpu", "--moe", "64x48x4x2", "--group-size", "32")
+    assert outcome.code == 1
+    assert "experts 64x48 E4 k2: QuantSpec.group_size must divide in_features = 48" in outcome.err
+
+
+@pytest.mark.parametrize(("tuning", "cases"), [([], 4 * 13 + 2 * 3), (["--tune"], 4 * 13 + 3)])
+def test_the_default_plan_of_experts_has_four_models(monkeypatch, tuning, cases):
+    seen = []
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    for name in ("_bench", "_tune"):
+        monkeypatch.setattr(bench, name, lambda args, cases, *_: seen.extend(cases) or {})
+    assert main(["bench", "--moe", *tuning, "--json"]) == 0
+    assert len(seen) == cases
+    assert {case.kind for case in seen} == {"moe"}
+    roles = list(dict.fromkeys(case.role.split(" ")[0] for case in seen))
+    assert roles == ["Qwen3-30B-A3B", "Mixtral-8x7B", "Qwen3.5-122B-A10B", "DeepSeek-V3"]
+    assert {case.tokens for case in seen} == {1 << i for i in range(13)}
+    labels = [case.label for case in seen]
+    assert "2048x768 E128 k8 T=16 W8 g128 asymmetric bfloat16" in labels
+    assert ("2048x768 E128 k8 T=16 W4 g128 symmetric bfloat16" in labels) == (not tuning)
+
+
+def test_without_names_a_cpu_times_small_experts(monkeypatch):
+    seen = []
+    monkeypatch.setattr(bench, "_bench", lambda args, cases, *_: seen.extend(cases) or {})
+    assert main(["bench", "--cpu", "--moe", "--json"]) == 0
+    assert [case.shape for case in seen] == ["512x256 E16 k4"] * 2
+
+
 def test_people_get_a_table_and_no_targets_from_a_cpu(call):
     outcome = call(*CALL, "--shapes", "64x64", "--tokens", "1")
     assert outcome.code == 0
     lines = outcome.out.splitlines()
     assert lines[0].startswith("cpu, jax ")
-    assert "K x N" in lines[1]
+    assert lines[1].split()[:2] == ["shape", "tokens"]
     assert lines[2].startswith("64x64")
     assert "Marlin" not in outcome.out
 
@@ -197,8 +244,26 @@ def test_tuning_writes_the_table_that_is_named_and_says_what_was_gained(
         "tuning.md",
     ]
     lines = call(*TUNE, "--table", table).out.splitlines()
-    assert lines[1].split()[:5] == ["K", "x", "N", "M", "weight"]
+    assert lines[1].split()[:3] == ["shape", "tokens", "weight"]
     assert lines[-1] == f"2 entries in {table}"
+
+
+def test_experts_are_tuned_into_the_same_table(call, pretended_gpu, tmp_path):
+    table = tmp_path / "mine.json"
+    assert call(*TUNE, "--table", table).code == 0
+    experts = ["bench", "--tune", "--moe", "qwen3-30b-a3b", "--tokens", "1,60"]
+    outcome = call(*experts, "--table", table, "--output", tmp_path / "out", "--json")
+    assert outcome.code == 0
+    assert outcome.report["table"] == {"file": str(table), "entries": 4, "cases_without_time": 0}
+    assert [found["tokens"] for found in outcome.report["tuned"]] == [1, 64]
+    found = tile_tables.read_table(table)
+    assert len(found.entries) == 2
+    assert [(entry.sizes, entry.tokens) for entry in found.experts] == [
+        ((2048, 768, 128, 8), 1),
+        ((2048, 768, 128, 8), 64),
+    ]
+    names = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert names == ["moe-tuning.json", "moe-tuning.md"]
 
 
 def test_without_a_name_the_table_goes_where_it_is_looked_for(
