@@ -124,8 +124,8 @@ def dequantize(weights: Mapping[str, jax.Array], spec: QuantSpec, dtype=None) ->
     Raises:
       SpecError: if the arrays contradict the spec.
     """
-    packed = weights.get("packed") if isinstance(weights, Mapping) else None
-    experts = packed.shape[0] if getattr(packed, "ndim", 0) == 5 else None
+    shape = getattr(weights.get("packed"), "shape", ()) if isinstance(weights, Mapping) else ()
+    experts = shape[0] if len(shape) == 5 else None
     check_weights(weights, spec, experts)
     run = _dequantize if experts is None else jax.vmap(_dequantize, in_axes=(0, None))
     scale_dtype = weights["scale"].dtype
