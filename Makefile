@@ -4,13 +4,17 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint clean bench gpu gpu-check
+.PHONY: demo test thorough lint clean bench gpu gpu-check
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
+
+# All cases of the large grids, of which `make test` runs a part
+thorough: $(VENV)/.test
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile --thorough
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .

@@ -1,6 +1,11 @@
-"""Every test runs under JAX's strict rules: nothing is promoted, neither in dtype nor in rank."""
+"""Every test runs under JAX's strict rules: nothing is promoted, neither in dtype nor in rank.
+
+Cases marked `thorough` run with `--thorough` only (`make thorough`): the rest of large grids.
+"""
 
 import os
+
+import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -8,3 +13,16 @@ import jax
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--thorough", action="store_true", help="every case of every grid, not a part of each"
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--thorough"):
+        left_out = [item for item in items if item.get_closest_marker("thorough")]
+        items[:] = [item for item in items if item not in left_out]
+        config.hook.pytest_deselected(items=left_out)

@@ -92,7 +92,7 @@ def test_logits_and_chosen_experts_are_those_of_the_decompressed_weights(load, k
         np.testing.assert_array_equal(ids, router.ids)
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: "-".join(map(str, kind[:4])))
+@pytest.mark.parametrize("kind", KINDS[::3], ids=lambda kind: "-".join(map(str, kind[:4])))
 def test_the_decompressed_folder_itself_gives_the_same_logits(load, kind):
     reference, _, folders = load(*kind)
     tokens = random_tokens(2, 24)
@@ -111,7 +111,7 @@ def test_gate_and_up_may_have_other_bits_and_groups_than_down(load):
     assert error < 1e-4
 
 
-@pytest.mark.parametrize("kind", [KINDS[0], KINDS[3], KINDS[4], KINDS[7], KINDS[9]])
+@pytest.mark.parametrize("kind", [KINDS[0], KINDS[3], KINDS[7]])
 def test_32_greedy_tokens_are_those_of_the_decompressed_weights(load, kind):
     reference, model, _ = load(*kind)
     prompt = random_tokens(1, 11)

@@ -13,6 +13,7 @@ from pallas_kernels.errors import BackendError
 from pallas_kernels.schedule import Tiles
 from pallas_kernels.spec import QuantSpec
 from pallas_kernels.triton import expand, multiply
+from tests.grids import sample
 from tests.pallas_kernels.exact import Case, assert_exact, make_case
 from tests.pallas_kernels.products import make_x
 
@@ -262,13 +263,25 @@ def test_gated_product_is_within_its_bound(tokens, splits, dtype):
     assert (np.abs(swapped - exact) > bound).mean() > 0.9
 
 
-@pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize(
-    ("shape", "group_size"),
-    [((70, 544), 32), ((64, 256), -1), ((3, 100), -1), ((65, 99), 33), ((5, 6), 1)],
+    ("shape", "group_size", "symmetric", "bits", "dtype"),
+    sample(
+        [
+            (*shape, symmetric, bits, dtype)
+            for shape in (
+                ((70, 544), 32),
+                ((64, 256), -1),
+                ((3, 100), -1),
+                ((65, 99), 33),
+                ((5, 6), 1),
+            )
+            for symmetric in (True, False)
+            for bits in (4, 8)
+            for dtype in (jnp.bfloat16, jnp.float16)
+        ],
+        every=3,
+    ),
 )
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_expansion_is_the_weight_rounded_once(shape, group_size, dtype, bits, symmetric):
     """With scales of that dtype it is what `dequantize` gives, as compressed-tensors rounds."""
     case = make_case(shape, group_size, bits, symmetric=symmetric, scale_dtype=dtype)
