@@ -47,6 +47,10 @@ from jax._src.mesh import AbstractDevice
 from jax.experimental import topologies
 from jax.sharding import AbstractMesh, SingleDeviceSharding
 
+# the plugin prints a stack trace at every compilation without a GPU; finding its names takes
+# several times as long as compiling
+os.environ.setdefault("LLVM_DISABLE_SYMBOLIZATION", "1")
+
 
 @dataclasses.dataclass(frozen=True)
 class Target:
