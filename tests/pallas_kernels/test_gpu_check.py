@@ -55,9 +55,9 @@ def test_good_machine_code_has_no_faults():
 @pytest.mark.parametrize(
     ("changes", "fault"),
     [
-        ({"spill_bytes": 8}, "8 bytes spilled"),
+        ({"spill_bytes": 20}, "20 bytes spilled"),
         (
-            {"spill_bytes": 4, "opcodes": _GOOD.opcodes | {"LDL.LU": 1}},
+            {"spill_bytes": 4, "opcodes": _GOOD.opcodes | {"LDL.LU": 1, "STL": 1}},
             "4 bytes spilled",
         ),
         ({"registers": 256}, "256 registers"),
