@@ -42,7 +42,7 @@ _GROUPS = (32, 64, 128, _SIZE)
 _MAX_REGISTERS = 255
 _MAX_SPILL = 16
 """Bytes: the assembler parks a few registers around a loop where that lets one more program run on
-a core (96 or 168 registers). Within a loop it may fetch one of them, in hundreds of instructions."""
+a core (96 or 168 registers). In a loop it may fetch one of them, in hundreds of instructions."""
 _HIDDEN, _INNER, _EXPERTS, _TOP_K = 2048, 768, 128, 8
 _EXPERT_TOKENS = (1, 10, 50, 200, 700, 4096)
 _FIRST, _SECOND = "gate and up", "down"
