@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test thorough lint clean bench gpu gpu-check
+.PHONY: demo test thorough lint clean bench gpu gpu-check fuzz
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py
@@ -35,6 +35,11 @@ gpu-check: $(VENV)/.test
 # it is (jax with CUDA, pytest, matplotlib), and no network; results go to $$OUT or benchmarks/results/gpu
 gpu:
 	$(PYTHON) benchmarks/gpu_run.py
+
+# 20,000 broken checkpoints; writes docs/reliability.md. SEED=… makes the same ones again
+fuzz: $(VENV)/.test
+	JAX_PLATFORMS=cpu $(BIN)/python -m tests.fuzz.run $(if $(SEED),--seed $(SEED)) \
+	  $(if $(MUTANTS),--mutants $(MUTANTS))
 
 clean:
 	rm -rf $(VENV)

@@ -31,7 +31,9 @@ COLORS = {
     "transformers float32": "#b0b0b0",
     "transformers, mapped": "#c8c8c8",
     "transformers, first use": "#8f8f8f",
+    "jaxwna16, converted": "#12a06f",
     "plain read": "#e8d9b5",
+    "plain read, converted": "#f3ead3",
 }
 
 

@@ -3,41 +3,79 @@
 `load_checkpoint` reads one, `QuantDense` and `QuantMoE` compute with it, `project` and `gated` with
 several dense layers at once, `load_model` and `generate` turn it into text. Linen's layers are
 `jaxwna16.linen.QuantDense` and `jaxwna16.linen.QuantMoE`.
+
+Names are imported when they are first used: the command line looks at checkpoints without flax.
 """
 
-from jaxwna16 import linen as linen
-from jaxwna16.checkpoint import Checkpoint as Checkpoint
-from jaxwna16.checkpoint import load_checkpoint as load_checkpoint
-from jaxwna16.dense import QuantDense as QuantDense
-from jaxwna16.dense import QuantParam as QuantParam
-from jaxwna16.errors import InputError as InputError
-from jaxwna16.errors import ModelError as ModelError
-from jaxwna16.evaluation import measure_perplexity as measure_perplexity
-from jaxwna16.fused import gated as gated
-from jaxwna16.fused import project as project
-from jaxwna16.language import Generation as Generation
-from jaxwna16.language import generate as generate
-from jaxwna16.language import load_model as load_model
-from jaxwna16.moe import QuantMoE as QuantMoE
-from jaxwna16.rewrite import dequantize_checkpoint as dequantize_checkpoint
-from jaxwna16.rewrite import quantize_checkpoint as quantize_checkpoint
-from jaxwna16.text import Tokenizer as Tokenizer
-from loaders.errors import CheckpointError as CheckpointError
-from loaders.repack import pack as pack
-from loaders.repack import unpack as unpack
-from pallas_kernels import BackendError as BackendError
-from pallas_kernels import QuantSpec as QuantSpec
-from pallas_kernels import SpecError as SpecError
-from pallas_kernels import TableError as TableError
-from pallas_kernels import Wna16Error as Wna16Error
-from pallas_kernels import dequantize as dequantize
-from pallas_kernels import explain as explain
-from pallas_kernels import float_moe as float_moe
-from pallas_kernels import quant_matmul as quant_matmul
-from pallas_kernels import quant_matmul_gated as quant_matmul_gated
-from pallas_kernels import quant_matmul_many as quant_matmul_many
-from pallas_kernels import quant_moe as quant_moe
-from pallas_kernels import quantize as quantize
-from pallas_kernels import route as route
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jaxwna16 import linen as linen
+    from jaxwna16.checkpoint import Checkpoint as Checkpoint
+    from jaxwna16.checkpoint import load_checkpoint as load_checkpoint
+    from jaxwna16.convert import convert_checkpoint as convert_checkpoint
+    from jaxwna16.dense import QuantDense as QuantDense
+    from jaxwna16.dense import QuantParam as QuantParam
+    from jaxwna16.errors import InputError as InputError
+    from jaxwna16.errors import ModelError as ModelError
+    from jaxwna16.evaluation import measure_perplexity as measure_perplexity
+    from jaxwna16.fused import gated as gated
+    from jaxwna16.fused import project as project
+    from jaxwna16.language import Generation as Generation
+    from jaxwna16.language import generate as generate
+    from jaxwna16.language import load_model as load_model
+    from jaxwna16.moe import QuantMoE as QuantMoE
+    from jaxwna16.rewrite import dequantize_checkpoint as dequantize_checkpoint
+    from jaxwna16.rewrite import quantize_checkpoint as quantize_checkpoint
+    from jaxwna16.text import Tokenizer as Tokenizer
+    from loaders.errors import CheckpointError as CheckpointError
+    from loaders.repack import pack as pack
+    from loaders.repack import unpack as unpack
+    from pallas_kernels import BackendError as BackendError
+    from pallas_kernels import QuantSpec as QuantSpec
+    from pallas_kernels import SpecError as SpecError
+    from pallas_kernels import TableError as TableError
+    from pallas_kernels import Wna16Error as Wna16Error
+    from pallas_kernels import dequantize as dequantize
+    from pallas_kernels import explain as explain
+    from pallas_kernels import float_moe as float_moe
+    from pallas_kernels import quant_matmul as quant_matmul
+    from pallas_kernels import quant_matmul_gated as quant_matmul_gated
+    from pallas_kernels import quant_matmul_many as quant_matmul_many
+    from pallas_kernels import quant_moe as quant_moe
+    from pallas_kernels import quantize as quantize
+    from pallas_kernels import route as route
 
 __version__ = "0.1.0"
+
+_PLACES = {
+    "jaxwna16.checkpoint": "Checkpoint load_checkpoint",
+    "jaxwna16.convert": "convert_checkpoint",
+    "jaxwna16.dense": "QuantDense QuantParam",
+    "jaxwna16.errors": "InputError ModelError",
+    "jaxwna16.evaluation": "measure_perplexity",
+    "jaxwna16.fused": "gated project",
+    "jaxwna16.language": "Generation generate load_model",
+    "jaxwna16.moe": "QuantMoE",
+    "jaxwna16.rewrite": "dequantize_checkpoint quantize_checkpoint",
+    "jaxwna16.text": "Tokenizer",
+    "loaders.errors": "CheckpointError",
+    "loaders.repack": "pack unpack",
+    "pallas_kernels": "BackendError QuantSpec SpecError TableError Wna16Error dequantize explain "
+    "float_moe quant_matmul quant_matmul_gated quant_matmul_many quant_moe quantize route",
+}
+_MODULES = {name: module for module, names in _PLACES.items() for name in names.split()}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "linen":
+        return importlib.import_module("jaxwna16.linen")
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(importlib.import_module(_MODULES[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_MODULES, "linen"})

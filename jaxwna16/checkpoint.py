@@ -11,7 +11,8 @@ from typing import Any
 from jaxwna16.errors import InputError
 from jaxwna16.extras import import_extra
 from jaxwna16.progress import show_bytes
-from loaders.plan import Plan, make_plan
+from loaders.converted import ConvertedPlan, load_leaves, open_plan
+from loaders.plan import Plan
 from loaders.stream import Progress, load_params
 from pallas_kernels.spec import QuantSpec
 
@@ -44,7 +45,9 @@ def load_checkpoint(
     dtype: Any = None,
     progress: bool | Progress | None = None,
 ) -> Checkpoint:
-    """Load a compressed-tensors `pack-quantized` (or unquantized) checkpoint.
+    """Load a checkpoint: compressed-tensors `pack-quantized`, AutoAWQ, GPTQ, or not quantized.
+
+    A copy that `convert_checkpoint` made of one gives the same, sooner.
 
     Args:
       path_or_hub_id: a folder, or the name of a repository on the Hugging Face hub (downloaded with
@@ -61,7 +64,7 @@ def load_checkpoint(
       CheckpointError: listing every fault of the files, the config and the modules.
       InputError: if there is no such folder and the name cannot be fetched.
     """
-    return read_plan(make_plan(resolve_folder(path_or_hub_id)), dtype=dtype, progress=progress)
+    return read_plan(open_plan(resolve_folder(path_or_hub_id)), dtype=dtype, progress=progress)
 
 
 def read_plan(
@@ -69,11 +72,17 @@ def read_plan(
 ) -> Checkpoint:
     """Read everything a plan names; arguments and errors as `load_checkpoint`."""
     if callable(progress):
-        params = load_params(plan, dtype=dtype, progress=progress)
+        params = _read(plan, dtype, progress)
     else:
         with show_bytes(f"loading {plan.folder.name}", visible=progress) as report:
-            params = load_params(plan, dtype=dtype, progress=report)
+            params = _read(plan, dtype, report)
     return Checkpoint(params, plan.specs, plan.config, plan.folder, plan.warnings)
+
+
+def _read(plan: Plan, dtype: Any, progress: Progress) -> dict[str, Any]:
+    if isinstance(plan, ConvertedPlan):
+        return load_leaves(plan, dtype=dtype, progress=progress)
+    return load_params(plan, dtype=dtype, progress=progress)
 
 
 def resolve_folder(path_or_hub_id: str | os.PathLike[str]) -> Path:

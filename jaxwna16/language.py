@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import operator
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from jaxwna16.checkpoint import read_plan, resolve_folder
@@ -15,8 +19,12 @@ from jaxwna16.generation import GenerationResult, generate_tokens
 from jaxwna16.models.config import ModelConfig
 from jaxwna16.models.llama import Llama
 from jaxwna16.models.params import check_leaves, load_params
+from jaxwna16.models.skipped import drop_skipped
+from jaxwna16.models.zero_biases import drop_zero_biases
 from jaxwna16.text import TextStream, Tokenizer
-from loaders.plan import Plan, make_plan
+from loaders.converted import open_plan
+from loaders.plan import Plan
+from pallas_kernels.dequantize import dequantize
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +44,9 @@ def load_model(
 ) -> Llama:
     """Load a language model of one of `MODEL_TYPES`, with packed weights or without.
 
+    What some checkpoints hold beside it (a vision tower, layers that predict several tokens at
+    once) is left out by the rules in `jaxwna16.models.skipped`; the model's `warnings` list it.
+
     Args:
       path_or_hub_id: a checkpoint folder, or a name on the Hugging Face hub.
       dtype: dtype of activations, cache and of all that is not quantized; None is the dtype that
@@ -51,10 +62,15 @@ def load_model(
       ModelError: if the architecture is not supported, or listing every tensor that is missing,
         unexpected or of another shape.
     """
-    plan = drop_prediction_layers(make_plan(resolve_folder(path_or_hub_id)))
+    plan = choose_parts(open_plan(resolve_folder(path_or_hub_id)))
     model = plan_model(plan, dtype=dtype, backend=backend)
-    checkpoint = read_plan(plan, dtype=model.dtype, progress=progress)
-    return load_params(model, checkpoint.params)
+    model.warnings = plan.warnings
+    params = read_plan(plan, dtype=model.dtype, progress=progress).params
+    for path in list_embeddings(plan):
+        *parents, name = path.split(".")
+        tree = functools.reduce(operator.getitem, parents, params)
+        tree[name] = {"weight": dequantize(tree[name], plan.specs[path], model.dtype)}
+    return load_params(model, params)
 
 
 def plan_model(plan: Plan, *, dtype: Any = None, backend: str | None = None) -> Llama:
@@ -63,31 +79,37 @@ def plan_model(plan: Plan, *, dtype: Any = None, backend: str | None = None) -> 
     Raises:
       ModelError: as `load_model`; no weight has been read by then.
     """
-    plan = drop_prediction_layers(plan)
-    leaves, specs = plan.describe_leaves(), plan.specs
+    plan = choose_parts(plan)
+    leaves, specs = plan.describe_leaves(), dict(plan.specs)
+    for path in list_embeddings(plan):
+        leaves = {name: leaf for name, leaf in leaves.items() if not name.startswith(f"{path}.")}
+        spec = specs.pop(path)
+        shape = (spec.out_features, spec.in_features)
+        leaves[f"{path}.weight"] = jax.ShapeDtypeStruct(shape, jnp.float32)
     config = ModelConfig.from_dict(plan.config).with_block_of(leaves)
     dtype = dtype or config.dtype or "float32"
-    model = nnx.eval_shape(lambda: Llama(config, specs, dtype=dtype, backend=backend))
+    reordered = {name.removesuffix(".perm") for name in leaves if name.endswith(".perm")}
+    facts = {"dtype": dtype, "backend": backend, "reordered": reordered}
+    model = nnx.eval_shape(lambda: Llama(config, specs, **facts))
     check_leaves(model, leaves, f"{plan.folder}: tensors")
     model.folder = str(plan.folder)
     return model
 
 
-def drop_prediction_layers(plan: Plan) -> Plan:
-    """The plan without the layers past the last that predict several tokens at once (GLM).
+def list_embeddings(plan: Plan) -> list[str]:
+    """Paths of packed embeddings. A model looks their rows up, so it holds them as floats."""
+    return [path for path in plan.specs if path.rpartition(".")[2] == "embed_tokens"]
 
-    As in transformers they are not read: generation here is token by token.
+
+def choose_parts(plan: Plan) -> Plan:
+    """The plan without what `load_model` leaves out by rule; its warnings say what that is.
+
+    Raises:
+      ModelError: if the architecture is not supported.
+      CheckpointError: if a file ends early.
     """
     config = ModelConfig.from_dict(plan.config)
-    first, count = config.num_hidden_layers, config.prediction_layers
-    dropped = tuple(f"model.layers.{first + i}." for i in range(count))
-
-    def keep(parts: Mapping[str, Any]) -> dict[str, Any]:
-        return {name: part for name, part in parts.items() if not name.startswith(dropped)}
-
-    return dataclasses.replace(
-        plan, quantized=keep(plan.quantized), plain=keep(plan.plain), stacks=keep(plan.stacks)
-    )
+    return drop_zero_biases(drop_skipped(plan, config), config)
 
 
 def generate(

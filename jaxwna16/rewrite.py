@@ -18,10 +18,11 @@ import numpy as np
 
 from jaxwna16.errors import InputError
 from jaxwna16.progress import show_bytes
+from loaders.converted import plan_original
 from loaders.errors import CheckpointError, Fault
 from loaders.experts import name_separately
 from loaders.modules import QuantizedModule
-from loaders.plan import Plan, make_plan
+from loaders.plan import Plan
 from loaders.repack import pack, unpack
 from loaders.safetensors_file import TensorInfo, read_tensor, read_tensors
 from loaders.stream import check_cast, check_scales
@@ -72,7 +73,7 @@ def quantize_checkpoint(
         not divide; naming a tensor with values too large for `dtype`; or if the destination exists.
       InputError: if nothing would be quantized, or not all the experts that are one array.
     """
-    plan = make_plan(Path(source))
+    plan = plan_original(source)
     ignore = tuple(ignore)
     if plan.quantized:
         fault = Fault(
@@ -111,8 +112,10 @@ def dequantize_checkpoint(
 ) -> None:
     """Write a checkpoint's weights as floats, the same bits as compressed-tensors' `decompress`.
 
+    Those of AutoAWQ and GPTQ are what these compute, `(u - z) * s` in the dtype of s.
+
     Args:
-      source: a pack-quantized checkpoint.
+      source: a checkpoint that `load_checkpoint` reads.
       destination: the folder to make; it must not exist.
       dtype: float dtype that every float tensor is cast to at the end; None is the scales' dtype
         for the weights and its own for every other tensor.
@@ -123,7 +126,7 @@ def dequantize_checkpoint(
         values too large for `dtype`; or if the destination exists.
       InputError: if nothing in it is quantized.
     """
-    plan = make_plan(Path(source))
+    plan = plan_original(source)
     if not plan.quantized:
         raise InputError(f"{plan.folder}: no module is quantized")
     if faults := check_scales(plan):
@@ -196,7 +199,7 @@ def _dequantize(part: QuantizedModule, dtype: Any) -> Iterator[tuple[str, np.nda
     names = f"{part.path}.weight", f"{part.path}.bias"
     if name_separately(part.path) != [part.path]:
         names = part.path, part.path.replace("[", "_bias[")
-    weight = np.asarray(dequantize(pack(arrays, part.spec), part.spec))
+    weight = np.asarray(dequantize(pack(arrays, part.spec, part.encoding), part.spec))
     yield names[0], _cast(weight, dtype, part.tensors["weight_packed"].file, names[0])
     if bias is not None:
         yield names[1], _cast(bias, dtype, part.tensors["bias"].file, names[1])

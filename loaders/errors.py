@@ -27,7 +27,9 @@ class Fault:
     def __str__(self) -> str:
         where = ": ".join(part for part in (self.file, self.tensor) if part)
         text = f"{where}: {self.what}" if where else self.what
-        return f"{text} ({self.way_out})" if self.way_out else text
+        text += f" ({self.way_out})" if self.way_out else ""
+        # names may hold half of a surrogate pair, which cannot be printed
+        return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 class CheckpointError(Wna16Error, ValueError):
@@ -37,6 +39,11 @@ class CheckpointError(Wna16Error, ValueError):
         self.path, self.faults = str(path), tuple(faults)
         count = f"{len(faults)} faults" if len(faults) > 1 else "1 fault"
         super().__init__("\n  - ".join([f"{path}: {count}", *map(str, faults)]))
+
+
+def suggest(faults: Iterable[Fault], way_out: str) -> list[Fault]:
+    """The same faults, with a way out for those that name none."""
+    return [f if f.way_out else dataclasses.replace(f, way_out=way_out) for f in faults]
 
 
 def write_ranges(numbers: Iterable[int]) -> str:

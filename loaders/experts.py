@@ -22,7 +22,7 @@ from typing import Any
 import jax
 
 from loaders.errors import Fault, write_ranges
-from loaders.modules import PER_EXPERT, QuantizedModule
+from loaders.modules import MAX_EXPERTS, PER_EXPERT, QuantizedModule
 from loaders.safetensors_file import TensorInfo
 from pallas_kernels.spec import QuantSpec
 from pallas_kernels.weights import SCALE_DTYPES, make_abstract
@@ -31,8 +31,8 @@ _JOINT = re.compile(
     r"((?:.*\.)?experts\.(?:gate_up|gate|up|down)_proj)(?:_(packed|scale|zero_point|shape|g_idx|bias))?"
 )
 _MEMBER = re.compile(
-    r"((?:.*\.)?experts)\.(?:([0-9]{1,6})\.)?(gate_up_proj|gate_proj|up_proj|down_proj|w1|w2|w3)"
-    r"(?:\[([0-9]{1,6})\])?"
+    r"((?:.*\.)?experts)\.(?:([0-9]+)\.)?(gate_up_proj|gate_proj|up_proj|down_proj|w1|w2|w3)"
+    r"(?:\[([0-9]+)\])?"
 )
 _SLICE = re.compile(
     r"((?:.*\.)?experts)\.(gate_up_proj|gate_proj|up_proj|down_proj)(_bias)?\[([0-9]+)\]"
@@ -70,9 +70,9 @@ class Stack:
 
 def split_name(name: str) -> tuple[str, str]:
     """Path of the module and role of a tensor: "a.b.weight" -> ("a.b", "weight")."""
-    joint = _JOINT.fullmatch(name)
+    path, _, role = name.rpartition(".")
+    joint = _JOINT.fullmatch(name) if "_proj" in role else None
     if joint is None:
-        path, _, role = name.rpartition(".")
         return path, role
     role = joint[2] or "weight"
     return joint[1], role if role in ("weight", "bias") else f"weight_{role}"
@@ -80,19 +80,18 @@ def split_name(name: str) -> tuple[str, str]:
 
 def are_stacked(path: str, found: Mapping[str, TensorInfo]) -> bool:
     """Whether a module's tensors by role are those of all experts of a layer, in three axes."""
-    if _JOINT.fullmatch(path) is None:
-        return False
     packed, weight = found.get("weight_packed"), found.get("weight")
     if packed is not None:
-        return len(packed.shape) == 3
+        return len(packed.shape) == 3 and _JOINT.fullmatch(path) is not None
     # under "….weight" it is some other module that has three axes
-    return weight is not None and weight.name == path and len(weight.shape) == 3
+    stacked = weight is not None and weight.name == path and len(weight.shape) == 3
+    return stacked and _JOINT.fullmatch(path) is not None
 
 
 def name_slices(path: str, found: Mapping[str, TensorInfo]) -> list[str]:
     """The paths of the experts of such a module: "experts.down_proj[0]" and so on."""
     shape = found["weight_packed" if "weight_packed" in found else "weight"].shape
-    return [f"{path}[{i}]" for i in range(0 if 0 in shape else shape[0])]
+    return [f"{path}[{i}]" for i in range(0 if 0 in shape else min(shape[0], MAX_EXPERTS))]
 
 
 def name_separately(name: str) -> list[str]:
@@ -186,7 +185,7 @@ def _list_missing(path: str, parts: _Parts, experts: int) -> Iterator[Fault]:
     known = sorted(number for number in numbers if number < experts)
     gaps = [range(a + 1, b) for a, b in pairwise([-1, *known, experts]) if b - a > 1]
     if gaps:
-        named = ",".join(f"{gap[0]}-{gap[-1]}" if len(gap) > 1 else str(gap[0]) for gap in gaps)
+        named = ",".join(f"{gap[0]}-{gap[-1]}" if gap[-1] > gap[0] else str(gap[0]) for gap in gaps)
         what = f"{experts - len(known)} of {experts} experts are missing: {named}"
         yield Fault(what, tensor=path, way_out="download the checkpoint again")
     if excess := numbers.difference(known):
@@ -233,7 +232,7 @@ def _can_be_stacked(member: Member) -> bool:
         len(shapes.get("weight", ())) == 2
         and shapes.keys() <= {"weight", "bias"}
         and shapes.get("bias", (n,)) == (n,)
-        and all(info.dtype.name in SCALE_DTYPES for info in member.values())
+        and all(info.dtype_name in SCALE_DTYPES for info in member.values())
     )
 
 
@@ -241,14 +240,15 @@ def _describe(member: Member) -> str:
     """Everything that the experts of a stack must have in common."""
     if not isinstance(member, QuantizedModule):
         return ", ".join(
-            f"{role} {info.dtype.name} {list(info.shape)}" for role, info in sorted(member.items())
+            f"{role} {info.dtype_name} {list(info.shape)}" for role, info in sorted(member.items())
         )
     spec, bias = member.spec, member.tensors.get("bias")
     group = "channel" if spec.groups == 1 else f"g{spec.group_size}"
+    scale = member.tensors["weight_scale"]
     return (
         f"W{spec.bits} {group} {'sym' if spec.symmetric else 'asym'} "
-        f"[{spec.out_features}, {spec.in_features}] with {member.tensors['weight_scale'].dtype} "
-        f"scales" + (f" and {bias.dtype} bias" if bias is not None else "")
+        f"[{spec.out_features}, {spec.in_features}] with {scale.dtype_name} scales"
+        + (f" and {bias.dtype_name} bias" if bias is not None else "")
     )
 
 

@@ -9,23 +9,25 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from loaders.errors import CheckpointError, Fault
+from loaders.awq_gptq_modules import is_transposed, name_roles, plan_transposed
+from loaders.errors import CheckpointError, Fault, suggest
 from loaders.experts import Member, Stack, are_stacked, name_slices, plan_stacks, split_name
-from loaders.folder import list_tensors, read_config
+from loaders.folder import Scan, list_remarks, read_config, scan_tensors
 from loaders.modules import ROLES, QuantizedModule, plan_modules, split_experts
-from loaders.quantization_config import QuantizationConfig, parse_quantization
-from loaders.safetensors_file import TensorInfo, read_tensors
+from loaders.quantization_config import Scheme, list_prefixes, parse_quantization
+from loaders.safetensors_file import TensorInfo
+from loaders.sizes import find_sizes
 from pallas_kernels.spec import QuantSpec
 from pallas_kernels.weights import make_abstract
 
-_MAX_SHAPE_BYTES = 1 << 16  # [E, 4] int64 for 2048 experts
+_MEND = "quantize the model again, or mend config.json if that is wrong"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,10 +51,10 @@ class Plan:
     stacks: Mapping[str, Stack]
     warnings: tuple[str, ...] = ()
 
-    @property
+    @functools.cached_property
     def nbytes(self) -> int:
         """Bytes of all tensors in the files."""
-        return sum(part.nbytes for part in self.list_parts())
+        return sum(part.nbytes for part in [*self.quantized.values(), *self.plain.values()])
 
     @property
     def specs(self) -> dict[str, QuantSpec]:
@@ -77,7 +79,9 @@ class Plan:
             if path not in self.places:
                 bias, scale = module.tensors.get("bias"), module.tensors["weight_scale"]
                 bias_dtype = None if bias is None else bias.dtype
-                trees[path] = make_abstract(module.spec, scale.dtype, bias_dtype)
+                trees[path] = make_abstract(
+                    module.spec, scale.dtype, bias_dtype, act_order=module.encoding.reordered
+                )
         return leaves | {
             f"{p}.{name}": leaf for p, tree in trees.items() for name, leaf in tree.items()
         }
@@ -88,34 +92,72 @@ class Plan:
         yield from sorted(parts, key=_locate)
 
 
+@dataclasses.dataclass(frozen=True)
+class Survey:
+    """As much of a plan as can be made of a checkpoint, and everything that is wrong with it.
+
+    Attributes:
+      plan: what could be planned: everything, if there are no faults.
+      faults: of the config, the files and the modules.
+      unplanned: tensors of modules with faults, by name.
+      absent: tensors that the index names and no file has, with the file that should.
+      unsound: names of the files of which nothing but the header should be read.
+      incomplete: paths under which the plan lacks something because of a fault.
+    """
+
+    plan: Plan
+    faults: tuple[Fault, ...] = ()
+    unplanned: Mapping[str, TensorInfo] = dataclasses.field(default_factory=dict)
+    absent: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    unsound: frozenset[str] = frozenset()
+    incomplete: frozenset[str] = frozenset()
+
+
 def make_plan(folder: str | Path) -> Plan:
     """Plan a checkpoint folder.
 
     Raises:
       CheckpointError: listing every fault of the config, the files and the modules.
     """
+    survey = survey_folder(folder)
+    if survey.faults:
+        raise CheckpointError(survey.plan.folder, survey.faults)
+    return survey.plan
+
+
+def survey_folder(folder: str | Path, *, headers_only: bool = False) -> Survey:
+    """Plan as much of a checkpoint folder as can be planned.
+
+    Args:
+      folder: the checkpoint folder.
+      headers_only: leave `weight_shape` unread where the headers tell what it must hold.
+
+    Raises:
+      CheckpointError: if there is no folder, no config.json, or no file in it with a header.
+    """
     folder = Path(folder)
     config = read_config(folder)
     quantization, faults = parse_quantization(config)
-    try:
-        tensors = list_tensors(folder)
-    except CheckpointError as error:
-        raise CheckpointError(folder, [*faults, *error.faults]) from None
-    if faults:
-        raise CheckpointError(folder, faults)
-    by_module, faults = _group_by_module(tensors)
-    members, wrong = _plan_members(by_module, quantization)
-    faults += wrong
-    stacks, wrong = plan_stacks(members, config)
-    faults += wrong
-    faults += [
-        Fault("stands where the stack of the experts goes", info.file.name, info.name)
-        for path, found in by_module.items()
-        for info in found.values()
-        if info.name in stacks or not stacks.keys().isdisjoint(_list_prefixes(path))
-    ]
-    if faults:
-        raise CheckpointError(folder, faults)
+    scan = _scan(folder, faults)
+    by_module, clashes = _group_by_module(scan.tensors)
+    by_module, misnamed = name_roles(by_module, quantization)
+    clashes += misnamed
+    refused, remarks = quantization.check_groups(by_module)
+    packed = {p: found for p, found in by_module.items() if not found.keys().isdisjoint(ROLES)}
+    torn = {split_name(name)[0] for name in scan.absent}
+    is_clear = not faults and not refused
+    unread = packed.keys() & torn if is_clear else packed.keys()
+    schemes = {path: quantization.find_scheme(path) for path in packed if path not in unread}
+    sizes = find_sizes(packed, schemes, headers_only=headers_only, unsound=scan.unsound)
+    read = {path: found for path, found in by_module.items() if path not in unread}
+    members, wrong, broken = _plan_members(read, schemes, sizes, quantization.version)
+    broken += unread
+    stacks, unstacked = plan_stacks(members, config) if is_clear else ({}, [])
+    cut = {name for fault in unstacked if (name := _name_layer(fault))}
+    # what lacks a file is said of the file
+    unstacked = [f for f in unstacked if not any(path.startswith(f"{f.tensor}.") for path in torn)]
+    faults = [*faults, *scan.faults, *refused, *clashes, *wrong, *unstacked]
+    faults += _list_in_the_way(scan.tensors, stacks)
     quantized = {p: m for p, m in members.items() if isinstance(m, QuantizedModule)}
     plain = {
         info.name: info
@@ -123,20 +165,63 @@ def make_plan(folder: str | Path) -> Plan:
         if not isinstance(member, QuantizedModule)
         for info in member.values()
     }
-    modules = set(by_module) | ({"lm_head"} if config.get("tie_word_embeddings") else set())
-    warnings = tuple(
-        f"config.json: pattern {pattern!r} matches no module"
-        for pattern in quantization.list_unused(modules)
+    modules = {*by_module, *torn, *(["lm_head"] if config.get("tie_word_embeddings") else [])}
+    warnings = [*remarks, *quantization.describe_unused(modules)]
+    warnings += list_remarks(folder, config, {info.file for info in scan.tensors.values()})
+    warnings += _list_absent_zero_points(quantized)
+    return Survey(
+        Plan(folder, config, quantized, plain, stacks, tuple(warnings)),
+        tuple(suggest(faults, _MEND)),
+        {info.name: info for path in broken for info in by_module[path].values()},
+        scan.absent,
+        scan.unsound,
+        frozenset({*broken, *torn, *cut}),
     )
-    return Plan(folder, config, quantized, plain, stacks, warnings)
+
+
+def _scan(folder: Path, faults: list[Fault]) -> Scan:
+    """The files; without any that can be read, they and `faults` are raised."""
+    try:
+        scan = scan_tensors(folder)
+    except CheckpointError as error:
+        raise CheckpointError(folder, [*faults, *error.faults]) from None
+    if scan.faults and not scan.tensors:
+        raise CheckpointError(folder, [*faults, *scan.faults])
+    return scan
+
+
+def _name_layer(fault: Fault) -> str:
+    """The path of the experts that a fault is about."""
+    head, name, _ = fault.tensor.partition("experts")
+    return head + name if name else ""
+
+
+def _list_in_the_way(tensors: Mapping[str, TensorInfo], stacks: Mapping[str, Stack]) -> list[Fault]:
+    if stacks.keys().isdisjoint(_list_parents(tensors)):
+        return []
+    return [
+        Fault("stands where the stack of the experts goes", info.file.name, name)
+        for name, info in tensors.items()
+        if not stacks.keys().isdisjoint(list_prefixes(name))
+    ]
+
+
+def _list_absent_zero_points(modules: Mapping[str, QuantizedModule]) -> list[str]:
+    absent = [path for path, m in modules.items() if m.encoding.zero_points == "zeros"]
+    if not absent:
+        return []
+    more = f" and {len(absent) - 1} more modules" if len(absent) > 1 else ""
+    return [
+        f"{absent[0]}{more}: no zero points, which compressed-tensors before 0.9.4 leaves out "
+        "where all are 0: they are read as 0"
+    ]
 
 
 def _group_by_module(
     tensors: Mapping[str, TensorInfo],
 ) -> tuple[dict[str, dict[str, TensorInfo]], list[Fault]]:
     """Module path -> its tensors by role, in the order of the files."""
-    paths = {name.rpartition(".")[0] for name in tensors}
-    parents = {prefix for path in paths for prefix in _list_prefixes(path)}
+    parents = _list_parents({name.rpartition(".")[0] for name in tensors})
     faults = [
         Fault("this is the name of a tensor and the path of others", info.file.name, name)
         for name, info in tensors.items()
@@ -151,46 +236,62 @@ def _group_by_module(
     return by_module, faults
 
 
+def _list_parents(paths: Iterable[str]) -> set[str]:
+    """All of `list_prefixes` of all paths."""
+    parents: set[str] = set()
+    for path in paths:
+        while path and path not in parents:
+            parents.add(path)
+            path = path.rpartition(".")[0]
+    return parents
+
+
 def _plan_members(
-    by_module: Mapping[str, dict[str, TensorInfo]], config: QuantizationConfig
-) -> tuple[dict[str, Member], list[Fault]]:
-    """All modules; those that hold all experts of a layer are taken apart."""
-    packed = {p: found for p, found in by_module.items() if not found.keys().isdisjoint(ROLES)}
-    sizes = _read_sizes(packed)
+    by_module: Mapping[str, dict[str, TensorInfo]],
+    schemes: Mapping[str, Scheme | None],
+    sizes: Mapping[str, np.ndarray],
+    version: str,
+) -> tuple[dict[str, Member], list[Fault], list[str]]:
+    """All modules; those that hold all experts of a layer are taken apart.
+
+    Args:
+      by_module: their tensors by role.
+      schemes: those of the quantized ones, by path.
+      sizes: what `weight_shape` of these holds, by path.
+      version: of the compressed-tensors that wrote them, or "".
+
+    Returns:
+      The modules by path, those with faults as empty ones; the faults, and whose they are.
+    """
     members: dict[str, Member] = {}
     faults: list[Fault] = []
+    broken: list[str] = []
     for path, found in by_module.items():
         stacked = are_stacked(path, found)
         try:
-            if path in packed:
-                scheme = config.find_scheme(path)
-                modules = plan_modules(path, found, sizes.get(path), scheme, stacked=stacked)
-                members |= {module.path: module for module in modules}
+            if path in schemes and is_transposed(found):
+                members[path] = plan_transposed(path, found, schemes[path])
+            elif path in schemes:
+                modules = plan_modules(
+                    path,
+                    found,
+                    sizes.get(path),
+                    schemes[path],
+                    version=version,
+                    stacked=stacked,
+                )
+                for module in modules:
+                    members[module.path] = module
             elif stacked:
                 members |= {f"{path}[{i}]": held for i, held in enumerate(split_experts(found))}
             else:
                 members[path] = found
         except CheckpointError as error:
             faults += error.faults
+            broken.append(path)
             names = name_slices(path, found) if stacked else [path]
             members |= {name: {} for name in names}
-    return members, faults
-
-
-def _read_sizes(packed: Mapping[str, Mapping[str, TensorInfo]]) -> dict[str, np.ndarray]:
-    """What the `weight_shape` of each module holds, where it is not too large to be one."""
-    infos = {
-        path: found["weight_shape"] for path, found in packed.items() if "weight_shape" in found
-    }
-    infos = {path: info for path, info in infos.items() if info.nbytes <= _MAX_SHAPE_BYTES}
-    return dict(zip(infos, read_tensors(infos.values()), strict=True))
-
-
-def _list_prefixes(path: str) -> Iterator[str]:
-    """The path itself and the paths of its parents: "a.b" -> "a.b", "a"."""
-    while path:
-        yield path
-        path = path.rpartition(".")[0]
+    return members, faults, broken
 
 
 def _locate(part: QuantizedModule | TensorInfo) -> tuple[str, int]:

@@ -1,8 +1,9 @@
 """`quantization_config` of config.json -> which scheme each module has.
 
-The fields are those of compressed-tensors' `QuantizationConfig`; targets are matched as its
-`utils/match.py` does: an exact name before a regular expression before a class name, whatever the
-order of the groups; `re:` patterns are anchored at the start only.
+Configs are resolved as compressed-tensors 0.20 does it (`utils/match.py`): an exact name before a
+regular expression before a class name, whatever the order of the groups; of several patterns the
+alphabetically first; `re:` patterns are anchored at the start only; what is ignored is not
+quantized, whatever targets it. Old and terse spellings are read, too.
 """
 
 from __future__ import annotations
@@ -10,218 +11,328 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
+from loaders.awq_gptq_config import AwqGptqConfig, parse_awq, parse_gptq
+from loaders.config_groups import FILE, MEND, REQUANTIZE, Refusal, Scheme, parse_group
 from loaders.errors import Fault
+from loaders.patterns import compile_pattern
+from loaders.safetensors_file import TensorInfo
 
-FILE = "config.json"
-_REQUANTIZE = "re-quantize it to W4A16 or W8A16, or decompress it with compressed-tensors"
-_PRESETS = {
-    "W4A16": {"num_bits": 4, "group_size": 128, "symmetric": True},
-    "W4A16_ASYM": {"num_bits": 4, "group_size": 128, "symmetric": False},
-    "W8A16": {"num_bits": 8, "group_size": 128, "symmetric": True},
-}
-_SUPPORTED_WEIGHTS: dict[str, tuple] = {
-    "num_bits": (4, 8),
-    "type": ("int", None),
-    "dynamic": (False, None),
-    "block_structure": (None,),
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Scheme:
-    """How the weights of some modules are quantized; group_size -1 is one group per channel."""
-
-    bits: int
-    group_size: int
-    symmetric: bool
+_FLOATS = ("float16", "bfloat16", "float32", "float64")
+_SUBCONFIGS = ("text_config", "llm_config", "language_config")
+# the last name of an embedding's path; all other modules with a weight count as Linear
+_EMBEDDING = re.compile(
+    r"embed|embeddings?|embed_in|embed_tokens(_\w+)?|embed_positions|wte|wpe|pos_embed"
+    r"|(tok|word|token_type|position)_embeddings?"
+)
+_ATTENTION = re.compile(r".*attn|.*attention")
+_LISTED = 3
 
 
 @dataclasses.dataclass(frozen=True)
 class QuantizationConfig:
-    """Targets with their scheme, and what is ignored; empty where nothing is quantized."""
+    """What config.json says of the weights; empty where nothing is quantized.
 
-    targets: tuple[tuple[str, Scheme], ...] = ()
+    Attributes:
+      targets: each target and what its group asks for: a scheme, None (weights stay plain), or
+        what cannot be read.
+      ignore: names, patterns and classes of what is not quantized.
+      version: of the compressed-tensors that wrote the config, or "".
+      remarks: what is odd, but no fault.
+    """
+
+    targets: tuple[tuple[str, Scheme | Refusal | None], ...] = ()
     ignore: tuple[str, ...] = ()
     version: str = ""
+    remarks: tuple[str, ...] = ()
 
-    def find_scheme(self, module: str, class_name: str = "Linear") -> Scheme | None:
+    def find_scheme(self, module: str) -> Scheme | None:
         """The scheme of a module, or None where it is ignored or no target matches."""
-        ignored, schemes = self._ignored, self._schemes
-        if module in ignored or class_name in ignored or _find(self._ignore_patterns, module):
-            return None
-        target = module if module in schemes else _find(self._target_patterns, module) or class_name
-        return schemes.get(target)
+        found = self._find_group(module, name_classes(module))
+        return found if isinstance(found, Scheme) else None
 
-    def list_unused(self, modules: Collection[str], class_name: str = "Linear") -> list[str]:
-        """The targets and the entries of `ignore` that match none of the modules."""
-        names = {*modules, class_name} if modules else set()
+    def list_unused(self, modules: Collection[str]) -> list[str]:
+        """The targets and the entries of `ignore` that match none of the modules.
+
+        Modules are those with tensors; what contains them can be matched, too.
+        """
+        paths = {prefix for module in modules for prefix in list_prefixes(module)}
+        names = {*paths, *(name for module in modules for name in name_classes(module))}
         patterns = self._target_patterns | self._ignore_patterns
         return [
             name
-            for name in [*self._schemes, *self.ignore]
+            for name in dict.fromkeys([*self._groups, *self.ignore])
             if name not in names
-            and not (name in patterns and any(map(patterns[name].match, modules)))
+            and not (name in patterns and any(map(patterns[name].match, paths)))
         ]
 
+    def describe_unused(self, modules: Collection[str]) -> list[str]:
+        """The same as warnings; names that differ in numbers alone are in one."""
+        alike: dict[str, list[str]] = defaultdict(list)
+        for name in self.list_unused(modules):
+            alike[name if name.startswith("re:") else _star_numbers(name)].append(name)
+        return [
+            f"{FILE}: pattern {names[0]!r} matches no module"
+            if len(names) == 1
+            else f"{FILE}: {len(names)} names like {starred!r} match no module"
+            for starred, names in alike.items()
+        ]
+
+    def check_groups(
+        self, modules: Mapping[str, Mapping[str, TensorInfo]]
+    ) -> tuple[list[Fault], list[str]]:
+        """Look for modules of groups that cannot be read.
+
+        Args:
+          modules: the tensors of each module by role.
+
+        Returns:
+          The faults of such groups, with the modules that are meant; and, as warnings, the
+          faults of those groups that no module of the checkpoint is in.
+        """
+        refusals = [group for group in self._groups.values() if isinstance(group, Refusal)]
+        meant = self._find_refused(modules) if refusals else {}
+        faults = [
+            dataclasses.replace(fault, what=f"{fault.what}: {describe_modules(paths)}")
+            for refusal, paths in meant.items()
+            for fault in refusal.faults
+        ]
+        unmet = [
+            f"{FILE}: {fault.tensor}: {fault.what}, but no module here is quantized so"
+            for refusal in dict.fromkeys(refusals)
+            if refusal not in meant
+            for fault in refusal.faults
+        ]
+        return faults, [*self.remarks, *unmet]
+
+    def _find_refused(
+        self, modules: Mapping[str, Mapping[str, TensorInfo]]
+    ) -> dict[Refusal, list[str]]:
+        meant: dict[Refusal, list[str]] = defaultdict(list)
+        for path, found in modules.items():
+            group = self._find_group(path, name_classes(path))
+            if isinstance(group, Refusal) and (
+                _is_quantized(found) or (group.plain and _is_matrix(found))
+            ):
+                meant[group].append(path)
+        # what attention computes can be quantized, too, by the name or the class of its module
+        classes = [name for name in self._groups if name.endswith("Attention")]
+        for path in dict.fromkeys(p for module in modules for p in list_prefixes(module)):
+            if path not in modules and _ATTENTION.fullmatch(path.rpartition(".")[2]):
+                group = self._find_group(path, classes)
+                if isinstance(group, Refusal) and group.plain:
+                    meant[group].append(path)
+        return meant
+
+    def _find_group(self, path: str, classes: Collection[str]) -> Scheme | Refusal | None:
+        ignored = self._ignored
+        if path in ignored or not ignored.isdisjoint(classes):
+            return None
+        groups = self._groups
+        names = [path] if path in groups and not path.startswith("re:") else []
+        pattern = _find(self._target_patterns, path)
+        names += [] if pattern is None else [pattern]
+        names = names or [name for name in classes if name in groups]
+        if not names or _find(self._ignore_patterns, path):
+            return None
+        return groups[min(names, key=_rank)]
+
     @functools.cached_property
-    def _schemes(self) -> dict[str, Scheme]:
+    def _groups(self) -> dict[str, Scheme | Refusal | None]:
         return dict(self.targets)
 
     @functools.cached_property
     def _ignored(self) -> frozenset[str]:
-        return frozenset(self.ignore)
+        return frozenset(name for name in self.ignore if not name.startswith("re:"))
 
     @functools.cached_property
     def _target_patterns(self) -> dict[str, re.Pattern[str]]:
-        return _compile(self._schemes)
+        return _compile(self._groups)
 
     @functools.cached_property
     def _ignore_patterns(self) -> dict[str, re.Pattern[str]]:
         return _compile(self.ignore)
 
 
-def parse_quantization(config: dict[str, Any]) -> tuple[QuantizationConfig, list[Fault]]:
-    """Read `quantization_config`; the faults name each field that asks for the unsupported."""
-    raw = config.get("quantization_config", config.get("compression_config"))
-    if raw is None:
+def parse_quantization(
+    config: dict[str, Any],
+) -> tuple[QuantizationConfig | AwqGptqConfig, list[Fault]]:
+    """Read what config.json says of quantization, wherever it stands there.
+
+    Returns:
+      What it says; and the faults that hold whatever the files are. Groups that cannot be read are
+      faults only if modules are in them (`QuantizationConfig.check_groups`).
+    """
+    places = [("quantization_config", config.get("quantization_config"))]
+    for name in _SUBCONFIGS:
+        if isinstance(config.get(name), dict):
+            field = f"{name}.quantization_config"
+            places.append((field, config[name].get("quantization_config")))
+    places.append(("compression_config", config.get("compression_config")))
+    places = [(field, raw) for field, raw in places if raw not in (None, {})]
+    if not places:
         return QuantizationConfig(), []
+    (field, raw), *others = places
+    parsed, faults = _parse(raw, field)
+    remarks = tuple(
+        f"{FILE}: {other} says something else than {field}, and is not read"
+        for other, its in others
+        if its != raw and _parse(its, field)[0] != parsed
+    )
+    return dataclasses.replace(parsed, remarks=(*parsed.remarks, *remarks)), faults
+
+
+def _parse(raw: Any, field: str) -> tuple[QuantizationConfig | AwqGptqConfig, list[Fault]]:
+    """Dispatch on quant_method: each has its own reader in `_READERS`."""
     if not isinstance(raw, dict):
-        return QuantizationConfig(), [_fault("", f"expected an object, found {type(raw).__name__}")]
-    faults = _check_header(raw)
-    groups = raw.get("config_groups") or {}
-    if not isinstance(groups, dict) or not groups:
-        return QuantizationConfig(), [
-            *faults,
-            _fault("config_groups", "no group of modules is described"),
-        ]
-    targets: dict[str, Scheme] = {}
+        what = f"expected an object, found {type(raw).__name__}"
+        return QuantizationConfig(), [Fault(what, FILE, field, MEND)]
+    inner = raw.get("quantization_config")
+    if "config_groups" not in raw and isinstance(inner, dict):
+        raw = raw | inner  # before 0.4, and as transformers 4 kept it
+    method = raw.get("quant_method", "compressed-tensors" if "config_groups" in raw else None)
+    name = method.lower().replace("_", "-") if isinstance(method, str) else None
+    if name not in _READERS:
+        what = f"expected {' or '.join(map(repr, _READERS))}, found {method!r}"
+        way_out = "load it with transformers, save it dequantized and `jaxwna16 quantize` that"
+        return QuantizationConfig(), [Fault(what, FILE, f"{field}.quant_method", way_out)]
+    return _READERS[name](raw, field)
+
+
+def _parse_compressed_tensors(
+    raw: dict[str, Any], field: str
+) -> tuple[QuantizationConfig, list[Fault]]:
+    faults = _check_header(raw, field)
+    groups, version = raw.get("config_groups") or {}, str(raw.get("version") or "")
+    if not isinstance(groups, dict):
+        what = f"expected an object, found {type(groups).__name__}"
+        faults.append(Fault(what, FILE, f"{field}.config_groups", MEND))
+        groups = {}
+    targets: dict[str, Scheme | Refusal | None] = {}
     for name, group in groups.items():
-        if name.upper() in _PRESETS and isinstance(group, list):
-            group = {"targets": group, "weights": _PRESETS[name.upper()]}
-        field = f"config_groups.{name}"
-        if not isinstance(group, dict) or not _are_strings(group.get("targets")):
-            faults.append(_fault(field, "expected an object with a list of targets"))
-            continue
-        scheme, wrong = _parse_group(group, field, raw.get("format"))
-        faults += wrong
-        if scheme is not None:
+        parsed = parse_group(
+            name,
+            group,
+            f"{field}.config_groups.{name}",
+            default_format=raw.get("format"),
+            version=version,
+        )
+        if isinstance(parsed, Fault):
+            faults.append(parsed)
+        else:
             # of groups that name the same target, the last one counts
-            targets |= dict.fromkeys(group["targets"], scheme)
+            targets |= dict.fromkeys(*parsed)
     ignore = raw.get("ignore") or []
-    if not _are_strings(ignore):
-        faults.append(_fault("ignore", f"expected a list of names, found {ignore!r}"))
+    if not isinstance(ignore, list) or not all(isinstance(name, str) for name in ignore):
+        faults.append(Fault(f"expected names, found {ignore!r}", FILE, f"{field}.ignore", MEND))
         ignore = []
-    for pattern in [*targets, *ignore]:
-        faults += _check_pattern(pattern)
-    return QuantizationConfig(
-        tuple(targets.items()), tuple(ignore), str(raw.get("version") or "")
-    ), faults
+    for pattern in dict.fromkeys([*targets, *ignore]):
+        if wrong := _check_pattern(pattern, field):
+            faults += wrong
+            targets.pop(pattern, None)
+            ignore = [name for name in ignore if name != pattern]
+    return QuantizationConfig(tuple(targets.items()), tuple(ignore), version), faults
 
 
-def _check_header(raw: dict[str, Any]) -> list[Fault]:
-    faults = []
-    method = raw.get("quant_method")
-    if method not in ("compressed-tensors", None):
-        faults.append(
-            _fault("quant_method", f"expected 'compressed-tensors', found {method!r}", _REQUANTIZE)
-        )
-    if raw.get("format") not in ("pack-quantized", "mixed-precision"):
-        faults.append(
-            _fault("format", f"expected 'pack-quantized', found {raw.get('format')!r}", _REQUANTIZE)
-        )
-    for field in ("kv_cache_scheme", "sparsity_config", "transform_config"):
-        value = raw.get(field)
-        if value and value not in ({"format": "dense"}, {"config_groups": {}}):
-            faults.append(_fault(field, "is not supported, and changes results", _REQUANTIZE))
-    return faults
+_Reader = Callable[[dict[str, Any], str], tuple[QuantizationConfig | AwqGptqConfig, list[Fault]]]
+_READERS: dict[str, _Reader] = {
+    "compressed-tensors": _parse_compressed_tensors,
+    "sparseml": _parse_compressed_tensors,  # its name up to 0.3
+    "awq": parse_awq,
+    "gptq": parse_gptq,
+}
 
 
-def _parse_group(
-    group: dict[str, Any], field: str, default_format: Any
-) -> tuple[Scheme | None, list[Fault]]:
-    faults = []
-    for side in ("input_activations", "output_activations"):
-        if group.get(side):
-            faults.append(
-                _fault(f"{field}.{side}", "quantized activations are not supported", _REQUANTIZE)
-            )
-    layout = group.get("format") or default_format
-    if layout not in ("pack-quantized", "mixed-precision"):
-        faults.append(
-            _fault(f"{field}.format", f"expected 'pack-quantized', found {layout!r}", _REQUANTIZE)
-        )
-    weights = group.get("weights")
-    if not isinstance(weights, dict):
-        return None, [*faults, _fault(f"{field}.weights", "expected an object", _REQUANTIZE)]
-    for key, allowed in _SUPPORTED_WEIGHTS.items():
-        if (type(weights.get(key)), weights.get(key)) not in [(type(a), a) for a in allowed]:
-            expected = (
-                " or ".join(repr(value) for value in allowed if value is not None) or "nothing"
-            )
-            what = f"expected {expected}, found {weights.get(key)!r}"
-            faults.append(_fault(f"{field}.weights.{key}", what, _REQUANTIZE))
-    if weights.get("actorder") not in (None, False, "weight", "static"):
-        faults.append(
-            _fault(
-                f"{field}.weights.actorder",
-                f"activation order {weights['actorder']!r} is not supported yet",
-                'quantize with actorder "weight" or none',
-            )
-        )
-    size, strategy = weights.get("group_size"), weights.get("strategy")
-    if size is not None and (type(size) is not int or size == 0 or size < -1):
-        faults.append(
-            _fault(f"{field}.weights.group_size", f"expected a size above 0 or -1, found {size!r}")
-        )
-        return None, faults
-    if strategy is None:
-        strategy = "tensor" if size is None else "group" if size > 0 else "channel"
-    if strategy not in ("group", "channel"):
-        faults.append(
-            _fault(
-                f"{field}.weights.strategy",
-                f"expected group or channel, found {strategy!r}",
-                _REQUANTIZE,
-            )
-        )
-    elif (strategy == "group") != (size is not None and size > 0):
-        what = f"{size!r} contradicts strategy {strategy!r}"
-        faults.append(_fault(f"{field}.weights.group_size", what))
-    symmetric = weights.get("symmetric", True)
-    if not isinstance(symmetric, bool):
-        faults.append(
-            _fault(f"{field}.weights.symmetric", f"expected true or false, found {symmetric!r}")
-        )
-    if faults:
-        return None, faults
-    return Scheme(weights["num_bits"], size or -1, symmetric), []
+def _check_header(raw: Mapping[str, Any], field: str) -> list[Fault]:
+    """What changes the results of every module."""
+    kv_cache, sparsity = raw.get("kv_cache_scheme"), raw.get("sparsity_config")
+    transform, pruned = raw.get("transform_config"), raw.get("moe_sparsity_config")
+    only_statistics = isinstance(sparsity, dict) and sparsity.get("format") == "dense"
+    no_transforms = isinstance(transform, dict) and not any(transform.values())
+    wrong = {
+        "kv_cache_scheme": (
+            kv_cache is not None,
+            "a quantized key-value cache changes results",
+            "null here runs the model with the cache of an unquantized one",
+        ),
+        "sparsity_config": (
+            bool(sparsity) and not only_statistics,
+            "compressed sparse weights are not supported",
+            "decompress it with compressed-tensors up to 0.14",
+        ),
+        "transform_config": (
+            bool(transform) and not no_transforms,
+            "transforms between layers are not supported",
+            REQUANTIZE,
+        ),
+        "moe_sparsity_config": (
+            pruned is not None,
+            "numbers of experts that differ by layer are not supported",
+            "quantize the model before it was pruned",
+        ),
+    }
+    return [
+        Fault(what, FILE, f"{field}.{name}", way_out)
+        for name, (is_wrong, what, way_out) in wrong.items()
+        if is_wrong
+    ]
 
 
-def _check_pattern(pattern: str) -> list[Fault]:
+def _check_pattern(name: str, field: str) -> list[Fault]:
     try:
-        re.compile(pattern.removeprefix("re:"))
-    except re.error as error:
-        if pattern.startswith("re:"):
-            return [_fault(pattern, f"is not a regular expression: {error}")]
+        _compile([name])
+    except ValueError as error:
+        return [Fault(f"{name!r} {error}", FILE, field, MEND)]
     return []
+
+
+def name_classes(path: str) -> tuple[str, ...]:
+    """The classes of torch that targets can name a module by, told from its path."""
+    kind = "Embedding" if _EMBEDDING.fullmatch(path.rpartition(".")[2]) else "Linear"
+    return kind, "Module"
+
+
+def describe_modules(paths: Collection[str]) -> str:
+    """How many, and which in short: "32 modules, model.layers.*.mlp.up_proj, …"."""
+    names = list(dict.fromkeys(map(_star_numbers, paths)))
+    count = f"{len(paths)} modules" if len(paths) > 1 else "1 module"
+    return ", ".join([count, *names[:_LISTED], *(["…"] if len(names) > _LISTED else [])])
+
+
+def list_prefixes(path: str) -> Iterator[str]:
+    """The path itself and the paths of its parents: "a.b" -> "a.b", "a"."""
+    while path:
+        yield path
+        path = path.rpartition(".")[0]
+
+
+def _star_numbers(path: str) -> str:
+    return ".".join("*" if part.isdecimal() else part for part in path.split("."))
+
+
+def _is_quantized(found: Mapping[str, TensorInfo]) -> bool:
+    """Whether a module's tensors are those of a quantized one, of whatever format."""
+    if any(role.startswith(("weight_", "input_", "output_")) for role in found):
+        return True
+    return "weight" in found and found["weight"].dtype_name not in _FLOATS
+
+
+def _is_matrix(found: Mapping[str, TensorInfo]) -> bool:
+    return "weight" in found and len(found["weight"].shape) > 1
+
+
+def _rank(name: str) -> tuple[bool, str]:
+    return "re:" in name, name
 
 
 def _compile(names: Iterable[str]) -> dict[str, re.Pattern[str]]:
     """The `re:` patterns among names, in the order in which compressed-tensors tries them."""
-    return {n: re.compile(n.removeprefix("re:")) for n in sorted(names) if n.startswith("re:")}
+    return {n: compile_pattern(n.removeprefix("re:")) for n in sorted(names) if n.startswith("re:")}
 
 
 def _find(patterns: Mapping[str, re.Pattern[str]], module: str) -> str | None:
     """The first pattern that matches from the start of a module's path."""
     return next((name for name, pattern in patterns.items() if pattern.match(module)), None)
-
-
-def _are_strings(values: object) -> bool:
-    return isinstance(values, list) and all(isinstance(v, str) for v in values)
-
-
-def _fault(field: str, what: str, way_out: str = "") -> Fault:
-    return Fault(what, FILE, f"quantization_config.{field}".rstrip("."), way_out)

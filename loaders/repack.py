@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from loaders.awq_gptq_words import list_tensors_of, read_weight, read_zero_points
+from loaders.encoding import ALIGNED, TRANSPOSED, Encoding
 from pallas_kernels.errors import SpecError
 from pallas_kernels.layout import (
     codes_from_tiles,
@@ -24,46 +26,66 @@ from pallas_kernels.spec import TILE_N, QuantSpec
 from pallas_kernels.weights import SCALE_DTYPES, check_weights
 
 
-def expected_tensors(spec: QuantSpec) -> dict[str, tuple[tuple[str, ...], tuple[int, ...]]]:
+def expected_tensors(
+    spec: QuantSpec, encoding: Encoding | None = None
+) -> dict[str, tuple[tuple[str, ...], tuple[int, ...]]]:
     """Name -> (allowed dtypes, shape) of a module's tensors in a pack-quantized file.
 
     `weight_zero_point` is packed along N, the others along K (compressed-tensors,
-    `compressors/pack_quantized/base.py`).
+    `compressors/pack_quantized/base.py`). Without an encoding it is the one of today's versions.
+    Those of AutoAWQ and GPTQ are in `loaders.awq_gptq_words`.
     """
-    per_word = 32 // spec.bits
+    encoding = encoding or encode(spec)
+    if encoding.words in TRANSPOSED:
+        return list_tensors_of(spec, encoding)
     n, k = spec.out_features, spec.in_features
     tensors = {
-        "weight_packed": (("int32",), (n, -(-k // per_word))),
+        "weight_packed": (("int32",), (n, encoding.count_words(k))),
         "weight_scale": (SCALE_DTYPES, (n, spec.groups)),
         "weight_shape": (("int64", "int32"), (2,)),
     }
-    if not spec.symmetric:
-        tensors["weight_zero_point"] = (("int32",), (-(-n // per_word), spec.groups))
+    if encoding.zero_points == "words":
+        tensors["weight_zero_point"] = (("int32",), (encoding.count_words(n), spec.groups))
+    elif encoding.zero_points == "bytes":
+        tensors["weight_zero_point"] = (("int8",), (n, spec.groups))
+    if encoding.reordered:
+        tensors["weight_g_idx"] = (("int32",), (k,))
     return tensors
 
 
-def pack(tensors: Mapping[str, Any], spec: QuantSpec) -> dict[str, jax.Array]:
+def encode(spec: QuantSpec) -> Encoding:
+    """How today's versions lay out a weight of that many bits."""
+    return Encoding(bits=spec.bits, zero_points="none" if spec.symmetric else "words")
+
+
+def pack(
+    tensors: Mapping[str, Any], spec: QuantSpec, encoding: Encoding | None = None
+) -> dict[str, jax.Array]:
     """Repack one module's tensors into the tile layout, exactly.
 
     Args:
       tensors: NumPy or JAX arrays by their names in the checkpoint without the module's path:
         `weight_packed`, `weight_scale`, `weight_zero_point` where asymmetric, and optionally
         `weight_shape` (checked) and `bias` (kept as it is).
-      spec: the module's static facts.
+      spec: the static facts of what it becomes.
+      encoding: how the tensors hold it; None is as today's versions of compressed-tensors do, with
+        the bits of `spec`.
 
     Returns:
-      The leaf dict: packed, scale, zero_point where asymmetric, bias where given.
+      The leaf dict: packed, scale, zero_point where asymmetric, perm where the features were
+      reordered, bias where given.
 
     Raises:
       SpecError: listing every tensor that is missing, unknown, or of a wrong dtype or shape.
     """
     tensors = dict(tensors)
     bias = tensors.pop("bias", None)
-    expected = expected_tensors(spec)
+    encoding = encoding or encode(spec)
+    expected, optional = expected_tensors(spec, encoding), _list_optional(encoding)
     faults = []
     for name in sorted(expected.keys() | tensors.keys()):
         if name not in tensors:
-            faults += [] if name == "weight_shape" else [f"{name} is missing"]
+            faults += [] if name in optional else [f"{name} is missing"]
         elif name not in expected:
             faults.append(f"{name} is not expected")
         elif not hasattr(tensors[name], "dtype"):
@@ -81,7 +103,7 @@ def pack(tensors: Mapping[str, Any], spec: QuantSpec) -> dict[str, jax.Array]:
     if faults:
         raise SpecError(f"tensors contradict {spec}: " + "; ".join(faults))
     words = {name: _view_uint32(array) for name, array in tensors.items()}
-    weights = _pack(words, spec)
+    weights = _pack(words, spec, encoding)
     return weights if bias is None else weights | {"bias": jnp.asarray(bias)}
 
 
@@ -91,6 +113,7 @@ def pack_expert(
     spec: QuantSpec,
     expert: int,
     row: int,
+    encoding: Encoding | None = None,
 ) -> dict[str, jax.Array]:
     """Repack one expert's tensors into its rows of a stack, in place.
 
@@ -102,9 +125,10 @@ def pack_expert(
       spec: of these tensors. The stack's may have more rows.
       expert: which one, counted from 0.
       row: the first row to be filled.
+      encoding: as in `pack`; a `weight_g_idx` is not looked at.
     """
     words = {name: _view_uint32(array) for name, array in tensors.items()}
-    return _pack_expert(dict(stack), words, expert, spec, row)
+    return _pack_expert(dict(stack), words, expert, spec, row, encoding or encode(spec))
 
 
 def unpack(weights: Mapping[str, jax.Array], spec: QuantSpec) -> dict[str, np.ndarray]:
@@ -128,37 +152,48 @@ def unpack(weights: Mapping[str, jax.Array], spec: QuantSpec) -> dict[str, np.nd
     return tensors if bias is None else tensors | {"bias": np.asarray(bias)}
 
 
-@functools.partial(jax.jit, static_argnames="spec")
-def _pack(tensors: dict[str, jax.Array], spec: QuantSpec) -> dict[str, jax.Array]:
-    codes = codes_from_words(tensors["weight_packed"], spec.bits, spec.in_features)
-    weights = {
-        "packed": tiles_from_codes(codes, spec),
-        "scale": pad_groups(tensors["weight_scale"], spec),
-    }
+@functools.partial(jax.jit, static_argnames=("spec", "encoding"))
+def _pack(
+    tensors: dict[str, jax.Array], spec: QuantSpec, encoding: Encoding
+) -> dict[str, jax.Array]:
+    codes, weights = _read_codes(tensors, spec, encoding), {}
+    if encoding.reordered:
+        weights["perm"] = _sort_features(tensors["weight_g_idx"])
+        codes = codes[:, weights["perm"]]
+    weights["packed"] = tiles_from_codes(codes, spec)
+    weights["scale"] = pad_groups(_read_scale(tensors, encoding), spec)
     if not spec.symmetric:
-        weights["zero_point"] = pad_groups(_read_zero_points(tensors, spec), spec)
+        weights["zero_point"] = pad_groups(_read_zero_points(tensors, spec, encoding), spec)
     return weights
 
 
-@functools.partial(jax.jit, static_argnames=("spec", "row"), donate_argnames="stack")
+def _sort_features(groups: jax.Array) -> jax.Array:
+    """int32 [K]: the input features group by group, in their order; negative is column order."""
+    groups = lax.bitcast_convert_type(groups, jnp.int32)  # as words they have no sign
+    order = jnp.argsort(groups, stable=True).astype(jnp.int32)
+    return jnp.where((groups < 0).any(), jnp.arange(groups.size, dtype=jnp.int32), order)
+
+
+@functools.partial(jax.jit, static_argnames=("spec", "row", "encoding"), donate_argnames="stack")
 def _pack_expert(
     stack: dict[str, jax.Array],
     tensors: dict[str, jax.Array],
     expert: jax.Array,
     spec: QuantSpec,
     row: int,
+    encoding: Encoding,
 ) -> dict[str, jax.Array]:
     shift = row % TILE_N
-    codes = codes_from_words(tensors["weight_packed"], spec.bits, spec.in_features)
+    codes = _read_codes(tensors, spec, encoding)
     shifted = dataclasses.replace(spec, out_features=shift + spec.out_features)
     tiles = tiles_from_codes(jnp.pad(codes, ((shift, 0), (0, 0))), shifted)
     start = (expert, row // TILE_N, 0, 0, 0)
     # the first and the last tile may hold rows of gate and of up; those of the other are 0 here
     held = lax.dynamic_slice(stack["packed"], start, (1, *tiles.shape))
     filled = {"packed": lax.dynamic_update_slice(stack["packed"], held | tiles[None], start)}
-    grouped = {"scale": tensors["weight_scale"]}
+    grouped = {"scale": _read_scale(tensors, encoding)}
     if not spec.symmetric:
-        grouped["zero_point"] = _read_zero_points(tensors, spec)
+        grouped["zero_point"] = _read_zero_points(tensors, spec, encoding)
     for name, values in grouped.items():
         filled[name] = lax.dynamic_update_slice(stack[name], values.T[None], (expert, 0, row))
     return filled
@@ -173,10 +208,47 @@ def write_rows(stack: jax.Array, rows: jax.Array, expert: jax.Array, first: jax.
     return lax.dynamic_update_slice(stack, rows[None], (expert, first, *[0] * (rows.ndim - 1)))
 
 
-def _read_zero_points(tensors: dict[str, jax.Array], spec: QuantSpec) -> jax.Array:
+def _read_codes(tensors: dict[str, jax.Array], spec: QuantSpec, encoding: Encoding) -> jax.Array:
+    """uint8 [N, K], of `spec.bits` bits."""
+    words, k = tensors["weight_packed"], spec.in_features
+    if encoding.words in TRANSPOSED:
+        codes = read_weight(words, encoding, k)
+    else:
+        codes = codes_from_words(words, encoding.bits, k, aligned=encoding.words == ALIGNED)
+    # the same numbers with a sign have another offset without one
+    return codes + jnp.uint8(spec.offset - (1 << encoding.bits - 1))
+
+
+def _read_zero_points(
+    tensors: dict[str, jax.Array], spec: QuantSpec, encoding: Encoding
+) -> jax.Array:
     """int8 [N, G]."""
-    codes = codes_from_words(tensors["weight_zero_point"].T, spec.bits, spec.out_features)
-    return (codes.astype(jnp.int16) - spec.offset).astype(jnp.int8).T
+    if encoding.zero_points == "zeros":
+        return jnp.zeros((spec.out_features, spec.groups), jnp.int8)
+    found, n = tensors["weight_zero_point"], spec.out_features
+    if encoding.zero_points == "bytes":
+        return found
+    if encoding.words in TRANSPOSED:
+        codes = read_zero_points(found, encoding, n)
+    else:
+        aligned = encoding.words == ALIGNED
+        codes = codes_from_words(found.T, encoding.bits, n, aligned=aligned).T
+    return (codes.astype(jnp.int16) - (1 << encoding.bits - 1)).astype(jnp.int8)
+
+
+def _read_scale(tensors: dict[str, jax.Array], encoding: Encoding) -> jax.Array:
+    """[N, G]."""
+    scale = tensors["weight_scale"]
+    return scale.T if encoding.words in TRANSPOSED else scale
+
+
+def _list_optional(encoding: Encoding) -> set[str]:
+    """Tensors of `expected_tensors` that decide nothing."""
+    ignored = {"weight_shape"}
+    if encoding.words in TRANSPOSED:
+        ignored |= set() if encoding.reordered else {"weight_g_idx"}
+        ignored |= {"weight_zero_point"} if encoding.zero_points.startswith("middle") else set()
+    return ignored
 
 
 @functools.partial(jax.jit, static_argnames="spec")

@@ -9,14 +9,17 @@ error here and not a crash of the process, and memory in use is what was asked f
 from __future__ import annotations
 
 import dataclasses
+import errno
 import io
 import json
 import math
 import os
+import stat
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from reprlib import repr as show
+from typing import Any, NoReturn
 
 import ml_dtypes
 import numpy as np
@@ -41,8 +44,12 @@ DTYPES: dict[str, np.dtype] = {
     "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
     "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
 }
+_NAMES = {dtype: dtype.name for dtype in DTYPES.values()}
 _MAX_DIMENSIONS = 32  # NumPy's limit before version 2
+_AGAIN = "download it again, or save the model again"
+_MAX_NAME = 500  # each dot in it is a level of the params tree
 _ALIGNMENT = 64  # what XLA needs to take a host buffer without copying it
+_HUGE_PAGE = 1 << 21  # what Linux gives large buffers (NumPy asks for it), much faster than 4 KB
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -60,6 +67,11 @@ class TensorInfo:
         """Size in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
+    @property
+    def dtype_name(self) -> str:
+        """As `dtype.name`, which NumPy puts together anew each time."""
+        return _NAMES[self.dtype]
+
     def split(self) -> list[TensorInfo]:
         """The tensors along the first axis, "name[0]", "name[1]", …: each lies in one piece."""
         count, *rest = self.shape
@@ -71,14 +83,47 @@ class TensorInfo:
         ]
 
 
+def open_file(path: Path) -> io.FileIO:
+    """Open a regular file; a pipe or a device, which could block for ever, is never read.
+
+    Raises:
+      OSError: if there is no file that can be read.
+    """
+    file = io.FileIO(path, opener=_open_at_once)
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, "it is not a regular file")
+    return file
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+
+
 def read_header(path: Path) -> dict[str, TensorInfo]:
     """Read and check the header of one file; no tensor is read.
 
     Raises:
       CheckpointError: if the file is not a whole, well-formed safetensors file.
     """
+    infos, faults = scan_header(path)
+    if faults:
+        raise CheckpointError(path.parent, faults)
+    return infos
+
+
+def scan_header(path: Path) -> tuple[dict[str, TensorInfo], list[Fault]]:
+    """Read as much of a header as can be read; no tensor is read.
+
+    Returns:
+      The tensors that it describes, and what is wrong with them or with the size of the file: with
+      a fault, nothing else of the file should be read.
+
+    Raises:
+      CheckpointError: if there is no header.
+    """
     try:
-        with path.open("rb") as file:
+        with io.BufferedReader(open_file(path)) as file:
             size = os.fstat(file.fileno()).st_size
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or length > MAX_HEADER_BYTES or 8 + length > size:
@@ -87,28 +132,42 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
                     f"the header claims {length} bytes, the file has {size}",
                     way_out="the file is truncated or not safetensors: download it again",
                 )
-            text = file.read(length)
-        entries = json.loads(text, object_pairs_hook=refuse_duplicates)
-        if not isinstance(entries, dict):
-            raise ValueError("it is not an object")
+            entries = _parse_header(file.read(length))
     except OSError as error:
         raise _error(path, f"cannot be read: {error.strerror}") from None
     except CheckpointError:
         raise
     except (ValueError, RecursionError) as error:
         raise _error(path, f"the header is not valid JSON: {error}") from None
-    entries.pop("__metadata__", None)
     infos, faults = {}, []
     for name, entry in entries.items():
         try:
             infos[name] = _parse_entry(name, entry, path, 8 + length)
         except ValueError as error:
-            faults.append(Fault(str(error), path.name, name))
-    if not faults:
-        faults = _find_gaps(path, list(infos.values()), 8 + length, size)
-    if faults:
-        raise CheckpointError(path.parent, faults)
-    return infos
+            faults.append(Fault(str(error), path.name, name[:_MAX_NAME], _AGAIN))
+    return infos, faults or _find_gaps(path, list(infos.values()), 8 + length, size)
+
+
+def _parse_header(text: bytes) -> dict[str, Any]:
+    """The entries of a header; as strict as the safetensors library, and more with duplicates.
+
+    Raises:
+      ValueError: saying what is wrong.
+    """
+    if not text.startswith(b"{"):
+        raise ValueError("it does not begin with {")
+    hooks: dict[str, Any] = {"object_pairs_hook": refuse_duplicates, "parse_constant": _refuse}
+    entries = json.loads(text.decode("utf-8"), **hooks)
+    for name in entries:
+        name.encode("utf-8")  # half of a surrogate pair is no name
+    metadata = entries.pop("__metadata__", None) or {}
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise ValueError("__metadata__ must map names to texts")
+    return entries
+
+
+def _refuse(constant: str) -> NoReturn:
+    raise ValueError(f"{constant} is no number")
 
 
 def read_tensor(info: TensorInfo) -> np.ndarray:
@@ -132,7 +191,7 @@ def read_tensors(infos: Iterable[TensorInfo]) -> list[np.ndarray]:
     arrays: dict[int, np.ndarray] = {}
     for path, found in by_file.items():
         try:
-            with path.open("rb", buffering=0) as file:
+            with open_file(path) as file:
                 for i, info in sorted(found, key=lambda pair: pair[1].start):
                     arrays[i] = _read(file, info)
         except OSError as error:
@@ -142,8 +201,13 @@ def read_tensors(infos: Iterable[TensorInfo]) -> list[np.ndarray]:
 
 
 def _read(file: io.FileIO, info: TensorInfo) -> np.ndarray:
-    raw = np.empty(info.nbytes + _ALIGNMENT, np.uint8)
-    first = -raw.ctypes.data % _ALIGNMENT
+    alignment = _HUGE_PAGE if info.nbytes >= 2 * _HUGE_PAGE else _ALIGNMENT
+    try:
+        raw = np.empty(info.nbytes + alignment, np.uint8)
+    except MemoryError:
+        what, way_out = f"there is no memory for its {info.nbytes} bytes", "free some"
+        raise _error(info.file, what, info.name, way_out) from None
+    first = -raw.ctypes.data % alignment
     buffer = raw[first : first + info.nbytes]
     file.seek(info.start)
     view, done = buffer.data, 0
@@ -160,62 +224,69 @@ def refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Make a JSON object as json's `object_pairs_hook`, which by itself keeps the last of a key.
 
     Raises:
-      ValueError: naming every key that stands twice.
+      ValueError: naming the keys that stand twice.
     """
     table = dict(pairs)
     if len(table) != len(pairs):
         counts = Counter(name for name, _ in pairs)
         twice = sorted(name for name, count in counts.items() if count > 1)
-        raise ValueError(f"keys that stand twice: {', '.join(twice)}")
+        more = f" and {len(twice) - 8} more" if len(twice) > 8 else ""
+        raise ValueError(f"keys that stand twice: {', '.join(twice[:8])}{more}")
     return table
 
 
-def _parse_entry(name: str, entry: object, path: Path, data_start: int) -> TensorInfo:
-    if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
-        raise ValueError("the header entry lacks dtype, shape or data_offsets")
-    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+def _parse_entry(name: str, entry: Any, path: Path, data_start: int) -> TensorInfo:
+    if len(name) > _MAX_NAME:
+        raise ValueError(f"the name is longer than {_MAX_NAME} characters")
+    try:
+        dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    except (TypeError, KeyError):
+        raise ValueError("the header entry lacks dtype, shape or data_offsets") from None
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise ValueError(f"unknown dtype {dtype!r}")
-    if not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
-        raise ValueError(f"shape {shape!r} or data_offsets {offsets!r} are not lists of sizes")
-    if len(shape) > _MAX_DIMENSIONS or math.prod(max(n, 1) for n in shape) >= 2**59:
-        raise ValueError(f"shape {shape} is too large for any array")
-    info = TensorInfo(name, path, DTYPES[dtype], tuple(shape), data_start + offsets[0])
-    if offsets[1] - offsets[0] != info.nbytes:
+        raise ValueError(f"unknown dtype {show(dtype)}")
+    if not _are_sizes(shape):
+        raise ValueError(f"shape {show(shape)} is not a list of sizes")
+    if not _are_sizes(offsets) or len(offsets) != 2:
+        raise ValueError(f"data_offsets {show(offsets)} are not a start and an end")
+    if len(shape) > _MAX_DIMENSIONS or math.prod(filter(None, shape)) >= 2**59:
+        raise ValueError(f"shape {show(shape)} is too large for any array")
+    known = DTYPES[dtype]
+    first, end = offsets
+    nbytes = math.prod(shape) * known.itemsize
+    if end - first != nbytes:
         raise ValueError(
-            f"{dtype} {shape} takes {info.nbytes} bytes, data_offsets {offsets} hold "
-            f"{offsets[1] - offsets[0]}"
+            f"{dtype} {shape} takes {nbytes} bytes, data_offsets {offsets} hold {end - first}"
         )
-    return info
+    return TensorInfo(name, path, known, tuple(shape), data_start + first)
 
 
 def _are_sizes(values: object) -> bool:
-    return isinstance(values, list) and all(
-        isinstance(v, int) and not isinstance(v, bool) and 0 <= v < 2**63 for v in values
-    )
+    if not isinstance(values, list):
+        return False
+    for value in values:  # a loop, as files have a hundred thousand of these lists
+        if type(value) is not int or not 0 <= value < 2**63:
+            return False
+    return True
 
 
 def _find_gaps(path: Path, infos: list[TensorInfo], data_start: int, size: int) -> list[Fault]:
     """Tensors must follow each other from the header's end to the file's end."""
     position, faults = data_start, []
-    for info in sorted(infos, key=lambda info: (info.start, info.nbytes)):
-        if info.start != position:
-            kind = (
-                "overlaps the tensor before it"
-                if info.start < position
-                else "leaves a hole before it"
-            )
-            what = f"{kind}: starts at byte {info.start}, expected {position}"
-            faults.append(Fault(what, path.name, info.name))
-        position = max(position, info.start + info.nbytes)
+    for start, end, name in sorted((i.start, i.start + i.nbytes, i.name) for i in infos):
+        if start != position:
+            kind = "overlaps the tensor" if start < position else "leaves a hole"
+            what = f"{kind} before it: starts at byte {start}, expected {position}"
+            faults.append(Fault(what, path.name, name, _AGAIN))
+        position = max(position, end)
         if position > size:
             what = f"ends at byte {position}, the file has {size}"
             way_out = "the file is truncated: download it again"
-            return [*faults, Fault(what, path.name, info.name, way_out)]
+            return [*faults, Fault(what, path.name, name, way_out)]
     if position < size:
-        faults.append(Fault(f"{size - position} bytes at the end belong to no tensor", path.name))
+        what = f"{size - position} bytes at the end belong to no tensor"
+        faults.append(Fault(what, path.name, "", _AGAIN))
     return faults
 
 
-def _error(path: Path, what: str, tensor: str = "", way_out: str = "") -> CheckpointError:
+def _error(path: Path, what: str, tensor: str = "", way_out: str = _AGAIN) -> CheckpointError:
     return CheckpointError(path.parent, [Fault(what, path.name, tensor, way_out)])

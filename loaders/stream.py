@@ -19,12 +19,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from loaders.awq_gptq_modules import check_groups, check_zero_points, describe_zero_points
+from loaders.encoding import TRANSPOSED
 from loaders.errors import CheckpointError, Fault
 from loaders.experts import Stack
+from loaders.memory import require_memory_for
 from loaders.modules import QuantizedModule
 from loaders.plan import Plan
 from loaders.repack import pack, pack_expert, write_rows
 from loaders.safetensors_file import TensorInfo, read_tensor, read_tensors
+from pallas_kernels.spec import QuantSpec
+
+_AGAIN = "quantize the model again"
 
 Progress = Callable[[int, int, str], None]
 """Called as progress(bytes_done, bytes_total, name) after every part."""
@@ -45,8 +51,10 @@ def load_params(
 
     Raises:
       CheckpointError: listing every tensor with scales that are not finite and above zero, or with
-        values too large for `dtype`; or if a file ends early.
+        values too large for `dtype`; or if a file ends early; or, before anything is read, if the
+        arrays cannot fit into memory.
     """
+    require_memory_for(plan, dtype)
     params: dict[str, Any] = {}
     stacks: dict[str, dict[str, jax.Array]] = {}
     faults: list[Fault] = []
@@ -54,15 +62,15 @@ def load_params(
     for part, arrays in read_parts(plan):
         name = part.name if isinstance(part, TensorInfo) else part.path
         if isinstance(part, QuantizedModule):
-            faults += check_values(part, arrays)
+            faults += check_values(part, arrays, stacked=name in plan.places)
         if name in plan.places:
             path = plan.places[name]
             leaves = stacks.get(path) or _make_zeros(plan.stacks[path], dtype)
             place = plan.stacks[path].places[name]
             stacks[path], overflows = _place_expert(leaves, part, arrays, dtype, *place)
         elif isinstance(part, TensorInfo):
-            leaf, overflows = _place(arrays[name], dtype, part)
-            _put(params, name, leaf)
+            leaf, overflows = place_tensor(arrays[name], dtype, part)
+            put_leaf(params, name, leaf)
         else:
             leaves, overflows = _place_module(part, arrays, dtype)
             _put_all(params, name, leaves)
@@ -79,27 +87,90 @@ def load_params(
 
 
 def check_scales(plan: Plan) -> list[Fault]:
-    """Faults in the scales of every module; no other tensor is read."""
+    """Faults in the scales of every module, its groups and zero points; no weight is read."""
     faults: list[Fault] = []
     for module in plan.quantized.values():
-        scale = read_tensor(module.tensors["weight_scale"])
-        faults += check_values(module, {"weight_scale": scale})
+        roles = [r for r in ("weight_scale", "weight_g_idx") if r in module.tensors]
+        is_checked = module.encoding.words in TRANSPOSED or module.encoding.zero_points == "bytes"
+        if is_checked and "weight_zero_point" in module.tensors:
+            roles.append("weight_zero_point")
+        faults += check_values(module, {r: read_tensor(module.tensors[r]) for r in roles})
     return faults
 
 
-def check_values(module: QuantizedModule, arrays: dict[str, np.ndarray]) -> list[Fault]:
-    """Faults in the numbers of one module: scales that are NaN, infinite, negative or zero."""
-    scale, info = arrays["weight_scale"], module.tensors["weight_scale"]
+def check_values(
+    module: QuantizedModule, arrays: dict[str, np.ndarray], *, stacked: bool = False
+) -> list[Fault]:
+    """Faults in the numbers of one module; `stacked` is an expert's."""
+    transposed = module.encoding.words in TRANSPOSED
+    info = module.tensors["weight_scale"]
+    faults = _check_scale(arrays["weight_scale"], info, signed=transposed)
+    groups = arrays.get("weight_g_idx")
+    if transposed and "weight_zero_point" in arrays:
+        faults += check_zero_points(arrays["weight_zero_point"], module)
+    elif module.encoding.zero_points == "bytes" and "weight_zero_point" in arrays:
+        faults += _check_bytes(arrays["weight_zero_point"], module)
+    if groups is None or (not transposed and (groups < 0).all()):
+        return faults  # column order
+    if transposed and not module.encoding.reordered:
+        return faults + check_groups(groups, module)
+    return faults + _check_groups(groups, module.spec, module.tensors["weight_g_idx"], stacked)
+
+
+def _check_scale(scale: np.ndarray, info: TensorInfo, *, signed: bool) -> list[Fault]:
+    """Scales that are NaN, infinite, zero, or negative where they may not be.
+
+    AutoRound, which writes AutoAWQ's and GPTQ's formats as well, gives about half of the groups of
+    symmetric weights a negative scale, so that their largest weight uses the longer side.
+    """
     with np.errstate(invalid="ignore"):  # comparing a bfloat16 NaN warns
-        bad = ~(np.isfinite(scale) & (scale > 0))
+        bad = ~(np.isfinite(scale) & ((scale != 0) if signed else (scale > 0)))
     if not bad.any():
         return []
     first = tuple(int(i) for i in np.argwhere(bad)[0])
     what = (
-        f"{int(bad.sum())} of {scale.size} scales are not finite and above 0, "
-        f"the first at {list(first)}: {scale[first]}"
+        f"{int(bad.sum())} of {scale.size} scales are not finite and "
+        f"{'other than' if signed else 'above'} 0, the first at {list(first)}: {scale[first]}"
     )
-    return [Fault(what, info.file.name, info.name, "quantize the model again")]
+    return [Fault(what, info.file.name, info.name, _AGAIN)]
+
+
+def _check_bytes(zero_points: np.ndarray, module: QuantizedModule) -> list[Fault]:
+    """Zero points, int8 in the file, that no value of that many bits has."""
+    info, limit = module.tensors["weight_zero_point"], 1 << module.encoding.bits - 1
+    bad = (zero_points < -limit) | (zero_points >= limit)
+    if not bad.any():
+        return []
+    first = tuple(int(i) for i in np.argwhere(bad)[0])
+    what = (
+        f"{int(bad.sum())} of {zero_points.size} zero points are outside of {-limit} to "
+        f"{limit - 1}, the first at {list(first)}: {zero_points[first]}"
+    )
+    return [Fault(what, info.file.name, info.name, _AGAIN)]
+
+
+def _check_groups(
+    groups: np.ndarray, spec: QuantSpec, info: TensorInfo, stacked: bool
+) -> list[Fault]:
+    """Input features that are not dealt out to the groups evenly."""
+    bad = (groups < 0) | (groups >= spec.groups)
+    if bad.any():
+        first = int(np.argmax(bad))
+        what = (
+            f"{int(bad.sum())} of {groups.size} input features are in no group of {spec.groups}, "
+            f"the first at [{first}]: {groups[first]}"
+        )
+        return [Fault(what, info.file.name, info.name, _AGAIN)]
+    counts = np.bincount(groups, minlength=spec.groups)
+    if (counts != spec.group_size).any():
+        first = int(np.argmax(counts != spec.group_size))
+        what = f"group {first} has {counts[first]} input features, expected {spec.group_size}"
+        return [Fault(what, info.file.name, info.name, _AGAIN)]
+    if stacked and (np.diff(groups) < 0).any():
+        what = "the input features of an expert are reordered (act-order), which no kernel can do"
+        way_out = 'quantize experts with actorder "weight" or none'
+        return [Fault(what, info.file.name, info.name, way_out)]
+    return []
 
 
 def check_cast(array: np.ndarray, cast: Any, file: Path, name: str) -> list[Fault]:
@@ -119,21 +190,23 @@ def check_cast(array: np.ndarray, cast: Any, file: Path, name: str) -> list[Faul
 
 
 def check_padding(module: QuantizedModule, arrays: dict[str, np.ndarray]) -> list[str]:
-    """Warnings about bits that are set where no value stands, past K or N in the last words.
+    """Warnings about bits that are set where no value stands, as past K or N in the last words.
 
     They change nothing, but whoever wrote them does not pack as compressed-tensors does.
     """
-    spec = module.spec
-    last_words = {"weight_packed": (arrays["weight_packed"][:, -1], spec.in_features)}
-    if not spec.symmetric:
-        last_words["weight_zero_point"] = (arrays["weight_zero_point"][-1], spec.out_features)
+    encoding, spec = module.encoding, module.spec
+    if encoding.words in TRANSPOSED:  # which have no padding
+        words = arrays.get("weight_zero_point")
+        return [] if words is None else describe_zero_points(words, module)
+    lines = {"weight_packed": (arrays["weight_packed"], spec.in_features)}
+    if encoding.zero_points == "words":
+        lines["weight_zero_point"] = (arrays["weight_zero_point"].T, spec.out_features)
     warnings = []
-    for role, (words, length) in last_words.items():
-        used = length * spec.bits % 32
-        dirty = np.count_nonzero(words.view(np.uint32) >> np.uint32(used)) if used else 0
+    for role, (words, length) in lines.items():
+        dirty = np.count_nonzero(words.view(np.uint32) & ~encoding.mark_values(length))
         if dirty:
             name = module.tensors[role].name
-            warnings.append(f"{name}: padding bits are set in {dirty} of {words.size} last words")
+            warnings.append(f"{name}: padding bits are set in {dirty} words")
     return warnings
 
 
@@ -166,10 +239,10 @@ def _place_module(
     module: QuantizedModule, arrays: dict[str, np.ndarray], dtype: Any
 ) -> tuple[dict[str, Any], list[Fault]]:
     bias = arrays.pop("bias", None)
-    weights: dict[str, Any] = pack(arrays, module.spec)
+    weights: dict[str, Any] = pack(arrays, module.spec, module.encoding)
     faults: list[Fault] = []
     if bias is not None:
-        weights["bias"], faults = _place(bias, dtype, module.tensors["bias"])
+        weights["bias"], faults = place_tensor(bias, dtype, module.tensors["bias"])
     # the host buffers may be freed only after they were used
     return jax.block_until_ready(weights), faults
 
@@ -197,19 +270,20 @@ def _place_expert(
     else:
         infos |= {"bias": part.tensors["bias"]} if "bias" in leaves else {}
         grouped = {name: leaf for name, leaf in leaves.items() if name != "bias"}
-        words = {role: a for role, a in arrays.items() if role not in ("bias", "weight_shape")}
-        leaves |= pack_expert(grouped, words, part.spec, expert, row)
+        apart = ("bias", "weight_shape", "weight_g_idx")
+        words = {role: a for role, a in arrays.items() if role not in apart}
+        leaves |= pack_expert(grouped, words, part.spec, expert, row, part.encoding)
     faults: list[Fault] = []
     for name, info in infos.items():
         array = arrays[info.name if isinstance(part, TensorInfo) else name]
-        rows, overflows = _place(array, dtype, info)
+        rows, overflows = place_tensor(array, dtype, info)
         leaves[name] = write_rows(leaves[name], rows, expert, row)
         faults += overflows
     # as in _place_module
     return jax.block_until_ready(leaves), faults
 
 
-def _place(
+def place_tensor(
     array: np.ndarray, dtype: Any, info: TensorInfo
 ) -> tuple[jax.Array | np.ndarray, list[Fault]]:
     """The leaf of a tensor, and the fault if casting made values infinite."""
@@ -219,15 +293,17 @@ def _place(
         return cast, check_cast(array, cast, info.file, info.name)
     if jax.dtypes.canonicalize_dtype(array.dtype) != array.dtype:
         return array, []  # 64-bit numbers, which JAX would cut to 32 bits: they stay NumPy's
-    return jax.block_until_ready(jnp.asarray(array)), []
+    # unlike jnp.asarray, this takes the buffer itself on a CPU, which nobody else holds
+    return jax.block_until_ready(jax.device_put(array)), []
 
 
 def _put_all(tree: dict[str, Any], path: str, leaves: dict[str, Any]) -> None:
     for name, leaf in leaves.items():
-        _put(tree, f"{path}.{name}", leaf)
+        put_leaf(tree, f"{path}.{name}", leaf)
 
 
-def _put(tree: dict[str, Any], name: str, leaf: jax.Array | np.ndarray) -> None:
+def put_leaf(tree: dict[str, Any], name: str, leaf: jax.Array | np.ndarray) -> None:
+    """Put a leaf into a nested dict under its name, whose parts are divided by dots."""
     *parents, last = name.split(".")
     for key in parents:
         tree = tree.setdefault(key, {})

@@ -1,7 +1,8 @@
 """Write a checkpoint folder: safetensors shards, config.json and the small files beside them.
 
-Everything goes into a hidden folder beside the destination, which gets its name at the very end, so
-a crash or a kill never leaves half a checkpoint under the final name. Memory: one shard.
+Everything goes into a hidden folder beside the destination, which gets its name at the very end,
+when all is on the disk: a crash or a kill never leaves half a checkpoint under the final name. What
+it leaves is under the hidden name, where the next call finds and removes it. Memory: one shard.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,10 +21,13 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from loaders.errors import CheckpointError, Fault
-from loaders.folder import INDEX, SINGLE
+from loaders.folder import INDEX, check_file
 
 SHARD_BYTES = 2_000_000_000
+_STEM = "model"  # of what transformers and vLLM look for
 _COPIED = (".json", ".txt", ".model", ".jinja")
+# the last two say how AutoGPTQ and AutoAWQ packed the weights that are not there any more
+_NOT_COPIED = ("config.json", INDEX, "quantize_config.json", "quant_config.json")
 
 
 def write_checkpoint(
@@ -47,13 +52,59 @@ def write_checkpoint(
       CheckpointError: if the destination exists or cannot be written.
     """
     with build_folder(destination) as folder:
-        for path in sorted(beside.iterdir()):
-            wanted = path.suffix in _COPIED or path.stem.upper().startswith("LICENSE")
-            if wanted and path.is_file() and path.name not in ("config.json", INDEX):
-                shutil.copyfile(path, folder / path.name)
-        shards = _write_shards(folder, tensors, shard_bytes)
-        _name_shards(folder, shards)
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        copy_companions(beside, folder)
+        weight_map, size = write_shards(folder, tensors, shard_bytes=shard_bytes)
+        if len(set(weight_map.values())) > 1:
+            index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+            write_json(folder / INDEX, index)
+        write_json(folder / "config.json", config)
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write a JSON object for programs and people."""
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def copy_companions(source: Path, folder: Path) -> None:
+    """Copy what lies beside the weights: tokenizer, generation config, chat template, license.
+
+    Raises:
+      CheckpointError: if one of them is a link that leaves the checkpoint.
+    """
+    for path in sorted(source.iterdir()):
+        wanted = path.suffix in _COPIED or path.stem.upper().startswith("LICENSE")
+        if wanted and path.is_file() and path.name not in _NOT_COPIED:
+            shutil.copyfile(check_file(source, path.name), folder / path.name)
+
+
+def write_shards(
+    folder: Path,
+    tensors: Iterable[tuple[str, np.ndarray]],
+    *,
+    stem: str = _STEM,
+    shard_bytes: int = SHARD_BYTES,
+) -> tuple[dict[str, str], int]:
+    """Write safetensors files, one if everything fits into it.
+
+    Args:
+      folder: where to.
+      tensors: names and arrays, taken one after the other.
+      stem: what the names of the files begin with.
+      shard_bytes: a shard is closed when it holds this much.
+
+    Returns:
+      Tensor name -> name of its file, and the bytes of all tensors.
+    """
+    shards = _write_numbered(folder, tensors, shard_bytes)
+    total, weight_map = len(shards), {}
+    for i, shard in enumerate(shards):
+        name = f"{stem}.safetensors"
+        if total > 1:
+            name = f"{stem}-{i + 1:05}-of-{total:05}.safetensors"
+        os.replace(folder / f"{i}.safetensors", folder / name)
+        (folder / name).chmod(0o644)
+        weight_map |= dict.fromkeys(shard, name)
+    return weight_map, sum(sum(shard.values()) for shard in shards)
 
 
 @contextmanager
@@ -61,7 +112,8 @@ def build_folder(destination: Path) -> Iterator[Path]:
     """Give a hidden folder to fill, which becomes `destination` if the block ends well.
 
     Raises:
-      CheckpointError: if the destination exists, or the file system refuses.
+      CheckpointError: if the destination exists, another process is making it, or the file system
+        refuses.
     """
     if os.path.lexists(destination):
         way_out = "name a new folder, or remove this one"
@@ -70,20 +122,68 @@ def build_folder(destination: Path) -> Iterator[Path]:
         )
     partial = destination.absolute().with_name(f".{destination.name}.partial")
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        yield partial
-        os.replace(partial, destination)
+        with _claim(partial, destination):
+            yield partial
+            _flush(partial)
+            os.replace(partial, destination)
     except OSError as error:
         fault = Fault(f"cannot be written: {error.strerror or error}", str(error.filename or ""))
         raise CheckpointError(destination, [fault]) from error
     except SafetensorError as error:  # what a full disk is to safetensors
         raise CheckpointError(destination, [Fault(f"cannot be written: {error}")]) from error
-    finally:
+
+
+@contextmanager
+def _claim(partial: Path, destination: Path) -> Iterator[None]:
+    """Own the hidden folder, empty, while the block runs; if that fails, nothing stays of it.
+
+    The lock on it ends with the process, however that ends: a folder without one was left behind.
+    """
+    partial.mkdir(parents=True, exist_ok=True)
+    holder = None if sys.platform == "win32" else _lock(partial, destination)
+    try:
+        for leftover in partial.iterdir():
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        yield
+    except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
+        raise
+    finally:
+        if holder is not None:
+            os.close(holder)
 
 
-def _write_shards(
+def _lock(partial: Path, destination: Path) -> int:
+    """A file descriptor that holds the lock on the hidden folder."""
+    import fcntl  # not there on Windows
+
+    # a link could lead to a folder that is somebody's
+    holder = os.open(partial, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(holder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # its owner may have given it its final name since it was opened
+        if os.path.samestat(os.fstat(holder), os.stat(partial)):
+            return holder
+    except (BlockingIOError, FileNotFoundError):
+        pass
+    except OSError:
+        return holder  # a file system without locks
+    os.close(holder)
+    fault = Fault("another process is making it", way_out="wait for it, or name another folder")
+    raise CheckpointError(destination, [fault])
+
+
+def _flush(folder: Path) -> None:
+    """Wait until every file is on the disk: a name must not outlive what it names."""
+    for path in filter(Path.is_file, folder.rglob("*")):
+        file = os.open(path, os.O_RDWR)  # some systems flush what is open for writing only
+        try:
+            os.fsync(file)
+        finally:
+            os.close(file)
+
+
+def _write_numbered(
     folder: Path, tensors: Iterable[tuple[str, np.ndarray]], shard_bytes: int
 ) -> list[dict[str, int]]:
     """Write numbered shards; returns name -> bytes of the tensors of each."""
@@ -101,17 +201,3 @@ def _write_shards(
         held[name] = np.asarray(array, order="C")
     close_shard()
     return shards
-
-
-def _name_shards(folder: Path, shards: list[dict[str, int]]) -> None:
-    """Give the shards their final names, and write the index where there are several."""
-    total, weight_map = len(shards), {}
-    for i, shard in enumerate(shards):
-        name = SINGLE if total == 1 else f"model-{i + 1:05}-of-{total:05}.safetensors"
-        os.replace(folder / f"{i}.safetensors", folder / name)
-        (folder / name).chmod(0o644)
-        weight_map |= dict.fromkeys(shard, name)
-    if total > 1:
-        size = sum(sum(shard.values()) for shard in shards)
-        index = {"metadata": {"total_size": size}, "weight_map": weight_map}
-        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

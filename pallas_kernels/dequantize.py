@@ -119,7 +119,8 @@ def dequantize(weights: Mapping[str, jax.Array], spec: QuantSpec, dtype=None) ->
         zero, as XLA does on CPU).
 
     Returns:
-      [N, K], for experts [E, N, K], computed in the scale's dtype and then cast to `dtype`.
+      [N, K], for experts [E, N, K], computed in the scale's dtype and then cast to `dtype`; also
+      with "perm" in the order of the input features.
 
     Raises:
       SpecError: if the arrays contradict the spec.
@@ -134,4 +135,7 @@ def dequantize(weights: Mapping[str, jax.Array], spec: QuantSpec, dtype=None) ->
 
 @functools.partial(jax.jit, static_argnames="spec")
 def _dequantize(weights: dict[str, jax.Array], spec: QuantSpec) -> jax.Array:
-    return expand(weights, spec).astype(weights["scale"].dtype)
+    expanded = expand(weights, spec).astype(weights["scale"].dtype)
+    if "perm" not in weights:
+        return expanded
+    return jnp.zeros_like(expanded).at[:, weights["perm"]].set(expanded, unique_indices=True)

@@ -2,7 +2,8 @@
 
 Three forms of the same integers, all without a sign (u = q + 2^(bits-1)):
 
-* words, uint32 [rows, ceil(columns * bits / 32)]: the checkpoint's little-endian bit stream;
+* words, uint32 [rows, ceil(columns * bits / 32)]: the checkpoint's little-endian bit stream, of
+  values of 1 to 8 bits; a weight has 4 or 8 from then on;
 * codes, uint8 [rows, columns]: one integer per element, the form that a person would check;
 * tiles, uint16 [ceil(N/64), ceil(K/tile_k), 64, 32] with tile_k = 32 * planes, planes = 16 / bits:
 
@@ -31,21 +32,46 @@ Array = Any
 """A `numpy.ndarray` or a `jax.Array`; what goes in comes out."""
 
 
-def codes_from_words(words: Array, bits: int, columns: int) -> Array:
+def codes_from_words(words: Array, bits: int, columns: int, *, aligned: bool = False) -> Array:
     """Read a checkpoint's bit stream: uint32 [rows, words] -> codes uint8 [rows, columns].
 
-    Bits past `columns` are dropped. `bits` must divide 32.
+    Bits past `columns` are dropped.
+
+    Args:
+      words: the stream of each row.
+      bits: of a value, 1 to 8.
+      columns: values of a row.
+      aligned: a word holds 32 // bits whole values; else values may begin in one word and end in
+        the next. No difference where `bits` divides 32.
 
     Raises:
-      SpecError: if the row length in words is not ceil(columns * bits / 32), or the dtype not
+      SpecError: if the row length in words is not what `columns` values fill, or the dtype not
         uint32.
     """
-    per_word = 32 // bits
-    _check(words, np.uint32, (words.shape[0], -(-columns // per_word)), "words")
-    xp = _namespace(words)
-    shifts = xp.arange(0, 32, bits, dtype=np.uint32)
+    aligned = aligned or 32 % bits == 0
+    count = -(-columns // (32 // bits)) if aligned else -(-columns * bits // 32)
+    _check(words, np.uint32, (words.shape[0], count), "words")
+    fields = _read_aligned(words, bits) if aligned else _read_stream(words, bits, columns)
+    return fields.astype(np.uint8)[:, :columns]
+
+
+def _read_aligned(words: Array, bits: int) -> Array:
+    """uint32 [rows, words] -> values [rows, words * (32 // bits)]."""
+    shifts = _namespace(words).arange(32 // bits, dtype=np.uint32) * np.uint32(bits)
     fields = (words[:, :, None] >> shifts[None, None, :]) & np.uint32((1 << bits) - 1)
-    return fields.astype(np.uint8).reshape(words.shape[0], -1)[:, :columns]
+    return fields.reshape(words.shape[0], -1)
+
+
+def _read_stream(words: Array, bits: int, columns: int) -> Array:
+    """uint32 [rows, words] -> values [rows, columns]."""
+    xp = _namespace(words)
+    word, shift = np.divmod(np.arange(columns) * bits, 32)
+    low = words[:, word] >> xp.asarray(shift, np.uint32)[None, :]
+    # what is left of a value that ends in the next word; a shift by 32 would be undefined
+    after = np.minimum(word + 1, words.shape[1] - 1)
+    high = words[:, after] << xp.asarray(-shift % 32, np.uint32)[None, :]
+    split = xp.asarray(shift + bits > 32)[None, :]
+    return xp.where(split, low | high, low) & np.uint32((1 << bits) - 1)
 
 
 def words_from_codes(codes: Array, bits: int) -> Array:

@@ -78,6 +78,7 @@ def make_config(
     quantization = {
         "quant_method": "compressed-tensors",
         "format": "pack-quantized",
+        "version": "0.20.0",
         "config_groups": groups,
         "ignore": [],
     }

@@ -65,6 +65,8 @@ import json, sys, time
 import jax, flax.nnx, flax.linen
 start = time.perf_counter()
 import jaxwna16
+for name in dir(jaxwna16):
+    getattr(jaxwna16, name)
 seconds = time.perf_counter() - start
 import jaxwna16.cli.main
 packages = sorted({name.partition(".")[0] for name in sys.modules})
@@ -84,6 +86,38 @@ def test_import_is_quick_starts_no_backend_and_needs_no_heavy_package():
     assert not started
     heavy = {"torch", "transformers", "tokenizers", "huggingface_hub", "matplotlib", "pytest"}
     assert not heavy & set(packages)
+
+
+_HELP = """
+import sys
+from jaxwna16.cli.main import main
+main(["inspect", "--help"])
+print(sorted({"jax", "flax", "numpy"} & sys.modules.keys()))
+"""
+
+
+def test_the_help_of_the_command_does_not_wait_for_jax():
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", _HELP]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_names_that_are_imported_when_used_are_those_that_type_checkers_see():
+    import jaxwna16
+
+    tree = ast.parse((ROOT / "jaxwna16" / "__init__.py").read_text())
+    [block] = [node for node in tree.body if isinstance(node, ast.If)]
+    seen = {
+        alias.name: node.module
+        for node in block.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    assert seen == {**jaxwna16._MODULES, "linen": "jaxwna16"}
+    assert seen.keys() <= set(dir(jaxwna16))
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = jaxwna16.nothing
 
 
 def test_every_public_name_is_there():

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import argparse
 
-from pallas_kernels.errors import Wna16Error
-
 DTYPES = ("float32", "bfloat16", "float16")
 
 
-class CallError(Wna16Error, ValueError):
+class CallError(ValueError):
     """The command's options contradict each other or this machine: exit code 2."""
 
 

@@ -6,6 +6,8 @@ import os
 from collections.abc import Iterable
 from typing import Any
 
+import jax
+
 from jaxwna16.cli.arguments import DTYPES
 from pallas_kernels.backends import explain
 from pallas_kernels.spec import QuantSpec
@@ -21,6 +23,15 @@ def spare_device_memory() -> None:
     Works until the first device is used; what the user has set stays.
     """
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+
+def describe_lack_of_devices() -> str:
+    """Why JAX can use no device at all; "" where it can."""
+    try:
+        jax.devices()
+    except RuntimeError as error:
+        return f"JAX cannot use any device: {error}"
+    return ""
 
 
 def list_backends(widths: Iterable[int] = (4, 8)) -> list[dict[str, Any]]:
@@ -46,6 +57,30 @@ def word_backends(choices: list[dict[str, Any]]) -> list[str]:
         f"{backend} for {', '.join(dtypes)}: {reason}"
         for (backend, reason), dtypes in alike.items()
     ]
+
+
+def word_choices(
+    rows: list[dict[str, Any]], choices: list[dict[str, Any]], dtype: str
+) -> list[str]:
+    """One line for each backend and reason, with the modules that it is for where not for all.
+
+    Args:
+      rows: the modules, as `inspect` reports them, each with its backend for `dtype`.
+      choices: of `list_backends`, for other dtypes.
+      dtype: the checkpoint's.
+    """
+    alike: dict[tuple[str | None, str], list[str]] = {}
+    for row in rows:
+        alike.setdefault((row["backend"], row["reason"]), []).append(row["modules"])
+    if not choices:
+        return list(dict.fromkeys(reason for _, reason in alike))
+    if len(alike) < 2:
+        return word_backends(choices)
+    lines = [
+        f"{backend or 'none'} for {', '.join(dict.fromkeys(patterns))} in {dtype}: {reason}"
+        for (backend, reason), patterns in alike.items()
+    ]
+    return lines + word_backends([choice for choice in choices if choice["dtype"] != dtype])
 
 
 def list_schedules(platform: str | None = None) -> list[dict[str, Any]]:

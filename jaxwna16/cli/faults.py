@@ -13,32 +13,31 @@ from jaxwna16.cli.names import fold_names
 from jaxwna16.cli.screen import escape_controls
 from jaxwna16.errors import InputError, ModelError
 from loaders.errors import CheckpointError, Fault
-from pallas_kernels.errors import Wna16Error
 
 
-def describe_error(error: Wna16Error) -> dict[str, Any]:
+def describe_error(error: Exception) -> dict[str, Any]:
     """The error as {"message", "faults"}: every fault with file, tensor, what and way_out."""
     faults = [dataclasses.asdict(fault) for fault in _list_faults(error)]
     return {"message": _summarize(error), "faults": faults}
 
 
-def show_error(error: Wna16Error, console: Console) -> None:
-    """Print the error; faults that differ in layer numbers alone are one line."""
-    console.print(Text.assemble(("error: ", "bold red"), escape_controls(_summarize(error))))
+def show_error(error: dict[str, Any], console: Console) -> None:
+    """Print what `describe_error` gave; faults that differ in layer numbers alone are one line."""
+    console.print(Text.assemble(("error: ", "bold red"), escape_controls(error["message"])))
     alike: dict[Fault, list[str]] = defaultdict(list)
-    for fault in _list_faults(error):
-        alike[dataclasses.replace(fault, tensor="")].append(fault.tensor)
+    for fault in error["faults"]:
+        alike[Fault(**fault | {"tensor": ""})].append(fault["tensor"])
     for fault, tensors in alike.items():
         for tensor in fold_names(tensors):
             line = str(dataclasses.replace(fault, tensor=tensor))
             console.print(escape_controls(f"  - {line}"))
 
 
-def _summarize(error: Wna16Error) -> str:
+def _summarize(error: Exception) -> str:
     return str(error).partition("\n  - ")[0]
 
 
-def _list_faults(error: Wna16Error) -> list[Fault]:
+def _list_faults(error: Exception) -> list[Fault]:
     if isinstance(error, CheckpointError):
         return list(error.faults)
     if isinstance(error, ModelError):

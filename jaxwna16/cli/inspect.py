@@ -1,25 +1,29 @@
-"""`jaxwna16 inspect`: what a checkpoint holds, without reading a weight."""
+"""`jaxwna16 inspect`: what a checkpoint holds, without reading a weight.
+
+It is meant to take 2 s for any checkpoint: headers only, and flax is not imported.
+"""
 
 from __future__ import annotations
 
 import argparse
+import gc
 import math
-import re
 import sys
-from collections import defaultdict
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from jaxwna16.cli.arguments import add_json
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
-    from loaders.modules import QuantizedModule
+    from jaxwna16.models.config import ModelConfig
     from loaders.plan import Plan
-    from loaders.safetensors_file import TensorInfo
 
 _BF16_BYTES = 2
+_LISTED = 3
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -29,51 +33,170 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
+    with _without_collector():
+        return _inspect(args.checkpoint)
+
+
+@contextmanager
+def _without_collector() -> Iterator[None]:
+    """No search for garbage. A plan has none, and is so large that it takes half of the time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _inspect(checkpoint: str) -> dict[str, Any]:
     from jaxwna16.checkpoint import resolve_folder
-    from jaxwna16.cli.backends import list_backends, spare_device_memory
-    from loaders.plan import make_plan
+    from jaxwna16.cli import rows
+    from jaxwna16.cli.backends import (
+        describe_lack_of_devices,
+        list_backends,
+        spare_device_memory,
+    )
+    from jaxwna16.cli.faults import describe_error
+    from jaxwna16.models.skipped import find_skipped, list_rules
+    from loaders.converted import ConvertedPlan, open_survey
+    from loaders.errors import CheckpointError
 
     spare_device_memory()
-    plan = make_plan(resolve_folder(args.checkpoint))
+    survey = open_survey(resolve_folder(checkpoint), headers_only=True)
+    plan = survey.plan
+    model, support = _describe_support(plan)
+    names = [*plan.quantized, *plan.plain]
+    skipped = find_skipped(list_rules(model), names) if model is not None else {}
+    lack = describe_lack_of_devices()
+    quantized = rows.list_module_rows(plan, skipped, support["dtype"], lack)
     widths = sorted({module.spec.bits for module in plan.quantized.values()})
-    return {
+    report = {
         "folder": str(plan.folder),
+        "converted_from": plan.source if isinstance(plan, ConvertedPlan) else None,
         "model_type": plan.config.get("model_type"),
         "architectures": plan.config.get("architectures") or [],
-        "load_model": _describe_support(plan),
-        "quantized": _group_modules(plan.quantized.values()),
-        "plain": _group_tensors(plan.plain.values()),
-        "totals": _add_up(plan),
-        "backends": list_backends(widths),
+        "load_model": support,
+        "quantized": quantized,
+        "plain": rows.list_tensor_rows(plan.plain, skipped),
+        "skipped": rows.list_skipped(plan, skipped),
+        "unplanned": rows.list_tensor_rows(survey.unplanned, {}),
+        "absent": rows.list_absent_rows(survey),
+        "totals": _add_up(plan, quantized),
+        "backends": [] if lack else list_backends(widths),
         "warnings": list(plan.warnings),
+    }
+    if survey.faults:
+        report["error"] = describe_error(CheckpointError(plan.folder, survey.faults))
+    return report
+
+
+def _describe_support(plan: Plan) -> tuple[ModelConfig | None, dict[str, Any]]:
+    """Whether `load_model` has a definition for what config.json describes, and which it is."""
+    from jaxwna16.errors import ModelError
+    from jaxwna16.models.config import ModelConfig
+
+    try:
+        model = ModelConfig.from_dict(plan.config)
+    except ModelError as error:
+        reasons = list(error.reasons) or [error.summary]
+        return None, {"supported": False, "reasons": reasons, "dtype": "float32"}
+    return model, {"supported": True, "reasons": [], "dtype": model.dtype or "float32"}
+
+
+def _add_up(plan: Plan, quantized: list[dict[str, Any]]) -> dict[str, Any]:
+    packed = sum(row["count"] * row["in_features"] * row["out_features"] for row in quantized)
+    biases = sum(row["count"] * row["out_features"] for row in quantized if row["bias"])
+    parameters = packed + biases + sum(math.prod(info.shape) for info in plan.plain.values())
+    quantized_bytes = sum(row["bytes"] for row in quantized)
+    nbytes = quantized_bytes + sum(info.nbytes for info in plan.plain.values())
+    return {
+        "parameters": parameters,
+        "quantized_parameters": packed,
+        "bytes": nbytes,
+        "quantized_bytes": quantized_bytes,
+        "plain_bytes": nbytes - quantized_bytes,
+        "extra_bytes": sum(row["extra_bytes"] for row in quantized),
+        "bits_per_weight": 8 * quantized_bytes / packed if packed else None,
+        "bfloat16_bytes": _BF16_BYTES * parameters,
+        "ratio": _BF16_BYTES * parameters / nbytes if nbytes else None,
     }
 
 
 def show(report: dict[str, Any], console: Console) -> None:
-    from jaxwna16.cli.backends import word_backends
-    from jaxwna16.cli.screen import escape_controls, make_facts, make_table
+    from jaxwna16.cli.screen import escape_controls, make_facts
 
     kind = ", ".join(map(str, report["architectures"])) or report["model_type"] or "no architecture"
     console.print(escape_controls(f"{report['folder']}: {kind}"), style="bold")
     console.print()
-    table = make_table("", "module", "shape", "kind", "size", numbers=("", "size"))
-    for row in report["quantized"]:
-        shape = (row["out_features"], row["in_features"])
-        table.add_row(*_make_cells(row["modules"], shape, _name_scheme(row), row))
-    for row in report["plain"]:
-        name = row["tensors"].removesuffix(".weight")
-        table.add_row(*_make_cells(name, row["shape"], row["dtype"], row))
-    console.print(table)
+    console.print(_make_table(report))
     console.print()
-    facts = [*_word_sizes(report["totals"])]
-    facts += [("backend", line) for line in word_backends(report["backends"])]
+    console.print(make_facts(_list_facts(report)))
+
+
+def _make_table(report: dict[str, Any]) -> Table:
+    from jaxwna16.cli.screen import make_table
+
+    table = make_table("", "module", "shape", "kind", "size", numbers=("", "size"))
+    rows = [row for name in ("quantized", "plain", "unplanned") for row in report[name]]
+    for row in sorted(rows, key=lambda row: bool(row["skipped"])):
+        if "modules" in row:
+            shape = (row["out_features"], row["in_features"])
+            table.add_row(*_make_cells(row["modules"], shape, _name_scheme(row), row))
+        else:
+            name = row["tensors"].removesuffix(".weight")
+            table.add_row(*_make_cells(name, row["shape"], row["dtype"], row))
+    return table
+
+
+def _list_facts(report: dict[str, Any]) -> list[tuple[str, str]]:
+    from jaxwna16.cli.backends import word_choices
+    from jaxwna16.cli.screen import count
+
+    facts = list(_word_sizes(report["totals"]))
+    if report["converted_from"] is not None:
+        facts.append(("converted", f"from {report['converted_from']}"))
+    dtype = report["load_model"]["dtype"]
+    facts += [
+        ("backend", line) for line in word_choices(report["quantized"], report["backends"], dtype)
+    ]
     if report["load_model"]["supported"]:
         facts.append(("load_model", f"supports this {report['model_type']} model"))
     else:
         facts.append(("load_model", "does not support it (load_checkpoint does):"))
         facts += [("", reason) for reason in report["load_model"]["reasons"]]
-    facts += [("warning", warning) for warning in report["warnings"]]
-    console.print(make_facts(facts))
+    facts += [("skipped", _word_skipped(entry)) for entry in report["skipped"]]
+    if tensors := sum(row["count"] for row in report["unplanned"]):
+        facts.append(("faulty", f"{count(tensors, 'tensor')} in the table, see the errors"))
+    facts += [("absent", line) for line in _word_absent(report["absent"])]
+    return facts + [("warning", warning) for warning in report["warnings"]]
+
+
+def _word_absent(rows: list[dict[str, Any]]) -> list[str]:
+    from jaxwna16.cli.screen import count
+
+    files: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        files.setdefault(row["file"], []).append(row)
+    return [
+        f"{file}: {count(sum(row['count'] for row in found), 'module')}, "
+        + ", ".join(row["modules"] for row in found[:_LISTED])
+        + (", …" if len(found) > _LISTED else "")
+        for file, found in files.items()
+    ]
+
+
+def _word_skipped(entry: dict[str, Any]) -> str:
+    from rich.filesize import decimal
+
+    from jaxwna16.cli.screen import count
+
+    what = [
+        count(entry[thing], name)
+        for thing, name in (("modules", "quantized module"), ("tensors", "other tensor"))
+        if entry[thing]
+    ]
+    return f"{' and '.join(what)}, {decimal(entry['bytes'])}, by load_model: {entry['reason']}"
 
 
 def _word_sizes(totals: dict[str, Any]) -> Iterator[tuple[str, str]]:
@@ -86,6 +209,8 @@ def _word_sizes(totals: dict[str, Any]) -> Iterator[tuple[str, str]]:
             f"bits a weight, {decimal(totals['plain_bytes'])} not quantized"
         )
     yield "size", parts
+    if totals["extra_bytes"]:
+        yield "widened", f"to 4 or 8 bits in memory: {decimal(totals['extra_bytes'])} more"
     if totals["bytes"]:
         yield "bfloat16", f"{decimal(totals['bfloat16_bytes'])}, {totals['ratio']:.2f} times that"
 
@@ -96,91 +221,18 @@ def _make_cells(name: str, shape: Iterable[int], kind: str, row: dict[str, Any])
     from jaxwna16.cli.screen import escape_controls
 
     sizes = " x ".join(map(str, shape)) or "scalar"
+    kind += ", skipped" if row["skipped"] else ""
     return str(row["count"]), escape_controls(name), sizes, kind, decimal(row["bytes"])
 
 
 def _name_scheme(row: dict[str, Any]) -> str:
-    """As "W4 g32 asym" or "W8 channel sym"."""
+    """As "W4 g32 asym" or "W8 channel sym", "W3 g32 sym as W4" where that is held wider."""
     group = "channel" if row["strategy"] == "channel" else f"g{row['group_size']}"
-    return f"W{row['bits']} {group} {'sym' if row['symmetric'] else 'asym'}"
-
-
-def _group_modules(modules: Iterable[QuantizedModule]) -> list[dict[str, Any]]:
-    """Modules that differ in layer and expert numbers alone, in the order of the files."""
-    alike: dict[tuple, list[QuantizedModule]] = defaultdict(list)
-    for module in modules:
-        scale_dtype = module.tensors["weight_scale"].dtype.name
-        key = (_make_pattern(module.path), module.spec, scale_dtype, "bias" in module.tensors)
-        alike[key].append(module)
-    return [
-        {
-            "modules": pattern,
-            "count": len(found),
-            "out_features": spec.out_features,
-            "in_features": spec.in_features,
-            "bits": spec.bits,
-            "strategy": "channel" if spec.groups == 1 else "group",
-            "group_size": spec.group_size,
-            "symmetric": spec.symmetric,
-            "scale_dtype": scale_dtype,
-            "bias": bias,
-            "bytes": sum(module.nbytes for module in found),
-        }
-        for (pattern, spec, scale_dtype, bias), found in alike.items()
-    ]
-
-
-def _group_tensors(tensors: Iterable[TensorInfo]) -> list[dict[str, Any]]:
-    alike: dict[tuple, list[TensorInfo]] = defaultdict(list)
-    for info in tensors:
-        alike[_make_pattern(info.name), info.shape, info.dtype.name].append(info)
-    return [
-        {
-            "tensors": pattern,
-            "count": len(found),
-            "shape": list(shape),
-            "dtype": dtype,
-            "bytes": sum(info.nbytes for info in found),
-        }
-        for (pattern, shape, dtype), found in alike.items()
-    ]
-
-
-def _make_pattern(name: str) -> str:
-    """Stars in place of layer and expert numbers, also of the one in "experts.down_proj[3]"."""
-    from jaxwna16.cli.names import star_numbers
-
-    return re.sub(r"\[[0-9]+\]$", "[*]", star_numbers(name))
-
-
-def _add_up(plan: Plan) -> dict[str, Any]:
-    modules, tensors = plan.quantized.values(), plan.plain.values()
-    packed = sum(module.spec.in_features * module.spec.out_features for module in modules)
-    biases = sum(module.spec.out_features for module in modules if "bias" in module.tensors)
-    parameters = packed + biases + sum(math.prod(info.shape) for info in tensors)
-    quantized_bytes = sum(module.nbytes for module in modules)
-    return {
-        "parameters": parameters,
-        "quantized_parameters": packed,
-        "bytes": plan.nbytes,
-        "quantized_bytes": quantized_bytes,
-        "plain_bytes": plan.nbytes - quantized_bytes,
-        "bits_per_weight": 8 * quantized_bytes / packed if packed else None,
-        "bfloat16_bytes": _BF16_BYTES * parameters,
-        "ratio": _BF16_BYTES * parameters / plan.nbytes if plan.nbytes else None,
-    }
-
-
-def _describe_support(plan: Plan) -> dict[str, Any]:
-    """Whether `load_model` has a definition for what config.json describes."""
-    from jaxwna16.errors import ModelError
-    from jaxwna16.models.config import ModelConfig
-
-    try:
-        ModelConfig.from_dict(plan.config)
-    except ModelError as error:
-        return {"supported": False, "reasons": list(error.reasons) or [error.summary]}
-    return {"supported": True, "reasons": []}
+    words = [f"W{row['bits']} {group} {'sym' if row['symmetric'] else 'asym'}"]
+    words += [row["packing"].upper()] if row["packing"] in ("awq", "gptq") else []
+    words += ["act-order"] if row["act_order"] else []
+    words += [f"as W{row['widened_to']}"] if row["widened_to"] else []
+    return " ".join(words)
 
 
 def _round_count(number: int) -> str:

@@ -2,9 +2,10 @@
 
 Each verb is a module with three functions: `configure(parser)` adds its arguments, `run(args)`
 does the work and returns a plain dict, `show(report, console)` prints that dict for people. With
-`--json` the dict itself is printed. A verb whose report can hold failures also has `judge(report)`,
-which gives the exit code. What a verb needs beyond the standard library is imported in `run` and
-`show`, so that `--help` does not wait for JAX.
+`--json` the dict itself is printed. A report on a faulty input says so under "error"; a verb whose
+report can hold failures of other kinds has `judge(report)`, which gives the exit code. What a verb
+needs beyond the standard library is imported in `run` and `show`, so that `--help` does not wait
+for JAX.
 
 Exit codes: 0 good, 1 the input is at fault, 2 the call is, 130 interrupted.
 """
@@ -18,7 +19,17 @@ import os
 import sys
 from collections.abc import Sequence
 
-from jaxwna16.cli import bench, dequantize, doctor, evaluate, generate, inspect, quantize, verify
+from jaxwna16.cli import (
+    bench,
+    convert,
+    dequantize,
+    doctor,
+    evaluate,
+    generate,
+    inspect,
+    quantize,
+    verify,
+)
 
 _DESCRIPTION = "Packed WNA16 checkpoints (compressed-tensors pack-quantized) in JAX."
 _EPILOG = "`jaxwna16 VERB --help` explains a verb. Exit codes: 0 good, 1 bad input, 2 bad call."
@@ -60,6 +71,7 @@ def _make_parser() -> argparse.ArgumentParser:
     dequantize.configure(
         verbs.add_parser("dequantize", help="make a float checkpoint of a packed one")
     )
+    convert.configure(verbs.add_parser("convert", help="make a copy that loads at disk speed"))
     bench.configure(verbs.add_parser("bench", help="time the kernels on this machine"))
     doctor.configure(verbs.add_parser("doctor", help="show what this machine can run"))
     return parser
@@ -79,14 +91,17 @@ def _run(args: argparse.Namespace) -> int:
 
     try:
         report = args.verb.run(args)
-    except Wna16Error as error:
+    except (Wna16Error, CallError) as error:
         if args.json:
             print(json.dumps({"error": describe_error(error)}, indent=2))
-        show_error(error, make_console(stderr=True))
+        show_error(describe_error(error), make_console(stderr=True))
         return 2 if isinstance(error, CallError) else 1
     if args.json:
         print(json.dumps(report, indent=2))
     else:
         args.verb.show(report, make_console())
     sys.stdout.flush()
+    if "error" in report:
+        show_error(report["error"], make_console(stderr=True))
+        return 1
     return args.verb.judge(report) if hasattr(args.verb, "judge") else 0

@@ -12,12 +12,12 @@ from jaxwna16.checkpoint import resolve_folder
 from jaxwna16.language import load_model
 from jaxwna16.models.llama import Llama
 from jaxwna16.text import Tokenizer
-from loaders.plan import make_plan
+from loaders.converted import open_plan
 
 
 def open_tokenizer(args: argparse.Namespace) -> Tokenizer:
     """The tokenizer of a checkpoint whose headers are in order: what takes no time comes first."""
-    plan = make_plan(resolve_folder(args.checkpoint))
+    plan = open_plan(resolve_folder(args.checkpoint))
     return Tokenizer.from_folder(plan.folder)
 
 

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections import defaultdict
 from collections.abc import Iterable
 
 from loaders.errors import write_ranges
 
+_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
+
 
 def star_numbers(name: str) -> str:
     """Replace the numbers in a dotted name: "layers.3.mlp" -> "layers.*.mlp"."""
-    return ".".join("*" if part.isdecimal() else part for part in name.split("."))
+    return _NUMBER.sub("*", name)
 
 
 def fold_names(names: Iterable[str]) -> list[str]:

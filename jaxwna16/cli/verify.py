@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 import time
 from typing import TYPE_CHECKING, Any
@@ -13,8 +14,11 @@ if TYPE_CHECKING:
     import numpy as np
     from rich.console import Console
 
+    from jaxwna16.cli.oracle import Oracle
+    from loaders.converted import ConvertedPlan
     from loaders.errors import Fault
-    from loaders.plan import Plan
+    from loaders.modules import QuantizedModule
+    from loaders.plan import Plan, Survey
     from loaders.safetensors_file import TensorInfo
 
 
@@ -25,29 +29,46 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "fault; the exit code is 1 if there is one."
     )
     parser.add_argument("checkpoint", metavar="DIR", help="checkpoint folder, or a name on the hub")
+    parser.add_argument(
+        "--oracle",
+        action="store_true",
+        help="also let compressed-tensors decompress every module, and compare bit for bit; needs "
+        'pip install "jaxwna16[oracle]"',
+    )
     add_json(parser, sys.modules[__name__])
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     from jaxwna16.checkpoint import resolve_folder
+    from jaxwna16.cli.faults import describe_error
+    from jaxwna16.cli.oracle import Oracle
+    from loaders.converted import ConvertedPlan, open_survey
     from loaders.errors import CheckpointError
-    from loaders.plan import make_plan
 
     started = time.perf_counter()
-    plan = make_plan(resolve_folder(args.checkpoint))
-    model, faults = _check_model(plan)
-    number_faults, warnings = _check_numbers(plan)
-    if faults or number_faults:
-        raise CheckpointError(plan.folder, [*faults, *number_faults])
-    return {
+    survey = open_survey(resolve_folder(args.checkpoint))
+    plan = survey.plan
+    oracle = Oracle(plan) if args.oracle else None
+    model, faults = _check_model(survey)
+    sound = _leave_out_unsound(survey)
+    if isinstance(plan, ConvertedPlan):
+        number_faults, warnings = _check_leaves(plan, oracle)
+    else:
+        number_faults, warnings = _check_numbers(sound, oracle)
+    faults = [*survey.faults, *faults, *number_faults]
+    report = {
         "folder": str(plan.folder),
-        "modules": len(plan.quantized),
-        "tensors": len(plan.plain),
-        "bytes": plan.nbytes,
+        "modules": len(sound.quantized),
+        "tensors": len(sound.plain),
+        "bytes": sound.nbytes,
         "seconds": time.perf_counter() - started,
         "model": model,
+        "oracle": None if oracle is None else oracle.describe(),
         "warnings": [*plan.warnings, *warnings],
     }
+    if faults:
+        report["error"] = describe_error(CheckpointError(plan.folder, faults))
+    return report
 
 
 def show(report: dict[str, Any], console: Console) -> None:
@@ -57,24 +78,42 @@ def show(report: dict[str, Any], console: Console) -> None:
 
     for warning in report["warnings"]:
         console.print(escape_controls(f"warning: {warning}"))
-    if report["model"]["checked"]:
-        console.print(f"the {report['model']['model_type']} model finds every tensor it needs")
-    else:
+    if not report["model"]["checked"]:
         console.print(escape_controls(f"model not checked: {report['model']['reason']}"))
+    elif "error" not in report:
+        console.print(f"the {report['model']['model_type']} model finds every tensor it needs")
+    if report["oracle"] is not None:
+        console.print(escape_controls(_word_oracle(report["oracle"])))
     console.print(
-        f"good: {count(report['modules'], 'quantized module')} and "
+        f"{'faulty' if 'error' in report else 'good'}: "
+        f"{count(report['modules'], 'quantized module')} and "
         f"{count(report['tensors'], 'other tensor')}, {decimal(report['bytes'])} read "
         f"and checked in {report['seconds']:.1f} s"
     )
 
 
-def _check_model(plan: Plan) -> tuple[dict[str, Any], list[Fault]]:
-    """What became of the check of the model's tensors, and the faults that it found."""
+def _word_oracle(oracle: dict[str, Any]) -> str:
+    compared = oracle["equal"] + oracle["different"]
+    words = f"oracle: {oracle['equal']} of {compared} modules equal compressed-tensors "
+    words += f"{oracle['version']} bit for bit"
+    words += f", {oracle['converted']} through a conversion" if oracle["converted"] else ""
+    for entry in oracle["not_comparable"]:
+        words += f"; {entry['modules']} not comparable: {entry['reason']}"
+    return words
+
+
+def _check_model(survey: Survey) -> tuple[dict[str, Any], list[Fault]]:
+    """What became of the check of the model's tensors, and the faults that it found.
+
+    What has faults of its own already is not said to be missing.
+    """
     from jaxwna16.cli.faults import read_reason
     from jaxwna16.errors import ModelError
     from jaxwna16.language import plan_model
     from jaxwna16.models.config import ModelConfig
+    from loaders.quantization_config import list_prefixes
 
+    plan = survey.plan
     facts = {"model_type": plan.config.get("model_type"), "checked": True, "reason": ""}
     try:
         ModelConfig.from_dict(plan.config)
@@ -84,15 +123,35 @@ def _check_model(plan: Plan) -> tuple[dict[str, Any], list[Fault]]:
     try:
         plan_model(plan)
     except ModelError as error:
-        return facts, [read_reason(reason) for reason in error.reasons]
+        faults = [read_reason(reason) for reason in error.reasons]
+        known = survey.incomplete
+        return facts, [f for f in faults if known.isdisjoint(list_prefixes(f.tensor))]
     return facts, []
 
 
-def _check_numbers(plan: Plan) -> tuple[list[Fault], list[str]]:
+def _leave_out_unsound(survey: Survey) -> Plan:
+    """The plan without the tensors in files of which nothing but the header should be read."""
+    from loaders.modules import QuantizedModule
+
+    def is_sound(part: QuantizedModule | TensorInfo) -> bool:
+        infos = part.tensors.values() if isinstance(part, QuantizedModule) else [part]
+        return survey.unsound.isdisjoint(info.file.name for info in infos)
+
+    plan = survey.plan
+    if not survey.unsound:
+        return plan
+    return dataclasses.replace(
+        plan,
+        quantized={path: part for path, part in plan.quantized.items() if is_sound(part)},
+        plain={name: part for name, part in plan.plain.items() if is_sound(part)},
+    )
+
+
+def _check_numbers(plan: Plan, oracle: Oracle | None) -> tuple[list[Fault], list[str]]:
     """Faults and warnings about the values, read one module at a time."""
     from jaxwna16.progress import show_bytes
     from loaders.safetensors_file import TensorInfo
-    from loaders.stream import check_padding, check_values, read_parts
+    from loaders.stream import read_parts
 
     faults: list[Fault] = []
     warnings: list[str] = []
@@ -102,12 +161,49 @@ def _check_numbers(plan: Plan) -> tuple[list[Fault], list[str]]:
             if isinstance(part, TensorInfo):
                 warnings += _check_finite(part, arrays[part.name])
             else:
-                faults += check_values(part, arrays)
-                warnings += check_padding(part, arrays)
-                if "bias" in arrays:
-                    warnings += _check_finite(part.tensors["bias"], arrays["bias"])
+                wrong, remarks = _check_module(part, arrays, part.path in plan.places, oracle)
+                faults += wrong
+                warnings += remarks
             done += part.nbytes
             report(done, plan.nbytes, "")
+        if oracle is not None:
+            faults += oracle.finish()
+    return faults, warnings
+
+
+def _check_module(
+    module: QuantizedModule, arrays: dict[str, np.ndarray], stacked: bool, oracle: Oracle | None
+) -> tuple[list[Fault], list[str]]:
+    from loaders.stream import check_padding, check_values
+
+    faults = check_values(module, arrays, stacked=stacked)
+    warnings = check_padding(module, arrays)
+    if "bias" in arrays:
+        warnings += _check_finite(module.tensors["bias"], arrays["bias"])
+    if oracle is not None and faults:
+        oracle.leave_out("the numbers are faulty")
+    elif oracle is not None:
+        faults = oracle.compare(module, arrays)
+    return faults, warnings
+
+
+def _check_leaves(plan: ConvertedPlan, oracle: Oracle | None) -> tuple[list[Fault], list[str]]:
+    """The same of a converted checkpoint, whose numbers were checked before they were written."""
+    from jaxwna16.progress import show_bytes
+    from loaders.converted import check_leaf, read_leaves
+
+    faults: list[Fault] = []
+    warnings: list[str] = []
+    done = 0
+    with show_bytes(f"verifying {plan.folder.name}") as report:
+        for info, array in read_leaves(plan):
+            faults += check_leaf(plan, info, array)
+            warnings += _check_finite(info, array)
+            done += info.nbytes
+            report(done, plan.nbytes, "")
+    if oracle is not None:
+        for _ in plan.quantized:
+            oracle.leave_out("a converted copy holds no words to decompress: verify the original")
     return faults, warnings
 
 

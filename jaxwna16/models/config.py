@@ -173,10 +173,8 @@ class ModelConfig:
             dtype=reader.choose("dtype" if config.get("dtype") else "torch_dtype", None, _DTYPES),
             eos_token_ids=_read_eos(reader),
             moe=read_moe(reader, model_type, layers) if model_type in MOE_TYPES else None,
-            prediction_layers=(
-                reader.count("num_nextn_predict_layers", 1, least=0)
-                if family.has_prediction_layers
-                else 0
+            prediction_layers=reader.count(
+                "num_nextn_predict_layers", int(family.has_prediction_layers), least=0
             ),
         )
         if reader.reasons:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -80,10 +80,20 @@ def multiply(x: Array, weight: Array) -> Array:
 
 
 class Linears:
-    """Makes each linear by its path, quantized where `specs` says so, and checks the specs."""
+    """Makes each linear by its path, quantized where `specs` says so, and checks the specs.
 
-    def __init__(self, specs: Mapping[str, QuantSpec], dtype: jnp.dtype, backend: str | None):
+    Those named in `reordered` have a `perm` (act-order).
+    """
+
+    def __init__(
+        self,
+        specs: Mapping[str, QuantSpec],
+        dtype: jnp.dtype,
+        backend: str | None,
+        reordered: Collection[str] = (),
+    ):
         self.specs = specs
+        self.reordered = reordered
         self.dtype = dtype
         self.backend = backend
         self.unused = set(specs)
@@ -93,7 +103,13 @@ class Linears:
         spec = self.find_spec(path, out_features, in_features)
         if spec is None:
             return Dense(out_features, in_features, use_bias=use_bias, dtype=self.dtype)
-        return QuantDense(spec, use_bias=use_bias, dtype=self.dtype, backend=self.backend)
+        return QuantDense(
+            spec,
+            use_bias=use_bias,
+            act_order=path in self.reordered,
+            dtype=self.dtype,
+            backend=self.backend,
+        )
 
     def find_spec(self, path: str, out_features: int, in_features: int) -> QuantSpec | None:
         """The spec of a module, if it is quantized; one of other sizes is noted as a fault."""

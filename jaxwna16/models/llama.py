@@ -7,7 +7,7 @@ experts named there are a `QuantMoE`. Sparse layers are in `jaxwna16.models.moe`
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -109,10 +109,12 @@ class Llama(nnx.Module):
       config: what it was constructed from.
       dtype: dtype of activations, cache and plain weights. In float32 products are full float32.
       folder: the checkpoint folder it was loaded from, if any: where its tokenizer is.
+      warnings: remarks about that checkpoint, what was left out by rule among them.
 
     Args:
       specs: module path ("lm_head", "model.layers.0.mlp.up_proj") -> spec of its packed weight. Of
         experts, `w13` (gate and up) and `w2` are such modules: "model.layers.0.mlp.experts.w13".
+      reordered: paths of those whose input features were reordered (act-order).
       dtype: see the attribute.
       backend: of the quantized linears: None is the best available, a name that one or an error.
 
@@ -128,11 +130,13 @@ class Llama(nnx.Module):
         *,
         dtype: jax.typing.DTypeLike,
         backend: str | None = None,
+        reordered: Collection[str] = (),
     ):
         self.config = config
         self.dtype = jnp.dtype(dtype)
         self.folder: str | None = None
-        linears = Linears(specs or {}, self.dtype, backend)
+        self.warnings: tuple[str, ...] = ()
+        linears = Linears(specs or {}, self.dtype, backend, reordered)
         self.model = Decoder(config, linears)
         self.lm_head = (
             None

@@ -25,6 +25,7 @@ from tests.checkpoints import (
 )
 from tests.folders import make_config, make_tensors, prefix_names
 from tests.folders import write_folder as write_raw_folder
+from tests.grids import sample
 
 LINEARS = {"model.layers.0.q_proj": (40, 64), "model.layers.0.up_proj": (33, 128)}
 
@@ -46,9 +47,16 @@ def _write_source(folder: Path, dtype=np.float32, **config) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16, np.float16])
 @pytest.mark.parametrize(
-    ("bits", "group", "symmetric"), [(4, 32, False), (4, 64, True), (8, -1, False), (8, 32, True)]
+    ("bits", "group", "symmetric", "dtype"),
+    sample(
+        [
+            (*kind, dtype)
+            for kind in ((4, 32, False), (4, 64, True), (8, -1, False), (8, 32, True))
+            for dtype in (np.float32, ml_dtypes.bfloat16, np.float16)
+        ],
+        every=2,
+    ),
 )
 def test_quantized_folder_is_read_by_compressed_tensors_with_the_same_result(
     tmp_path, bits, group, symmetric, dtype

@@ -12,7 +12,7 @@ import torch
 
 from loaders.errors import CheckpointError
 from loaders.plan import make_plan
-from loaders.repack import _pack_expert, pack, pack_expert, write_rows
+from loaders.repack import _pack_expert, encode, pack, pack_expert, write_rows
 from loaders.stream import load_params
 from pallas_kernels.dequantize import dequantize
 from pallas_kernels.spec import QuantSpec
@@ -205,7 +205,7 @@ def test_stack_is_filled_where_it_lies():
     tensors = make_tensors(spec, scale_dtype=jnp.bfloat16)
     del tensors["weight_shape"]
     words = {role: a.view(np.uint32) if a.dtype == np.int32 else a for role, a in tensors.items()}
-    compiled = _pack_expert.lower(stack, words, 5, spec, 40).compile()
+    compiled = _pack_expert.lower(stack, words, 5, spec, 40, encode(spec)).compile()
     memory = compiled.memory_analysis()
     assert memory.alias_size_in_bytes == size
     # codes as bytes, before and after they are padded to tiles

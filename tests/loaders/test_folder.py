@@ -58,13 +58,15 @@ def test_shard_name_that_is_no_plain_name_is_refused(tmp_path, name):
     for path in (tmp_path / "outside.safetensors", folder / "sub" / "a.safetensors"):
         save_file({"a": np.ones(1)}, path)
     _write_index(folder, {"a": name})
-    with pytest.raises(CheckpointError, match="a shard must be a plain file name") as caught:
+    with pytest.raises(CheckpointError, match="must be a plain file name that ends in") as caught:
         list_tensors(folder)
     [fault] = caught.value.faults
     assert (fault.file, fault.tensor) == (INDEX, repr(name))
 
 
-@pytest.mark.parametrize("name", ["x" * 300, "\ud800.safetensors", "circle.safetensors"])
+@pytest.mark.parametrize(
+    "name", ["x" * 300 + ".safetensors", "\ud800.safetensors", "circle.safetensors"]
+)
 def test_shard_name_that_no_file_can_have_is_an_error_of_ours(tmp_path, name):
     (tmp_path / "circle.safetensors").symlink_to("circle.safetensors")
     _write_index(tmp_path, {"a": name})
@@ -149,7 +151,7 @@ def test_index_that_is_no_index_is_refused(tmp_path, content):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, r"config\.json: cannot be read: No such file"),
+        (None, r"config\.json: the file is missing \(download"),
         ("{'a': 1}", r"config\.json: not valid JSON"),
         ("[" * 200_000, r"config\.json: not valid JSON"),
         ("3", r"config\.json: expected a JSON object, found int"),
@@ -169,7 +171,7 @@ def test_keys_that_stand_twice_are_refused_by_name(tmp_path):
     folder = _write_shards(tmp_path)
     weight_map = (folder / INDEX).read_text().replace('"c": ', f'"a": "{SECOND}", "c": ')
     (folder / INDEX).write_text(weight_map)
-    with pytest.raises(CheckpointError, match=rf"{INDEX}: .*keys that stand twice: a$"):
+    with pytest.raises(CheckpointError, match=rf"{INDEX}: .*keys that stand twice: a "):
         list_tensors(folder)
 
 

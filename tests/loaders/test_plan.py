@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -13,6 +12,7 @@ import pytest
 from loaders.errors import CheckpointError
 from loaders.plan import make_plan
 from loaders.quantization_config import QuantizationConfig, Scheme
+from loaders.safetensors_file import open_file
 from pallas_kernels.spec import QuantSpec
 from tests.folders import make_config, make_tensors, prefix_names, write_folder
 
@@ -105,9 +105,9 @@ GOOD = make_tensors(SPEC)
             "expected float16 or bfloat16 or float32 [9, 2], found float64 [9, 2]",
         ),
         (
-            GOOD | {"weight_zero_point": np.zeros((9, 2), np.int8)},
+            GOOD | {"weight_zero_point": np.zeros((9, 2), np.uint8)},
             "weight_zero_point",
-            "expected int32 [2, 2], found int8 [9, 2]",
+            "expected int32 [2, 2], found uint8 [9, 2]",
         ),
         (
             GOOD | {"weight_shape": np.array([9, 64, 1])},
@@ -154,13 +154,6 @@ def test_missing_zero_point_says_that_the_config_is_asymmetric(tmp_path):
         make_plan(_write(tmp_path, _without(GOOD, "weight_zero_point")))
 
 
-def test_activation_order_is_refused(tmp_path):
-    tensors = GOOD | {"weight_g_idx": np.zeros(64, np.int32)}
-    [(_, name, what)] = _list_faults(_write(tmp_path, tensors))
-    assert name == PATH
-    assert "weight_g_idx" in what
-
-
 def test_packed_module_that_no_target_matches_is_refused(tmp_path):
     [(_, name, what)] = _list_faults(_write(tmp_path, GOOD, ignore=[PATH]))
     assert name == PATH
@@ -189,7 +182,6 @@ def test_all_faults_of_all_modules_come_in_one_error(tmp_path):
         (one, "a.bias"),
         (one, "a.weight_packed"),
         (one, "a.weight_zero_point"),
-        (two, "b"),
         (two, "b.weight_scale"),
         (two, "b.weight_shape"),
         (three, "c.weight_scale"),
@@ -234,7 +226,7 @@ def test_folder_without_config_is_refused(tmp_path):
     (folder / "config.json").unlink()
     [(file, _, what)] = _list_faults(folder)
     assert file == "config.json"
-    assert "cannot be read: No such file" in what
+    assert "the file is missing" in what
 
 
 def test_each_file_is_opened_twice_however_many_modules_there_are(tmp_path, monkeypatch):
@@ -243,16 +235,15 @@ def test_each_file_is_opened_twice_however_many_modules_there_are(tmp_path, monk
         for part in "ab"
     ]
     folder = write_folder(tmp_path / "c", make_config(SPEC), shards)
-    opened, path_open = [], Path.open
+    opened = []
 
-    def note(path, *args, **kwargs):
+    def note(path):
         opened.append(path.name)
-        return path_open(path, *args, **kwargs)
+        return open_file(path)
 
-    monkeypatch.setattr(Path, "open", note)
+    monkeypatch.setattr("loaders.safetensors_file.open_file", note)
     assert len(make_plan(folder).quantized) == 40
-    counts = Counter(name for name in opened if name.endswith(".safetensors"))
-    assert sorted(counts.values()) == [2, 2]
+    assert sorted(Counter(opened).values()) == [2, 2]
 
 
 def test_targets_that_name_every_module_are_looked_up_and_not_searched(tmp_path, monkeypatch):

@@ -208,8 +208,8 @@ GOOD = compress_experts(*SPECS)
         (
             "gate_up_proj",
             "weight_zero_point",
-            np.zeros((3, 80, 2), np.int8),
-            "expected int32 [10, 2], found int8 [80, 2]",
+            np.zeros((3, 80, 2), np.uint8),
+            "expected int32 [10, 2], found uint8 [80, 2]",
         ),
         ("down_proj", "weight_packed", np.zeros((0, 64, 5), np.int32), "at least one expert"),
         ("down_proj", "weight_packed", np.zeros((3, 0, 5), np.int32), "at least one expert"),

@@ -174,6 +174,52 @@ def test_folder_is_named_only_when_the_block_ends(tmp_path):
     assert not partial.exists()
 
 
+def test_two_writers_do_not_meet_in_one_folder(tmp_path):
+    out = tmp_path / "out"
+    with build_folder(out) as partial:
+        (partial / "x").write_text("first")
+        with pytest.raises(CheckpointError, match=r"another process is making it .wait for it"):
+            with build_folder(out):
+                raise AssertionError("both are in it")
+        assert (partial / "x").read_text() == "first"
+    assert (out / "x").read_text() == "first"
+    assert _list_leftovers(tmp_path) == ["out"]
+
+
+def test_what_a_dead_writer_left_is_removed(tmp_path):
+    left = tmp_path / ".out.partial"
+    (left / "deep").mkdir(parents=True)
+    (left / "deep" / "x").write_text("half")
+    (left / "0.safetensors").write_text("half")
+    with build_folder(tmp_path / "out") as partial:
+        assert list(partial.iterdir()) == []
+    assert list((tmp_path / "out").iterdir()) == []
+    assert _list_leftovers(tmp_path) == ["out"]
+
+
+def test_link_under_the_hidden_name_is_not_followed(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "x").write_text("kept")
+    (tmp_path / ".out.partial").symlink_to(tmp_path / "mine")
+    with pytest.raises(CheckpointError, match="cannot be written"):
+        with build_folder(tmp_path / "out"):
+            raise AssertionError("it is somebody's")
+    assert (tmp_path / "mine" / "x").read_text() == "kept"
+
+
+def test_everything_is_on_the_disk_before_it_has_its_name(tmp_path, source, monkeypatch):
+    flushed, out, fsync = set(), tmp_path / "out", os.fsync
+
+    def note(file):
+        assert not out.exists()
+        flushed.add(os.fstat(file).st_ino)
+        fsync(file)
+
+    monkeypatch.setattr(os, "fsync", note)
+    write_checkpoint(out, TENSORS.items(), {}, beside=source, shard_bytes=60)
+    assert flushed == {path.stat().st_ino for path in out.iterdir()}
+
+
 def test_jax_arrays_are_written_too(tmp_path, source):
     write_checkpoint(tmp_path / "out", [("a", np.asarray(jnp.ones((2, 3))))], {}, beside=source)
     assert make_plan(tmp_path / "out").plain["a"].shape == (2, 3)

@@ -56,7 +56,10 @@ def cast_the_packed_words_to_floats(folder):
 
 
 def name_another_format(folder):
-    edit_config(folder, lambda c: c["quantization_config"].update(format="marlin-24"))
+    def edit(config):
+        config["quantization_config"]["config_groups"]["group_0"]["format"] = "marlin-24"
+
+    edit_config(folder, edit)
 
 
 def quantize_the_activations(folder):
@@ -89,7 +92,7 @@ DAMAGES = {
     cast_the_packed_words_to_floats: f"{Q}.weight_packed: expected int32",
     name_another_format: "found 'marlin-24'",
     quantize_the_activations: "quantized activations are not supported",
-    remove_the_config: "config.json: cannot be read",
+    remove_the_config: "config.json: the file is missing",
     empty_the_config: "config.json: not valid JSON",
     remove_the_folder: "not a folder",
 }
@@ -113,7 +116,8 @@ def test_a_damaged_checkpoint_is_one_clear_error(call, broken, damage):
     for argv in list_calls(broken):
         outcome = call(*argv)
         assert outcome.code == 1
-        assert outcome.out == ""
+        # these two also report what they could make out
+        assert outcome.out == "" or argv[0] in ("inspect", "verify")
         assert outcome.err.startswith(f"error: {broken}: 1 fault")
         assert DAMAGES[damage] in outcome.err
         left = {path.name for path in broken.parent.iterdir()} - {"broken"}

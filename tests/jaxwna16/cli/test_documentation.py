@@ -36,11 +36,12 @@ def calls(packed_folder, float_folder, tmp_path):
     text.write_text("It was a dark and stormy night. " * 4)
     return {
         "inspect": ["inspect", packed_folder],
-        "verify": ["verify", packed_folder],
+        "verify": ["verify", "--oracle", packed_folder],
         "generate": ["generate", packed_folder, "--prompt", "Hi", "--max-new-tokens", 2],
         "eval perplexity": [*"eval perplexity --window 16 --text".split(), text, packed_folder],
         "quantize": ["quantize", float_folder, tmp_path / "q", "--group-size", 32],
         "dequantize": ["dequantize", packed_folder, tmp_path / "d"],
+        "convert": ["convert", packed_folder, tmp_path / "c"],
         "bench": "bench --cpu --shapes 64x64 --tokens 1 --group-size 32".split(),
         "doctor": ["doctor"],
         "error": ["inspect", tmp_path / "nothing"],

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+from functools import partial
 
+import jax
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-import loaders.plan
+import loaders.sizes
+from pallas_kernels.backends import explain
 from pallas_kernels.spec import QuantSpec
-from tests.folders import make_config, write_folder
+from tests.folders import make_config, make_tensors, write_folder
+from tests.golden import write_golden
+from tests.jaxwna16.cli.checkpoints import edit_config, edit_tensors
 
 
 def test_modules_that_differ_in_their_layer_are_one_line(call, packed_folder):
@@ -46,18 +53,39 @@ def test_parameters_are_counted_as_in_the_float_checkpoint(call, packed_folder, 
     assert packed["ratio"] == pytest.approx(packed["bfloat16_bytes"] / packed["bytes"])
 
 
-def test_no_weight_is_read_and_each_file_opened_once(call, packed_folder, monkeypatch):
-    calls, read_tensors = [], loaders.plan.read_tensors
+def _note_reads(monkeypatch) -> list[str]:
+    names, read_tensors = [], loaders.sizes.read_tensors
 
     def note(infos):
-        calls.append([info.name for info in infos])
+        infos = list(infos)
+        names.extend(info.name for info in infos)
         return read_tensors(infos)
 
-    monkeypatch.setattr("loaders.plan.read_tensors", note)
-    call("inspect", packed_folder)
-    [read] = calls
-    assert len(read) == 14
-    assert all(name.endswith(".weight_shape") for name in read)
+    monkeypatch.setattr("loaders.sizes.read_tensors", note)
+    return names
+
+
+def test_nothing_but_headers_is_read(call, packed_folder, monkeypatch):
+    names = _note_reads(monkeypatch)
+    assert call("inspect", packed_folder).code == 0
+    assert names == []
+
+
+def test_a_shape_that_no_header_tells_is_read(call, tmp_path, monkeypatch):
+    """36 input features of 4 bits in one group take as many words as 40."""
+    spec = QuantSpec(bits=4, group_size=-1, symmetric=True, in_features=36, out_features=5)
+    tensors = {f"m.{role}": array for role, array in make_tensors(spec).items()}
+    folder = write_folder(tmp_path / "c", _make_channel_config(), [tensors])
+    names = _note_reads(monkeypatch)
+    [row] = call("inspect", folder, "--json").report["quantized"]
+    assert (row["in_features"], row["strategy"]) == (36, "channel")
+    assert names == ["m.weight_shape"]
+
+
+def _make_channel_config() -> dict:
+    weights = {"num_bits": 4, "symmetric": True, "strategy": "channel", "group_size": None}
+    group = {"targets": ["Linear"], "weights": weights}
+    return {"quantization_config": {"config_groups": {"group_0": group}, "version": "0.20.0"}}
 
 
 def test_an_unknown_architecture_is_shown_all_the_same(call, tmp_path):
@@ -108,6 +136,7 @@ def _write_experts(folder, stacked: bool):
 
 def test_experts_are_one_line_for_each_projection(call, tmp_path):
     rows = call("inspect", _write_experts(tmp_path / "c", False), "--json").report["quantized"]
+    assert all(row["experts"] for row in rows)
     assert {row["modules"]: row["count"] for row in rows} == {
         f"model.layers.*.mlp.experts.*.{name}": 8 for name in ("gate_proj", "up_proj", "down_proj")
     }
@@ -139,3 +168,118 @@ def test_stacked_floats_are_counted_one_by_one(call, tmp_path):
     outcome = call("inspect", write_folder(tmp_path / "c", {}, [tensors]))
     lines = [line.split() for line in outcome.out.splitlines()]
     assert "4 model.layers.*.mlp.experts.gate_up_proj[*] 128 x 96 float16 98.3 kB".split() in lines
+
+
+def test_widths_without_a_kernel_are_stated_with_the_bytes_that_widening_takes(call, tmp_path):
+    folder = write_golden(tmp_path / "c", "0.17.0")
+    report = call("inspect", folder, "--json").report
+    rows = {row["modules"]: row for row in report["quantized"]}
+    facts = {name: (rows[name]["bits"], rows[name]["widened_to"]) for name in rows}
+    assert facts["w3_g32"] == (3, 4)
+    assert facts["w6_g32"] == (6, 8)
+    assert facts["reordered"] == (4, None)
+    assert rows["w3_g32"]["extra_bytes"] == 9 * 64 * 1 // 8
+    assert rows["w6_g32"]["extra_bytes"] == 9 * 64 * 2 // 8
+    assert report["totals"]["extra_bytes"] == sum(row["extra_bytes"] for row in rows.values())
+    assert rows["w3_g32"]["packing"] == "aligned"
+    outcome = call("inspect", folder)
+    lines = [" ".join(line.split()) for line in outcome.out.splitlines()]
+    assert "1 w3_g32 9 x 64 W3 g32 asym as W4 312 bytes" in lines
+    assert "widened to 4 or 8 bits in memory: 896 bytes more" in lines
+
+
+def test_act_order_is_named(call, tmp_path):
+    folder = write_golden(tmp_path / "c", "0.9.3")
+    rows = call("inspect", folder, "--json").report["quantized"]
+    ordered = {row["modules"]: row["act_order"] for row in rows}
+    assert ordered["reordered"] is True
+    assert ordered["w4_g32"] is False
+    assert "W4 g32 asym act-order" in call("inspect", folder).out
+
+
+def test_each_module_has_its_backend_with_the_reason(call, broken):
+    """Packed embeddings have none: a model looks their rows up."""
+
+    def pack_the_embedding(tensors):
+        del tensors["model.embed_tokens.weight"]
+        spec = QuantSpec(bits=4, group_size=32, symmetric=False, in_features=64, out_features=257)
+        named = make_tensors(spec).items()
+        tensors |= {f"model.embed_tokens.{role}": array for role, array in named}
+
+    edit_tensors(broken, pack_the_embedding)
+    edit_config(
+        broken,
+        lambda config: config["quantization_config"]["config_groups"]["group_0"].update(
+            targets=["Linear", "Embedding"]
+        ),
+    )
+    rows = call("inspect", broken, "--json").report["quantized"]
+    backends = {row["modules"]: row["backend"] for row in rows}
+    assert backends.pop("model.embed_tokens") is None
+    assert set(backends.values()) == {"xla"}
+    assert all(row["reason"] and not row["experts"] for row in rows)
+    lines = call("inspect", broken).out
+    assert "none for model.embed_tokens in float32: rows are looked up" in lines
+
+
+def test_on_a_gpu_each_module_has_the_backend_of_the_models_dtype(call, broken, monkeypatch):
+    for module in ("rows", "backends"):
+        monkeypatch.setattr(f"jaxwna16.cli.{module}.explain", partial(explain, platform="cuda"))
+    rows = call("inspect", broken, "--json").report["quantized"]
+    assert {row["backend"] for row in rows} == {"xla"}
+    edit_config(broken, lambda config: config.update(dtype="bfloat16"))
+    rows = call("inspect", broken, "--json").report["quantized"]
+    assert {(row["backend"], row["reason"]) for row in rows} == {
+        ("triton", "fused 4-bit kernel for 16-bit activations on cuda")
+    }
+    out = call("inspect", broken).out
+    assert "triton for bfloat16, float16: fused 4-bit kernel" in out
+    assert "xla for float32: the fused kernels multiply 16-bit activations" in out
+
+
+def test_without_a_device_all_else_is_shown(call, packed_folder, monkeypatch):
+    def fail():
+        raise RuntimeError("Unable to initialize backend 'cuda'")
+
+    monkeypatch.setattr(jax, "devices", fail)
+    report = call("inspect", packed_folder, "--json").report
+    assert report["backends"] == []
+    assert {row["backend"] for row in report["quantized"]} == {None}
+    outcome = call("inspect", packed_folder)
+    assert outcome.code == 0
+    assert "JAX cannot use any device: Unable to initialize backend 'cuda'" in outcome.out
+
+
+def test_what_load_model_leaves_out_is_listed_with_the_reason(call, broken):
+    def add(tensors):
+        tensors["model.visual.patch_embed.weight"] = np.ones((8, 4), np.float32)
+        tensors["model.layers.2.eh_proj.weight"] = np.ones((64, 128), np.float32)
+        spec = QuantSpec(bits=4, group_size=32, symmetric=False, in_features=64, out_features=96)
+        named = make_tensors(spec).items()
+        tensors |= {f"model.layers.2.mlp.up_proj.{role}": array for role, array in named}
+
+    edit_tensors(broken, add)
+    edit_config(broken, lambda config: config.update(num_nextn_predict_layers=1))
+    outcome = call("inspect", broken, "--json")
+    assert outcome.code == 0
+    reasons = {row["tensors"]: row["skipped"] for row in outcome.report["plain"]}
+    assert reasons.pop("model.visual.patch_embed.weight") == "the vision tower"
+    assert reasons.pop("model.layers.*.eh_proj.weight").startswith("past the last of 2 layers")
+    assert set(reasons.values()) == {""}
+    sums = {entry["reason"]: entry["bytes"] for entry in outcome.report["skipped"]}
+    assert sums.pop("the vision tower") == 8 * 4 * 4
+    [row] = [row for row in outcome.report["quantized"] if row["skipped"]]
+    assert (row["modules"], row["count"]) == ("model.layers.*.mlp.up_proj", 1)
+    assert list(sums.values()) == [64 * 128 * 4 + row["bytes"]]
+    text = call("inspect", broken).out
+    assert "1 other tensor, 128 bytes, by load_model: the vision tower" in text
+
+
+def test_flax_and_torch_stay_closed(packed_folder):
+    script = (
+        "import sys; from jaxwna16.cli.main import main; code = main(sys.argv[1:]); "
+        "print(code, [name for name in ('flax', 'torch', 'orbax') if name in sys.modules])"
+    )
+    command = [sys.executable, "-c", script, "inspect", str(packed_folder)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "0 []"

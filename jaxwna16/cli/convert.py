@@ -1,0 +1,60 @@
+"""`jaxwna16 convert`: writes a copy of a checkpoint that loads as fast as its bytes are read."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jaxwna16.cli.arguments import add_json
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Write a copy of a checkpoint in the form that is computed with, which loads as fast as "
+        "its bytes are read. The copy is for jaxwna16 alone: keep the original."
+    )
+    parser.add_argument("source", metavar="DIR", help="checkpoint folder, or a name on the hub")
+    parser.add_argument("destination", metavar="DST", help="folder to make; it must not exist")
+    add_json(parser, sys.modules[__name__])
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    from jaxwna16.checkpoint import resolve_folder
+    from jaxwna16.convert import convert_checkpoint
+    from loaders.converted import open_plan
+    from pallas_kernels.spec import LAYOUT_VERSION
+
+    source, destination = resolve_folder(args.source), Path(args.destination)
+    started = time.perf_counter()
+    convert_checkpoint(source, destination)
+    seconds = time.perf_counter() - started
+    old, new = open_plan(source), open_plan(destination)
+    return {
+        "source": str(source),
+        "destination": str(destination),
+        "modules": len(old.quantized),
+        "source_bytes": old.nbytes,
+        "bytes": new.nbytes,
+        "ratio": old.nbytes / new.nbytes if new.nbytes else None,
+        "layout_version": LAYOUT_VERSION,
+        "seconds": seconds,
+    }
+
+
+def show(report: dict[str, Any], console: Console) -> None:
+    from rich.filesize import decimal
+
+    from jaxwna16.cli.screen import count, escape_controls
+
+    console.print(
+        f"{count(report['modules'], 'module')} converted, {decimal(report['source_bytes'])} -> "
+        f"{decimal(report['bytes'])} in {report['seconds']:.1f} s"
+    )
+    console.print(escape_controls(f"made {report['destination']}"))
+    console.print("it is refused once the original changes; keep that one, other tools need it")

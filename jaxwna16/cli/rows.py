@@ -1,0 +1,137 @@
+"""Modules and tensors as rows of a table: those that differ in layer and expert numbers are one."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from jaxwna16.cli.names import star_numbers
+from loaders.experts import split_name
+from loaders.modules import QuantizedModule
+from loaders.plan import Plan, Survey
+from loaders.safetensors_file import TensorInfo
+from pallas_kernels.backends import explain
+
+_SLICE = re.compile(r"\[[0-9]+\]$")
+_EXPERTS = re.compile(r"(^|\.)experts[.\[]")
+_LOOKED_UP = "rows are looked up, so load_model holds them as floats"
+
+
+def list_module_rows(
+    plan: Plan, skipped: Mapping[str, str], dtype: str, lack: str
+) -> list[dict[str, Any]]:
+    """The quantized modules, in the order of the files.
+
+    Args:
+      plan: of the checkpoint.
+      skipped: paths of what `load_model` leaves out, with the reason.
+      dtype: of activations, for the choice of the backend.
+      lack: why there is no device to choose one for, or "".
+    """
+    alike: dict[tuple, list[QuantizedModule]] = defaultdict(list)
+    for path, module in plan.quantized.items():
+        scale_dtype = module.tensors["weight_scale"].dtype_name
+        key = (
+            make_pattern(path),
+            module.spec,
+            module.encoding,
+            scale_dtype,
+            "bias" in module.tensors,
+            _EXPERTS.search(path) is not None,
+            skipped.get(path, ""),
+        )
+        alike[key].append(module)
+    return [
+        {
+            "modules": pattern,
+            "count": len(found),
+            "out_features": spec.out_features,
+            "in_features": spec.in_features,
+            "bits": encoding.bits,
+            "widened_to": spec.bits if spec.bits != encoding.bits else None,
+            "extra_bytes": count_extra_bytes(found),
+            "strategy": "channel" if spec.groups == 1 else "group",
+            "group_size": spec.group_size,
+            "symmetric": spec.symmetric,
+            "act_order": encoding.reordered,
+            "packing": encoding.words,
+            "scale_dtype": scale_dtype,
+            "bias": bias,
+            "experts": experts,
+            "bytes": sum(module.nbytes for module in found),
+            **_choose_backend(pattern, found[0], dtype, lack),
+            "skipped": reason,
+        }
+        for (pattern, spec, encoding, scale_dtype, bias, experts, reason), found in alike.items()
+    ]
+
+
+def _choose_backend(pattern: str, module: QuantizedModule, dtype: str, lack: str) -> dict[str, Any]:
+    if lack or pattern.rpartition(".")[2] == "embed_tokens":
+        return {"backend": None, "reason": lack or _LOOKED_UP}
+    choice = explain(module.spec, dtype, scale_dtype=module.tensors["weight_scale"].dtype)
+    return {"backend": choice.backend, "reason": choice.reason}
+
+
+def count_extra_bytes(modules: Iterable[QuantizedModule]) -> int:
+    """Bytes that weights take more in memory because they are held wider than in the files."""
+    bits = sum(
+        m.spec.in_features * m.spec.out_features * (m.spec.bits - m.encoding.bits) for m in modules
+    )
+    return bits // 8
+
+
+def list_tensor_rows(
+    tensors: Mapping[str, TensorInfo], skipped: Mapping[str, str]
+) -> list[dict[str, Any]]:
+    """All other tensors by name, in the order of the files; `skipped` as in `list_module_rows`."""
+    alike: dict[tuple, list[TensorInfo]] = defaultdict(list)
+    for name, info in tensors.items():
+        alike[make_pattern(name), info.shape, info.dtype_name, skipped.get(name, "")].append(info)
+    return [
+        {
+            "tensors": pattern,
+            "count": len(found),
+            "shape": list(shape),
+            "dtype": dtype,
+            "bytes": sum(info.nbytes for info in found),
+            "skipped": reason,
+        }
+        for (pattern, shape, dtype, reason), found in alike.items()
+    ]
+
+
+def list_absent_rows(survey: Survey) -> list[dict[str, Any]]:
+    """Modules of which the index names tensors that no file has: how many alike, by file."""
+    modules = dict.fromkeys((file, split_name(name)[0]) for name, file in survey.absent.items())
+    counts = Counter((file, make_pattern(path)) for file, path in modules)
+    return [
+        {"file": file, "modules": pattern, "count": number}
+        for (file, pattern), number in counts.items()
+    ]
+
+
+def list_skipped(plan: Plan, skipped: Mapping[str, str]) -> list[dict[str, Any]]:
+    """What `load_model` leaves out, by reason."""
+    alike: dict[str, list[QuantizedModule | TensorInfo]] = defaultdict(list)
+    parts = {**plan.quantized, **plan.plain}
+    for name, reason in skipped.items():
+        if name in parts:
+            alike[reason].append(parts[name])
+    return [
+        {
+            "reason": reason,
+            "modules": sum(isinstance(part, QuantizedModule) for part in found),
+            "tensors": sum(isinstance(part, TensorInfo) for part in found),
+            "bytes": sum(part.nbytes for part in found),
+        }
+        for reason, found in alike.items()
+    ]
+
+
+def make_pattern(name: str) -> str:
+    """Stars in place of layer and expert numbers, also of the one in "experts.down_proj[3]"."""
+    name = star_numbers(name)
+    return _SLICE.sub("[*]", name) if name.endswith("]") else name

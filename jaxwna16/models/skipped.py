@@ -1,0 +1,92 @@
+"""What a checkpoint holds beside its language model, and `load_model` therefore leaves out.
+
+Only what a rule names is left out, and all of it is listed in the plan's warnings; anything else
+that the model has no place for stays an error.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from jaxwna16.models.config import ModelConfig
+from loaders.plan import Plan
+
+_PREDICTS = "predicts several tokens at once, generation here is token by token"
+_BESIDE = {
+    # Qwen-VL and GLM-V; LLaVA, Mistral 3, Gemma 3; InternVL, Llama 4; Pixtral; Phi-3.5; Kimi-VL
+    "visual|vision_(tower|model|encoder|language_adapter|embed_tokens)|embed_vision|image_newline"
+    "|multi_modal_projector|mm_projector": "the vision tower",
+    # Qwen-Audio, Gemma 3n
+    "audio_(tower|model|encoder|projector)|embed_audio": "the audio tower",
+    # Qwen3-Next and later, LongCat; MiMo, ERNIE 4.5
+    r"mtp(_\w+)?": _PREDICTS,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """What is left out: names of modules and tensors that begin so, and why."""
+
+    pattern: re.Pattern[str]
+    reason: str
+
+
+def list_rules(config: ModelConfig) -> list[Rule]:
+    """The rules for a model, which config.json decides where layers are concerned."""
+    rules = [
+        Rule(re.compile(rf"(model\.)?({names})(\.|$)"), reason) for names, reason in _BESIDE.items()
+    ]
+    first, count = config.num_hidden_layers, config.prediction_layers
+    if count:
+        layers = "|".join(str(first + i) for i in range(count))
+        reason = f"past the last of {first} layers: it {_PREDICTS}"
+        rules.append(Rule(re.compile(rf"model\.layers\.({layers})\."), reason))
+    return rules
+
+
+def find_skipped(rules: Iterable[Rule], names: Iterable[str]) -> dict[str, str]:
+    """Those of the names that a rule names -> its reason."""
+    rules = list(rules)
+    any_rule = re.compile("|".join(f"(?:{rule.pattern.pattern})" for rule in rules))
+    return {
+        name: next(rule.reason for rule in rules if rule.pattern.match(name))
+        for name in names
+        if any_rule.match(name)
+    }
+
+
+def drop_skipped(plan: Plan, config: ModelConfig) -> Plan:
+    """The plan without what the rules name; its warnings say what that was."""
+    names = [*plan.quantized, *plan.plain, *plan.stacks]
+    skipped = find_skipped(list_rules(config), names)
+    if not skipped:
+        return plan
+
+    def keep(parts: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: part for name, part in parts.items() if name not in skipped}
+
+    return dataclasses.replace(
+        plan,
+        quantized=keep(plan.quantized),
+        plain=keep(plan.plain),
+        stacks=keep(plan.stacks),
+        warnings=(*plan.warnings, *_describe(plan, skipped)),
+    )
+
+
+def _describe(plan: Plan, skipped: Mapping[str, str]) -> list[str]:
+    alike: dict[str, list[str]] = defaultdict(list)
+    for name, reason in skipped.items():
+        if name not in plan.stacks:
+            alike[reason].append(name)
+    sentences = []
+    parts = {**plan.quantized, **plan.plain}
+    for reason, names in alike.items():
+        nbytes = sum(parts[name].nbytes for name in names)
+        more = f" and {len(names) - 1} more parts" if len(names) > 1 else ""
+        sentences.append(f"{names[0]}{more} not loaded ({nbytes:,} bytes): {reason}")
+    return sentences

@@ -1,0 +1,57 @@
+"""Biases of zeros in files of models that have none.
+
+AutoGPTQ of 2023 gave every quantized linear a bias, also those of a Llama (AutoGPTQ/AutoGPTQ#555).
+Where the model has no place for one and all of it is 0, leaving it out changes nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+
+from jaxwna16.models.config import ModelConfig
+from loaders.modules import QuantizedModule
+from loaders.plan import Plan
+from loaders.safetensors_file import read_tensors
+
+_LINEAR = re.compile(
+    r"model\.layers\.\d+\.(?:self_attn\.(?:(?P<qkv_bias>[qkv]_proj)|(?P<out_bias>o_proj))"
+    r"|mlp\.(?P<mlp_bias>(?:gate|up|down)_proj))"
+)
+
+
+def drop_zero_biases(plan: Plan, config: ModelConfig) -> Plan:
+    """The plan without them, with a warning; any other bias stays, and is an error later.
+
+    Only biases that the model has no place for are read.
+
+    Raises:
+      CheckpointError: if a file ends early.
+    """
+    extra = {
+        path: module.tensors["bias"]
+        for path, module in plan.quantized.items()
+        if "bias" in module.tensors and _has_none(path, config)
+    }
+    read = dict(zip(extra, read_tensors(extra.values()), strict=True))
+    zeros = [path for path, bias in read.items() if not bias.any()]
+    if not zeros:
+        return plan
+    more = f" and {len(zeros) - 1} more modules" if len(zeros) > 1 else ""
+    warning = f"{zeros[0]}{more}: the bias, which this model does not have, is all 0 and left out"
+    changed = {path: _drop_bias(plan.quantized[path]) for path in zeros}
+    return dataclasses.replace(
+        plan,
+        quantized={path: changed.get(path, m) for path, m in plan.quantized.items()},
+        warnings=(*plan.warnings, warning),
+    )
+
+
+def _has_none(path: str, config: ModelConfig) -> bool:
+    match = _LINEAR.fullmatch(path)
+    return match is not None and not getattr(config, match.lastgroup or "")
+
+
+def _drop_bias(module: QuantizedModule) -> QuantizedModule:
+    tensors = {role: info for role, info in module.tensors.items() if role != "bias"}
+    return dataclasses.replace(module, tensors=tensors)

@@ -1,0 +1,115 @@
+"""Experts whose integers lie as other versions, or other widths, lay them."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from compressed_tensors.quantization import QuantizationArgs
+
+from loaders.errors import CheckpointError
+from loaders.plan import make_plan
+from loaders.stream import load_params
+from pallas_kernels.dequantize import dequantize
+from pallas_kernels.spec import QuantSpec
+from tests.checkpoints import assert_same_bits, compress, decompress, make_weight, to_numpy
+from tests.folders import make_config, make_tensors, prefix_names, write_folder
+
+EXPERTS, INNER, HIDDEN = 3, 40, 64
+PATH = "model.layers.0.mlp.experts"
+SHAPES = {
+    "gate_proj": (INNER, HIDDEN),
+    "up_proj": (INNER, HIDDEN),
+    "down_proj": (HIDDEN, INNER),
+}
+
+
+def _compress_all(args: QuantizationArgs) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """The tensors of all experts by name, and the floats of w13 and w2."""
+    tensors, floats = {}, {}
+    for expert in range(EXPERTS):
+        for i, (name, shape) in enumerate(SHAPES.items()):
+            roles = compress(make_weight(shape, seed=10 * expert + i), args)
+            arrays = {role: to_numpy(tensor) for role, tensor in roles.items()}
+            tensors |= prefix_names(f"{PATH}.{expert}.{name}", arrays)
+            floats[expert, name] = to_numpy(decompress(roles, args))
+    rows = [[floats[e, "gate_proj"], floats[e, "up_proj"]] for e in range(EXPERTS)]
+    stacks = {
+        "w13": np.stack([np.concatenate(pair) for pair in rows]),
+        "w2": np.stack([floats[e, "down_proj"] for e in range(EXPERTS)]),
+    }
+    return tensors, stacks
+
+
+def _write(folder: Path, tensors: dict[str, np.ndarray], args: QuantizationArgs) -> Path:
+    weights = args.model_dump(mode="json")
+    config = {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "version": "0.20.0",
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
+    }
+    return write_folder(folder, {"quantization_config": config, "num_experts": EXPERTS}, [tensors])
+
+
+@pytest.mark.parametrize("bits", [2, 3, 5])
+def test_experts_of_any_width_are_stacked_exactly(tmp_path, bits):
+    args = QuantizationArgs.model_validate(
+        {"num_bits": bits, "symmetric": False, "strategy": "channel"}
+    )
+    tensors, expected = _compress_all(args)
+    plan = make_plan(_write(tmp_path / "c", tensors, args))
+    params = load_params(plan)["model"]["layers"]["0"]["mlp"]["experts"]
+    for name, floats in expected.items():
+        spec = plan.specs[f"{PATH}.{name}"]
+        assert spec.bits == (4 if bits < 4 else 8)
+        assert_same_bits(jax.jit(dequantize, static_argnums=1)(params[name], spec), floats)
+
+
+def _make_four_bits() -> tuple[dict[str, np.ndarray], dict]:
+    specs = [
+        QuantSpec(bits=4, group_size=8, symmetric=False, in_features=k, out_features=n)
+        for n, k in SHAPES.values()
+    ]
+    tensors = {
+        name: array
+        for expert in range(EXPERTS)
+        for i, (projection, spec) in enumerate(zip(SHAPES, specs, strict=True))
+        for name, array in prefix_names(
+            f"{PATH}.{expert}.{projection}", make_tensors(spec, seed=10 * expert + i)
+        ).items()
+    }
+    config = make_config(dataclasses.replace(specs[0], in_features=8, out_features=8))
+    return tensors, config | {"num_experts": EXPERTS}
+
+
+@pytest.mark.parametrize("in_order", ["all -1", "by number"])
+def test_groups_of_experts_in_column_order_change_nothing(tmp_path, in_order):
+    tensors, config = _make_four_bits()
+    plain = load_params(make_plan(write_folder(tmp_path / "plain", config, [tensors])))
+    indices = {
+        f"{PATH}.{expert}.{name}.weight_g_idx": (
+            np.full(k, -1, np.int32) if in_order == "all -1" else np.arange(k, dtype=np.int32) // 8
+        )
+        for expert in range(EXPERTS)
+        for name, (_, k) in SHAPES.items()
+    }
+    found = load_params(make_plan(write_folder(tmp_path / "c", config, [tensors | indices])))
+    assert jax.tree.structure(found) == jax.tree.structure(plain)
+    jax.tree.map(assert_same_bits, found, plain)
+
+
+def test_experts_whose_features_are_reordered_are_refused_by_name(tmp_path):
+    tensors, config = _make_four_bits()
+    name = f"{PATH}.1.down_proj.weight_g_idx"
+    groups = np.arange(INNER, dtype=np.int32)[::-1].copy() // 8
+    plan = make_plan(write_folder(tmp_path / "c", config, [tensors | {name: groups}]))
+    with pytest.raises(CheckpointError) as caught:
+        load_params(plan)
+    [fault] = caught.value.faults
+    assert fault.tensor == name
+    assert "reordered (act-order)" in fault.what
+    assert 'actorder "weight" or none' in fault.way_out
