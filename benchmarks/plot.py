@@ -34,6 +34,7 @@ COLORS = {
     "jaxwna16, converted": "#12a06f",
     "plain read": "#e8d9b5",
     "plain read, converted": "#f3ead3",
+    "read and kept, converted": "#d9c48f",
 }
 
 

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from jaxwna16.cli.arguments import add_json
+from jaxwna16.cli.arguments import DTYPES, add_json
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -96,11 +96,13 @@ def _describe_support(plan: Plan) -> tuple[ModelConfig | None, dict[str, Any]]:
     from jaxwna16.errors import ModelError
     from jaxwna16.models.config import ModelConfig
 
+    stated = (plan.config.get(key) for key in ("dtype", "torch_dtype"))
+    dtype = next((name for name in stated if name in DTYPES), "float32")
     try:
         model = ModelConfig.from_dict(plan.config)
     except ModelError as error:
         reasons = list(error.reasons) or [error.summary]
-        return None, {"supported": False, "reasons": reasons, "dtype": "float32"}
+        return None, {"supported": False, "reasons": reasons, "dtype": dtype}
     return model, {"supported": True, "reasons": [], "dtype": model.dtype or "float32"}
 
 

@@ -15,6 +15,7 @@ from jaxwna16.models.windows import read_windows
 
 _ACTIVATIONS = ("silu", "swish")
 _DTYPES = ("float32", "bfloat16", "float16")
+_MOST_LAYERS = 1000  # each is made, abstractly, before it is looked for in the files
 
 Rule = bool | tuple[str, bool]
 """A fact of a family, or the key of `config.json` that states it and its default."""
@@ -140,7 +141,7 @@ class ModelConfig:
             reader.refuse("is_causal", False, "only causal attention")
         hidden = reader.count("hidden_size")
         heads = reader.count("num_attention_heads")
-        layers = reader.count("num_hidden_layers")
+        layers = reader.count("num_hidden_layers", most=_MOST_LAYERS)
         kv_default = heads if model_type == "llama" or "num_key_value_heads" in config else None
         kv_heads = reader.count("num_key_value_heads", kv_default)
         head_dim = reader.count("head_dim", family.head_dim or hidden // heads)

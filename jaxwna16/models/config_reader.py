@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -27,12 +27,17 @@ class ConfigReader:
         if reason not in self.reasons:
             self.reasons.append(reason)
 
-    def count(self, key: str, default: int | None = None, least: int = 1) -> int:
-        """An integer of at least `least`."""
+    def count(
+        self, key: str, default: int | None = None, least: int = 1, most: int = 2**31 - 1
+    ) -> int:
+        """An integer of at least `least` and at most `most`."""
         value = self.config.get(key, default)
-        if isinstance(value, int) and not isinstance(value, bool) and value >= least:
+        if isinstance(value, int) and not isinstance(value, bool) and least <= value <= most:
             return value
-        self.refuse(key, value, f"an integer of at least {least}")
+        expected = f"an integer of at least {least}"
+        if isinstance(value, int) and value > most:
+            expected += f" and at most {most}"
+        self.refuse(key, value, expected)
         return least
 
     def count_either(self, keys: tuple[str, ...], default: int | None = None) -> int:
@@ -72,4 +77,4 @@ def is_positive(value: object) -> bool:
     """Whether a value read from JSON is a finite number above zero."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
-    return 0 < value < math.inf
+    return 0 < value <= sys.float_info.max

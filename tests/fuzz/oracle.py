@@ -242,7 +242,7 @@ def _find_scheme(config: Mapping[str, Any], path: str) -> tuple[QuantizationArgs
     """What compressed-tensors says of a module, and the version that wrote it."""
     raw = config.get("quantization_config") or config["compression_config"]
     assert not any(match_name(path, name) for name in raw.get("ignore") or []), path
-    schemes = {}
+    schemes: dict[str, Any] = {}
     for name, group in raw["config_groups"].items():
         try:
             parsed = QuantizationConfig.model_validate(
@@ -250,15 +250,15 @@ def _find_scheme(config: Mapping[str, Any], path: str) -> tuple[QuantizationArgs
             )
         except (ValueError, KeyError, TypeError) as error:
             targets = group["targets"] if isinstance(group, dict) else group
-            if match_targets(path, _LINEAR, targets):
-                raise RefusedError(error) from error
-            continue
-        schemes |= {target: s for s in parsed.config_groups.values() for target in s.targets}
+            schemes |= dict.fromkeys(targets, error)
+        else:
+            groups: Any = parsed.config_groups
+            schemes |= {target: s for s in groups.values() for target in s.targets}
     matches = match_targets(path, _LINEAR, list(schemes))
-    weights = schemes[matches[0]].weights if matches else None
-    if weights is None:
-        raise RefusedError(f"{path} is in no group")
-    return weights, str(raw.get("version") or "")
+    found = schemes[matches[0]] if matches else ValueError(f"{path} is in no group")
+    if isinstance(found, Exception) or found.weights is None:
+        raise RefusedError(found)
+    return found.weights, str(raw.get("version") or "")
 
 
 def _is_aligned(words: int, columns: int, bits: int, version: str) -> bool:

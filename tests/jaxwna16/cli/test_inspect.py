@@ -89,10 +89,13 @@ def _make_channel_config() -> dict:
 
 
 def test_an_unknown_architecture_is_shown_all_the_same(call, tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "convnet"}))
+    (tmp_path / "config.json").write_text(
+        json.dumps({"model_type": "convnet", "torch_dtype": "float16"})
+    )
     save_file({"stem.weight": np.ones((3, 5, 7), np.float16)}, tmp_path / "model.safetensors")
     report = call("inspect", tmp_path, "--json").report
     assert report["load_model"]["supported"] is False
+    assert report["load_model"]["dtype"] == "float16"
     assert report["plain"][0]["shape"] == [3, 5, 7]
     outcome = call("inspect", tmp_path)
     assert outcome.code == 0
