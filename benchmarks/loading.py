@@ -5,14 +5,15 @@
 Also of its converted copy, which is compared with plain reading of the copy's bytes, done next: a
 megabyte at a time into one buffer, which never leaves the processor's caches, and into new memory.
 
-Checkpoints: SmolLM2-135M (W4A16, groups of 32) and a Llama shape of 2 GB with random words (hidden
-4096, W4A16, groups of 128, shards of 1 GB). Each load is a fresh process. Before each, another
-process reads the files, so the page cache is warm, and right before it the process itself touches
-as much memory as the load may take, in huge pages, and gives it back: on a virtual machine, memory
-that was not used lately comes ten times slower. Peak memory is the process's maximum resident size
-minus what it had after its imports. transformers maps the files (its load ends with a look at every
-page of every tensor) and decompresses the model when it is first used (its second figure: load and
-one token). It loads the symmetric checkpoints only, asymmetric dense ones fail in 5.23.
+Checkpoints: SmolLM2-135M (W4A16, groups of 32), and with random words (W4A16, groups of 128) a
+Llama shape of 2 GB, that of Llama-3.1-8B, and the first 4 layers of Qwen3-30B-A3B. Each load is a
+fresh process. Before each, another process reads the files, so the page cache is warm, and right
+before it the process itself touches as much memory as the load may take, in huge pages, and gives
+it back: on a virtual machine, memory that was not used lately comes ten times slower. Peak memory
+is the process's maximum resident size minus what it had after its imports. transformers maps the
+files (its load ends with a look at every page of every tensor) and decompresses the model when it
+is first used (its second figure: load and one token). It loads the symmetric checkpoints only,
+asymmetric ones fail in 5.23; what takes more memory than the machine has is left out, and said.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import functools
 import json
 import mmap
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -33,10 +35,23 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 FOLDER = ROOT / ".cache" / "benchmarks"
-HIDDEN, INTERMEDIATE, LAYERS, VOCABULARY, GROUP = 4096, 14336, 18, 1024, 128
-SHARD_LAYERS = 9
+CHECKPOINTS = [
+    ("SmolLM2", True),
+    ("SmolLM2", False),
+    ("Llama 2 GB", True),
+    ("Llama 8B", True),
+    ("Qwen3-30B-A3B, 4 layers", True),
+    ("Qwen3-30B-A3B, 4 layers", False),
+]
 # how many times the packed weights a loader takes: bfloat16 ones are four times as large
-TAKEN = {"jaxwna16": 2, "transformers": 5, "plain read": 0, "read and kept": 2, "warm-up": 0}
+TAKEN = {
+    "jaxwna16": 2,
+    "transformers, mapped": 1,
+    "transformers, first use": 4,
+    "plain read": 0,
+    "read and kept": 2,
+    "warm-up": 0,
+}
 
 
 def main() -> None:
@@ -53,7 +68,7 @@ def main() -> None:
 
     runs: dict[str, Any] = {}
     for name, folder, symmetric in prepare():
-        loaders = [n for n in LOADERS if n != "warm-up" and (symmetric or n[:5] != "trans")]
+        loaders = choose_loaders(name, folder, symmetric)
         samples: dict[str, Any] = {loader: [] for loader in loaders}
         for _ in range(options.rounds):
             for loader in loaders:
@@ -63,6 +78,22 @@ def main() -> None:
         runs[name] = summarize(folder, samples)
         print_row(name, runs[name])
     print(write_result("loading", {"checkpoints": runs}))
+
+
+def choose_loaders(name: str, folder: Path, symmetric: bool) -> list[str]:
+    """Those that can load a checkpoint here."""
+    fitting = []
+    for loader in LOADERS:
+        transformers = loader.startswith("transformers")
+        if loader == "warm-up" or (transformers and not symmetric):
+            continue
+        # it holds the words, which are mapped, until it has decompressed all
+        needed = (1 + TAKEN[loader]) * count_bytes(folder) if transformers else 0
+        if needed > read_memory("MemTotal"):
+            print(f"{name}: {loader} is left out, it takes about {needed / 1e9:.0f} GB")
+            continue
+        fitting.append(loader)
+    return fitting
 
 
 def summarize(folder: Path, samples: dict[str, Any]) -> dict[str, Any]:
@@ -128,8 +159,7 @@ def run(loader: str, folder: Path) -> dict[str, float]:
 def measure(loader: str, folder: Path) -> dict[str, float]:
     """In the fresh process: import and start up first, then load and hold the result."""
     load = LOADERS[loader]()
-    taken = TAKEN[loader.partition(",")[0]]
-    touch_memory(taken * sum(p.stat().st_size for p in folder.glob("*.safetensors")))
+    touch_memory(TAKEN[loader.removesuffix(", converted")] * count_bytes(folder))
     before = peak_bytes()
     begin = time.perf_counter()
     held = load(folder)
@@ -144,6 +174,17 @@ def peak_bytes() -> int:
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024
     raise SystemExit("peak memory needs Linux's /proc")
+
+
+def read_memory(field: str) -> int:
+    """A figure of /proc/meminfo, in bytes."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
+
+
+def count_bytes(folder: Path) -> int:
+    """Of a checkpoint's files."""
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
 def touch_memory(size: int) -> None:
@@ -232,84 +273,21 @@ def name_copy(folder: Path) -> Path:
 def prepare() -> list[tuple[str, Path, bool]]:
     """Name, folder and symmetry of every checkpoint, made once."""
     import jaxwna16
+    from benchmarks.large_checkpoints import SHAPES, write_checkpoint
     from examples.fetch_smollm2 import fetch
 
     made = []
-    for symmetric in (True, False):
+    for name, symmetric in CHECKPOINTS:
         sign = "symmetric" if symmetric else "asymmetric"
-        small, large = FOLDER / f"smollm2-{sign}", FOLDER / f"llama-2GB-{sign}"
-        if not small.exists():
-            jaxwna16.quantize_checkpoint(fetch(), small, group_size=32, symmetric=symmetric)
-        if not large.exists():
-            write_large(large, symmetric)
-        for folder in (small, large):
-            if not name_copy(folder).exists():
-                jaxwna16.convert_checkpoint(folder, name_copy(folder))
-        made += [(f"SmolLM2 {sign}", small, symmetric), (f"Llama 2 GB {sign}", large, symmetric)]
+        folder = FOLDER / re.sub(r"\W+", "-", f"{name} {sign}").lower()
+        if not folder.exists() and name in SHAPES:
+            write_checkpoint(folder, SHAPES[name], symmetric)
+        elif not folder.exists():
+            jaxwna16.quantize_checkpoint(fetch(), folder, group_size=32, symmetric=symmetric)
+        if not name_copy(folder).exists():
+            jaxwna16.convert_checkpoint(folder, name_copy(folder))
+        made.append((f"{name}, {sign}", folder, symmetric))
     return made
-
-
-def write_large(folder: Path, symmetric: bool) -> None:
-    """Write the Llama shape with random words, shard by shard."""
-    import ml_dtypes
-    import numpy as np
-    from safetensors.numpy import save_file
-
-    from jaxwna16.rewrite import describe_quantization
-    from loaders.write import build_folder
-
-    numbers = np.random.default_rng(0)
-    shapes = {"gate_proj": (INTERMEDIATE, HIDDEN), "up_proj": (INTERMEDIATE, HIDDEN)}
-    shapes = {f"mlp.{name}": shape for name, shape in shapes.items()}
-    shapes["mlp.down_proj"] = (HIDDEN, INTERMEDIATE)
-    shapes |= {f"self_attn.{x}_proj": (HIDDEN if x in "qo" else 1024, HIDDEN) for x in "qkvo"}
-
-    def make_words(*shape: int) -> Any:
-        return numbers.integers(-(2**31), 2**31, shape, np.int32)
-
-    def make_module(path: str, n: int, k: int) -> dict[str, Any]:
-        scale = numbers.uniform(0.001, 0.01, (n, k // GROUP)).astype(ml_dtypes.bfloat16)
-        module = {
-            f"{path}.weight_packed": make_words(n, k // 8),
-            f"{path}.weight_scale": scale,
-            f"{path}.weight_shape": np.array([n, k]),
-        }
-        if not symmetric:
-            module[f"{path}.weight_zero_point"] = make_words(n // 8, k // GROUP)
-        return module
-
-    with build_folder(folder) as partial:
-        weight_map = {}
-        for first in range(0, LAYERS, SHARD_LAYERS):
-            name, tensors = f"model-{first:05}.safetensors", {}
-            for layer in range(first, first + SHARD_LAYERS):
-                path = f"model.layers.{layer}"
-                for part, (n, k) in shapes.items():
-                    tensors |= make_module(f"{path}.{part}", n, k)
-                for norm in ("input_layernorm", "post_attention_layernorm"):
-                    tensors[f"{path}.{norm}.weight"] = np.ones(HIDDEN, ml_dtypes.bfloat16)
-            if first == 0:
-                embedding = numbers.standard_normal((VOCABULARY, HIDDEN), np.float32)
-                tensors["model.embed_tokens.weight"] = embedding.astype(ml_dtypes.bfloat16)
-                tensors["model.norm.weight"] = np.ones(HIDDEN, ml_dtypes.bfloat16)
-            save_file(tensors, partial / name, metadata={"format": "pt"})
-            weight_map |= dict.fromkeys(tensors, name)
-        index = {"metadata": {}, "weight_map": weight_map}
-        (partial / "model.safetensors.index.json").write_text(json.dumps(index))
-        config = {
-            "architectures": ["LlamaForCausalLM"],
-            "model_type": "llama",
-            "hidden_size": HIDDEN,
-            "intermediate_size": INTERMEDIATE,
-            "num_hidden_layers": LAYERS,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 8,
-            "vocab_size": VOCABULARY,
-            "tie_word_embeddings": True,
-            "dtype": "bfloat16",
-            "quantization_config": describe_quantization(4, GROUP, symmetric, ["lm_head"]),
-        }
-        (partial / "config.json").write_text(json.dumps(config))
 
 
 if __name__ == "__main__":
