@@ -1,0 +1,162 @@
+"""The gated delta rule and its short convolution, as pure functions that continue where a state is.
+
+Per value head, with a state S [Dk, Dv] and decays alpha = exp(g) of at most 1
+(https://arxiv.org/abs/2412.06464):
+
+    d_t = beta_t (v_t - alpha_t S_{t-1}^T k_t)
+    S_t = alpha_t S_{t-1} + k_t d_t^T
+    o_t = S_t^T q_t
+
+One token is that recurrence. A piece of tokens goes in chunks of C: with c_i = g_1 + ... + g_i
+within a chunk and the state S before it, the d_i of a chunk solve a triangular system,
+
+    (I + L) D = beta (V - exp(c) K S),   L_ij = beta_i exp(c_i - c_j) k_i.k_j   for j < i
+    O = exp(c) Q S + tril(exp(c_i - c_j) q_i.k_j) D
+    S' = exp(c_C) S + sum_i exp(c_C - c_i) k_i d_i^T
+
+so that the state is touched once in C tokens. All of it is float32. Tokens from `count` on are
+padding: they leave states as they are, whatever they hold, and their outputs mean nothing.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+Array = jax.Array
+
+CHUNK = 64
+"""Tokens that are one triangular system."""
+_EPS = 1e-6
+
+
+class DeltaCache(NamedTuple):
+    """What a gated delta-net layer keeps of the tokens before.
+
+    Attributes:
+      inputs: [B, W - 1, C], the last inputs of the convolution of width W, the newest last.
+      state: float32 [B, value heads, Dk, Dv].
+    """
+
+    inputs: Array
+    state: Array
+
+
+def mark_tokens(count: Array, steps: int) -> Array:
+    """Which of `steps` tokens are no padding, bool [B, S]; count is int32 [B]."""
+    return jnp.arange(steps)[None, :] < count[:, None]
+
+
+def convolve(x: Array, weight: Array, inputs: Array, count: Array) -> tuple[Array, Array]:
+    """silu of the causal convolution of each feature by itself.
+
+    Args:
+      x: [B, S, C], new inputs.
+      weight: [C, W]; weight[:, W - 1] multiplies the newest input.
+      inputs: [B, W - 1, C], the inputs before, zeros at the start of a row.
+      count: int32 [B].
+
+    Returns:
+      [B, S, C] in the dtype of x, computed in float32; and the last W - 1 inputs up to `count`.
+    """
+    steps, width = x.shape[1], weight.shape[1]
+    line = jnp.concatenate([inputs, x], axis=1)
+    taps = weight.astype(jnp.float32)[None, None]
+    # a sum of W products, in the order of a loop over the inputs
+    summed = sum(line[:, i : i + steps].astype(jnp.float32) * taps[..., i] for i in range(width))
+    last = count[:, None, None] + jnp.arange(width - 1)[None, :, None]
+    return jax.nn.silu(jnp.asarray(summed)).astype(x.dtype), jnp.take_along_axis(line, last, axis=1)
+
+
+def run_delta_rule(
+    q: Array, k: Array, v: Array, g: Array, beta: Array, state: Array, count: Array
+) -> tuple[Array, Array]:
+    """The gated delta rule over a piece of each row: one token by recurrence, more in chunks.
+
+    q and k are divided by their lengths, and q by sqrt(Dk). Value head h reads key head
+    h // (value heads / key heads).
+
+    Args:
+      q, k: [B, S, key heads, Dk].
+      v: [B, S, value heads, Dv].
+      g: [B, S, value heads], logarithms of decays, at most 0.
+      beta: [B, S, value heads], how much of each d_t is written.
+      state: float32 [B, value heads, Dk, Dv].
+      count: int32 [B].
+
+    Returns:
+      float32 [B, S, value heads, Dv], and the state after `count` tokens.
+    """
+    valid = mark_tokens(count, q.shape[1])[:, :, None]
+
+    def clear(x: Array) -> Array:
+        """In float32 with heads before tokens, padding as 0: no decay, and nothing is written."""
+        mask = valid if x.ndim == 3 else valid[..., None]
+        return jnp.where(mask, x.astype(jnp.float32), 0.0).swapaxes(1, 2)
+
+    repeats = v.shape[2] // k.shape[2]
+    q = jnp.repeat(normalise(clear(q)) * q.shape[-1] ** -0.5, repeats, axis=1)
+    k = jnp.repeat(normalise(clear(k)), repeats, axis=1)
+    run = _step if q.shape[2] == 1 else _run_chunks
+    out, state = run(q, k, clear(v), clear(g), clear(beta), state)
+    return out.swapaxes(1, 2), state
+
+
+def normalise(x: Array) -> Array:
+    """x / sqrt(sum(x^2) + 1e-6) over the last axis."""
+    return x * lax.rsqrt(jnp.sum(x * x, axis=-1, keepdims=True) + _EPS)
+
+
+def _step(q: Array, k: Array, v: Array, g: Array, beta: Array, state: Array) -> tuple[Array, Array]:
+    """One token of each row: q, k [B, H, 1, Dk], v [B, H, 1, Dv], g and beta [B, H, 1]."""
+    state = state * jnp.exp(g)[..., None]
+    delta = (v - _multiply(k, state)) * beta[..., None]
+    state = state + k.swapaxes(2, 3) * delta
+    return _multiply(q, state), state
+
+
+def _run_chunks(
+    q: Array, k: Array, v: Array, g: Array, beta: Array, state: Array
+) -> tuple[Array, Array]:
+    """Pieces of any length: q, k [B, H, S, Dk], v [B, H, S, Dv], g and beta [B, H, S]."""
+    steps = q.shape[2]
+    size = min(CHUNK, steps)
+
+    def cut(x: Array) -> Array:
+        """[B, H, S, ...] as [chunks, B, H, size, ...], padded with zeros."""
+        rest = ((0, 0),) * (x.ndim - 3)
+        x = jnp.pad(x, ((0, 0), (0, 0), (0, -steps % size), *rest))
+        return jnp.moveaxis(x.reshape(*x.shape[:2], -1, size, *x.shape[3:]), 2, 0)
+
+    state, out = lax.scan(_run_chunk, state, tuple(map(cut, (q, k, v, g, beta))))
+    out = jnp.moveaxis(out, 0, 2)
+    return out.reshape(*out.shape[:2], -1, out.shape[-1])[:, :, :steps], state
+
+
+def _run_chunk(state: Array, chunk: tuple[Array, ...]) -> tuple[Array, Array]:
+    q, k, v, g, beta = chunk
+    size = q.shape[2]
+    past = jnp.cumsum(g, axis=2)
+    # exp of nothing above 0: the sums fall, and what lies ahead of a token is masked before exp
+    seen = jnp.tril(jnp.ones((size, size), bool))[None, None]
+    decay = jnp.exp(jnp.where(seen, past[..., :, None] - past[..., None, :], -jnp.inf))
+    keys = k.swapaxes(2, 3)
+    system = _multiply(k * beta[..., None], keys) * decay
+    surprise = v - _multiply(k * jnp.exp(past)[..., None], state)
+    # the diagonal and what is above it are not read
+    delta = lax.linalg.triangular_solve(
+        system, surprise * beta[..., None], left_side=True, lower=True, unit_diagonal=True
+    )
+    out = _multiply(q * jnp.exp(past)[..., None], state)
+    out = out + _multiply(_multiply(q, keys) * decay, delta)
+    left = jnp.exp(past[..., -1:] - past)[..., None]
+    state = state * jnp.exp(past[..., -1])[..., None, None]
+    return state + _multiply((k * left).swapaxes(2, 3), delta), out
+
+
+def _multiply(a: Array, b: Array) -> Array:
+    """Batched products of float32 matrices that no accelerator rounds."""
+    return jnp.matmul(a, b, precision=lax.Precision.HIGHEST)
