@@ -8,7 +8,7 @@ import functools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,6 @@ import numpy as np
 from jax import lax
 
 from jaxwna16.errors import InputError
-from jaxwna16.models.attention import Cache, LayerCache
 from jaxwna16.models.llama import Llama
 from jaxwna16.sampling import sample
 
@@ -89,7 +88,7 @@ class _Progress(NamedTuple):
     tokens: Array
     lengths: Array
     done: Array
-    cache: Cache
+    cache: Any
 
 
 def generate_tokens(
@@ -175,17 +174,16 @@ def _prefill(
 ) -> _Progress:
     """Run padded prompts int32 [B, S], choose the first tokens, make room for `width` of them."""
     trace_counts["prefill"] += 1
-    batch, slots = tokens.shape
-    positions = jnp.minimum(jnp.arange(slots)[None, :], lengths[:, None] - 1)
-    hidden, cache = model.hidden(tokens, positions)
+    batch, steps = tokens.shape
+    cache = model.make_cache(batch, steps + width)
+    hidden, cache = model.hidden(tokens, jnp.zeros_like(lengths), lengths, cache)
     last = jnp.take_along_axis(hidden, lengths[:, None, None] - 1, axis=1)
-    room = ((0, 0), (0, width), (0, 0))
     progress = _Progress(
         step=jnp.int32(0),
         tokens=jnp.full((batch, width), _NO_TOKEN, jnp.int32),
         lengths=lengths,
         done=jnp.zeros(batch, bool),
-        cache=tuple(LayerCache(jnp.pad(k, room), jnp.pad(v, room)) for k, v in cache),
+        cache=cache,
     )
     return _add_tokens(progress, model.logits(last[:, 0]), options)
 
@@ -197,8 +195,8 @@ def _decode(model: Llama, progress: _Progress, options: _Options, until: Array) 
 
     def advance(progress: _Progress) -> _Progress:
         newest = lax.dynamic_slice_in_dim(progress.tokens, progress.step - 1, 1, axis=1)
-        positions = (progress.lengths + progress.step - 1)[:, None]
-        hidden, cache = model.hidden(jnp.maximum(newest, 0), positions, progress.cache)
+        start, count = progress.lengths + progress.step - 1, (~progress.done).astype(jnp.int32)
+        hidden, cache = model.hidden(jnp.maximum(newest, 0), start, count, progress.cache)
         return _add_tokens(progress._replace(cache=cache), model.logits(hidden[:, 0]), options)
 
     return lax.while_loop(

@@ -8,6 +8,7 @@ experts named there are a `QuantMoE`. Sparse layers are in `jaxwna16.models.moe`
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,10 +16,11 @@ from flax import nnx
 
 from jaxwna16.fused import project
 from jaxwna16.models.attention import (
-    Cache,
     LayerCache,
     attend,
     fold_heads,
+    make_layer_cache,
+    place_tokens,
     see_slots,
     write_slots,
 )
@@ -30,6 +32,8 @@ from pallas_kernels.spec import QuantSpec
 
 Array = jax.Array
 Rotation = tuple[Array, Array]
+Cache = tuple[LayerCache, ...]
+"""One `LayerCache` per layer."""
 
 
 class Attention(nnx.Module):
@@ -46,10 +50,16 @@ class Attention(nnx.Module):
         norms = [RMSNorm(head_dim, config.rms_norm_eps, dtype=linears.dtype) for _ in range(2)]
         self.q_norm, self.k_norm = norms if config.qk_norm else (None, None)
         self.head_dim = head_dim
+        self.kv_heads = config.num_key_value_heads
+        self.dtype = linears.dtype
+
+    def make_cache(self, batch: int, slots: int) -> LayerCache:
+        """An empty cache for `slots` tokens of each row."""
+        return make_layer_cache(batch, slots, self.kv_heads, self.head_dim, self.dtype)
 
     def __call__(
-        self, x: Array, rotation: Rotation, seen: Array, positions: Array, cache: LayerCache | None
-    ) -> tuple[Array, LayerCache]:
+        self, x: Array, rotation: Rotation, seen: Array, slots: Array, cache: LayerCache | None
+    ) -> tuple[Array, LayerCache | None]:
         q, k, v = (
             y.reshape(*x.shape[:2], -1, self.head_dim)
             for y in project(x, (self.q_proj, self.k_proj, self.v_proj))
@@ -58,7 +68,9 @@ class Attention(nnx.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, *rotation), rotate(k, *rotation)
         new = LayerCache(fold_heads(k), fold_heads(v))
-        cache = new if cache is None else write_slots(cache, new, positions)
+        if cache is None:
+            return self.o_proj(attend(q, new, seen)), None
+        cache = write_slots(cache, new, slots)
         return self.o_proj(attend(q, cache, seen)), cache
 
 
@@ -79,10 +91,14 @@ class DecoderLayer(nnx.Module):
             block = MLP(hidden, inner, bias, linears, f"{path}.mlp")
         setattr(self, self.block, block)
 
+    def make_cache(self, batch: int, slots: int) -> LayerCache:
+        """What the layer keeps of `slots` tokens of each row, empty."""
+        return self.self_attn.make_cache(batch, slots)
+
     def __call__(
-        self, x: Array, rotation: Rotation, seen: Array, positions: Array, cache: LayerCache | None
-    ) -> tuple[Array, LayerCache]:
-        mixed, cache = self.self_attn(self.input_layernorm(x), rotation, seen, positions, cache)
+        self, x: Array, rotation: Rotation, seen: Array, slots: Array, cache: LayerCache | None
+    ) -> tuple[Array, LayerCache | None]:
+        mixed, cache = self.self_attn(self.input_layernorm(x), rotation, seen, slots, cache)
         x = x + mixed
         block = getattr(self, self.block)
         return x + block(self.post_attention_layernorm(x)), cache
@@ -146,35 +162,47 @@ class Llama(nnx.Module):
         linears.check_all_used()
 
     def __call__(self, tokens: Array) -> Array:
-        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None, :], tokens.shape)
-        hidden, _ = self.hidden(tokens, positions)
+        batch, steps = tokens.shape
+        start, count = jnp.zeros(batch, jnp.int32), jnp.full(batch, steps, jnp.int32)
+        hidden, _ = self._run(tokens, start, count, None)
         return self.logits(hidden)
 
-    def hidden(
-        self, tokens: Array, positions: Array, cache: Cache | None = None
-    ) -> tuple[Array, Cache]:
-        """Run the layers over a piece of each row.
+    def make_cache(self, batch: int, slots: int) -> Cache:
+        """An empty cache: keys and values of `slots` tokens of each row, in the model's dtype."""
+        return tuple(layer.make_cache(batch, slots) for layer in self.model.layers)
 
-        Without a cache the piece is the start of the rows: token i goes to slot i, and the cache
-        that comes back has S slots. Padding on the right of a row takes the row's last position.
+    def hidden(
+        self, tokens: Array, start: Array, count: Array, cache: Cache
+    ) -> tuple[Array, Cache]:
+        """Run the layers over a piece of each row. Pieces after each other are one long piece.
 
         Args:
-          tokens: int32 [B, S].
-          positions: int32 [B, S], each token's position in its row.
-          cache: keys and values of the tokens before; `positions` must lie within its slots.
+          tokens: int32 [B, S]. Those from `count` on are padding: nothing of them is kept, and
+            what comes out of them means nothing.
+          start: int32 [B], how many tokens of each row came before the piece.
+          count: int32 [B], how many tokens of each row are in it, from 0 to S.
+          cache: of the tokens before. Its slots must suffice for start + count.
 
         Returns:
-          The normalised stream [B, S, hidden] and the cache with the piece added.
+          The normalised stream [B, S, hidden] in the model's dtype, and the cache with the piece
+          added.
         """
+        return self._run(tokens, start, count, cache)
+
+    def _run(self, tokens: Array, start: Array, count: Array, cache: Any) -> tuple[Array, Any]:
+        """`hidden`; without a cache, a piece that is whole rows."""
+        places = place_tokens(start, count, tokens.shape[1])
         slots = tokens.shape[1] if cache is None else cache[0].slots
         windows = self.config.windows
-        seen = {window: see_slots(positions, slots, window) for window in set(windows)}
-        rotation = rotation_tables(self.config.rope, self.config.rotary_dim, positions, self.dtype)
+        seen = {window: see_slots(places.positions, slots, window) for window in set(windows)}
+        rotation = rotation_tables(
+            self.config.rope, self.config.rotary_dim, places.positions, self.dtype
+        )
         x = self.model.embed_tokens(tokens)
         caches = []
         for i, (layer, window) in enumerate(zip(self.model.layers, windows, strict=True)):
             before = None if cache is None else cache[i]
-            x, after = _run_layer(layer, x, rotation, seen[window], positions, before)
+            x, after = _run_layer(layer, x, rotation, seen[window], places.slots, before)
             caches.append(after)
         return self.model.norm(x), tuple(caches)
 

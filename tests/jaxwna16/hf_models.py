@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -23,6 +23,22 @@ torch.set_num_threads(1)  # these models are too small for more
 
 forward = jax.jit(Llama.__call__)
 run_hidden = jax.jit(Llama.hidden)
+run_logits = jax.jit(Llama.logits)
+
+
+def run_pieces(model, tokens, sizes: Sequence[int], slots: int | None = None) -> jax.Array:
+    """The stream [B, S, hidden] of full rows of tokens [B, S], run in pieces of these sizes."""
+    batch, length = tokens.shape
+    assert sum(sizes) == length
+    cache, start, pieces = model.make_cache(batch, slots or length), 0, []
+    for size in sizes:
+        piece = jnp.asarray(tokens[:, start : start + size])
+        places = jnp.full(batch, start, jnp.int32), jnp.full(batch, size, jnp.int32)
+        hidden, cache = run_hidden(model, piece, *places, cache)
+        pieces.append(hidden)
+        start += size
+    return jnp.concatenate(pieces, axis=1)
+
 
 SMALL = {
     "vocab_size": 128,

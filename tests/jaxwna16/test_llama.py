@@ -9,7 +9,6 @@ import pytest
 import torch
 from flax import nnx
 
-from jaxwna16.models.attention import LayerCache
 from jaxwna16.models.config import ModelConfig
 from jaxwna16.models.llama import Llama
 from tests.grids import sample
@@ -22,13 +21,11 @@ from tests.jaxwna16.hf_models import (
     reference_logits,
     relative_error,
     run_hidden,
+    run_logits,
+    run_pieces,
 )
 
 LENGTH = 24
-
-
-def positions_of(tokens: np.ndarray, start: int = 0) -> jax.Array:
-    return jnp.broadcast_to(start + jnp.arange(tokens.shape[1])[None, :], tokens.shape)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -54,20 +51,15 @@ def test_bfloat16_is_as_close_to_float32_as_transformers_in_bfloat16_is(family):
 @pytest.mark.parametrize(
     "family", sample([f for f in FAMILIES if f != "llama, dynamic rope past its length"], every=3)
 )
-def test_decoding_token_by_token_equals_one_forward_pass(family):
+def test_a_row_in_pieces_and_then_token_by_token_equals_the_row_at_once(family):
+    """The window of the sliding layers, 5 or 6 tokens, ends within pieces and between them."""
     model = convert(make_reference(family))
-    tokens = jnp.asarray(random_tokens(2, LENGTH))
-    whole, _ = run_hidden(model, tokens, positions_of(tokens))
-    start = 7
-    piece, cache = run_hidden(model, tokens[:, :start], positions_of(tokens[:, :start]))
-    room = ((0, 0), (0, LENGTH - start), (0, 0))
-    cache = tuple(LayerCache(jnp.pad(k, room), jnp.pad(v, room)) for k, v in cache)
-    pieces = [piece]
-    for i in range(start, LENGTH):
-        one = tokens[:, i : i + 1]
-        piece, cache = run_hidden(model, one, positions_of(one, i), cache)
-        pieces.append(piece)
-    np.testing.assert_allclose(jnp.concatenate(pieces, axis=1), whole, rtol=2e-4, atol=2e-5)
+    tokens = random_tokens(2, LENGTH)
+    whole = run_pieces(model, tokens, [LENGTH])
+    logits = forward(model, jnp.asarray(tokens))
+    pieces = run_pieces(model, tokens, [8, 8, *[1] * (LENGTH - 16)])
+    np.testing.assert_allclose(pieces, whole, rtol=2e-4, atol=2e-5)
+    assert relative_error(run_logits(model, pieces), np.asarray(logits)) < 1e-4
 
 
 @pytest.mark.parametrize(
@@ -75,14 +67,26 @@ def test_decoding_token_by_token_equals_one_forward_pass(family):
 )
 def test_a_row_does_not_depend_on_its_neighbours(family):
     model = convert(make_reference(family))
-    lengths = np.array([5, LENGTH, 17], np.int32)
-    tokens = random_tokens(3, LENGTH)
-    positions = np.minimum(np.arange(LENGTH, dtype=np.int32)[None, :], lengths[:, None] - 1)
-    together, _ = run_hidden(model, jnp.asarray(tokens), jnp.asarray(positions))
-    for row, length in enumerate(lengths):
-        single = tokens[row : row + 1, :length]
-        alone, _ = run_hidden(model, jnp.asarray(single), positions_of(single))
+    lengths = np.array([5, LENGTH, 17, 0], np.int32)
+    tokens, start = random_tokens(4, LENGTH), jnp.zeros(4, jnp.int32)
+    together, _ = run_hidden(
+        model, jnp.asarray(tokens), start, jnp.asarray(lengths), model.make_cache(4, LENGTH)
+    )
+    for row, length in enumerate(lengths[:3]):
+        alone = run_pieces(model, tokens[row : row + 1, :length], [length], slots=LENGTH)
         np.testing.assert_allclose(together[row, :length], alone[0], rtol=2e-4, atol=2e-5)
+
+
+def test_padding_leaves_the_cache_as_it_is():
+    model = convert(make_reference("qwen2, second layer sliding"))
+    tokens = jnp.asarray(random_tokens(3, 4))
+    start, count = jnp.array([2, 0, 6], jnp.int32), jnp.array([3, 0, 2], jnp.int32)
+    before = jax.tree.map(lambda x: x + 7, model.make_cache(3, 8))
+    _, after = run_hidden(model, tokens, start, count, before)
+    for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
+        changed = np.asarray(old != new).reshape(3, 2, 8, -1).any(axis=(1, 3))
+        expected = [[2 <= s < 5 for s in range(8)], [False] * 8, [s >= 6 for s in range(8)]]
+        np.testing.assert_array_equal(changed, expected)
 
 
 def test_what_is_behind_a_token_does_not_change_its_logits():

@@ -33,7 +33,7 @@ from tests.jaxwna16.hf_models import (
     record_routers,
     reference_logits,
     relative_error,
-    run_hidden,
+    run_pieces,
 )
 
 SIZES = {
@@ -127,15 +127,8 @@ def test_32_greedy_tokens_are_those_of_the_decompressed_weights(load, kind):
 def test_decoding_token_by_token_equals_one_forward_pass(load, kind):
     _, model, _ = load(*kind)
     tokens = random_tokens(2, 16)
-    positions = jnp.broadcast_to(jnp.arange(16)[None, :], tokens.shape)
-    whole, cache = run_hidden(model, jnp.asarray(tokens), positions)
-    # the cache of the whole has room for it all; what comes later is not seen
-    pieces = []
-    for i in range(16):
-        one = jnp.asarray(tokens[:, i : i + 1])
-        piece, cache = run_hidden(model, one, positions[:, i : i + 1], cache)
-        pieces.append(piece)
-    assert relative_error(jnp.concatenate(pieces, axis=1), np.asarray(whole)) < 1e-4
+    whole, pieces = run_pieces(model, tokens, [16]), run_pieces(model, tokens, [1] * 16)
+    assert relative_error(pieces, np.asarray(whole)) < 1e-4
 
 
 def test_perplexity_is_that_of_the_decompressed_weights(load):
