@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 
 from loaders.stream import Progress as Report
 
@@ -14,15 +23,7 @@ from loaders.stream import Progress as Report
 @contextmanager
 def show_bytes(title: str, *, visible: bool | None = None) -> Iterator[Report]:
     """Show a bar of bytes while the block runs; `visible` None is: on a terminal only."""
-    console = Console(stderr=True)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-    )
-    disable = not (console.is_terminal if visible is None else visible)
-    with Progress(*columns, console=console, disable=disable, transient=visible is None) as bar:
+    with _make_bar(DownloadColumn(), TransferSpeedColumn(), visible=visible) as bar:
         task = bar.add_task(title, total=None)
 
         def report(done: int, total: int, name: str) -> None:
@@ -30,3 +31,25 @@ def show_bytes(title: str, *, visible: bool | None = None) -> Iterator[Report]:
             bar.update(task, completed=done, total=total)
 
         yield report
+
+
+@contextmanager
+def show_steps(
+    title: str, total: int, *, visible: bool | None = None
+) -> Iterator[Callable[[int], None]]:
+    """Show a bar of `total` steps while the block runs, which calls with the number of new ones."""
+    with _make_bar(MofNCompleteColumn(), TimeRemainingColumn(), visible=visible) as bar:
+        task = bar.add_task(title, total=total)
+        yield lambda steps: bar.advance(task, steps)
+
+
+def _make_bar(*columns: ProgressColumn, visible: bool | None) -> Progress:
+    console = Console(stderr=True)
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        *columns,
+        console=console,
+        disable=not (console.is_terminal if visible is None else visible),
+        transient=visible is None,
+    )

@@ -22,6 +22,11 @@ def add_json(parser: argparse.ArgumentParser, verb: object) -> None:
 def add_model(parser: argparse.ArgumentParser) -> None:
     """Add the checkpoint and how it is computed with."""
     parser.add_argument("checkpoint", metavar="DIR", help="checkpoint folder, or a name on the hub")
+    add_computation(parser)
+
+
+def add_computation(parser: argparse.ArgumentParser) -> None:
+    """Add how a model is computed with."""
     parser.add_argument(
         "--dtype",
         choices=("auto", *DTYPES),
@@ -33,6 +38,31 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         "--backend",
         choices=("triton", "xla"),
         help="of the quantized layers; without it the best that this machine has",
+    )
+
+
+def add_windows(parser: argparse.ArgumentParser) -> None:
+    """Add a text, and the windows in which it is scored."""
+    parser.add_argument("--text", metavar="FILE", required=True, help="UTF-8 text")
+    parser.add_argument(
+        "--window", metavar="T", type=int, default=512, help="tokens of a window (default: 512)"
+    )
+    parser.add_argument(
+        "--stride",
+        metavar="T",
+        type=int,
+        help="tokens from one window's beginning to the next one's (default: --window); below "
+        "--window they overlap, and every token of the text is scored once",
+    )
+    parser.add_argument(
+        "--windows",
+        metavar="N",
+        type=int,
+        help="score only the first N windows of the text's second half, which begins at its middle "
+        "character; by default the whole text is scored",
+    )
+    parser.add_argument(
+        "--batch", metavar="B", type=int, default=1, help="windows scored at once (default: 1)"
     )
 
 

@@ -1,4 +1,4 @@
-"""`jaxwna16 eval perplexity`: how well a model predicts a text."""
+"""`jaxwna16 eval perplexity` and `eval compare`: how well models predict a text."""
 
 from __future__ import annotations
 
@@ -7,10 +7,14 @@ import math
 import sys
 from typing import TYPE_CHECKING, Any
 
-from jaxwna16.cli.arguments import add_json, add_model
+from jaxwna16.cli import compare
+from jaxwna16.cli.arguments import add_json, add_model, add_windows
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from jaxwna16.evaluation import Perplexity
+    from jaxwna16.text import Tokenizer
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -18,69 +22,90 @@ def configure(parser: argparse.ArgumentParser) -> None:
     measures = parser.add_subparsers(title="measures", metavar="MEASURE", required=True)
     perplexity = measures.add_parser("perplexity", help="how well it predicts a text")
     perplexity.description = (
-        "Measure perplexity: the text is cut into windows of tokens that do not overlap, each is "
-        "read by itself, and every token but its first is scored."
+        "Measure perplexity: the text is cut into windows of tokens, each is read by itself, and "
+        "every token but its first is scored; with --stride below --window, each token of the text "
+        "once, and then also by word and byte, as lm-evaluation-harness defines these."
     )
     add_model(perplexity)
-    perplexity.add_argument("--text", metavar="FILE", required=True, help="UTF-8 text")
-    perplexity.add_argument(
-        "--window", metavar="T", type=int, default=512, help="tokens of a window (default: 512)"
-    )
-    perplexity.add_argument(
-        "--windows",
-        metavar="N",
-        type=int,
-        help="score only the first N windows of the text's second half, which begins at its middle "
-        "character; by default the whole text is scored",
-    )
-    perplexity.add_argument(
-        "--batch", metavar="B", type=int, default=1, help="windows scored at once (default: 1)"
-    )
+    add_windows(perplexity)
     add_json(perplexity, sys.modules[__name__])
+    compare.configure(measures.add_parser("compare", help="several checkpoints side by side"))
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    import numpy as np
-
-    from jaxwna16.cli.model import open_model, open_tokenizer
-    from jaxwna16.cli.screen import count, make_console
+    from jaxwna16.cli.model import open_model, open_tokenizer, read_windows
     from jaxwna16.errors import InputError
-    from jaxwna16.evaluation import cut_windows, measure_perplexity, read_text
+    from jaxwna16.evaluation import measure_perplexity
 
-    text = read_text(args.text)
-    if args.windows is not None:
-        text = text[len(text) // 2 :]
-    tokens = np.asarray(open_tokenizer(args).encode(text))
-    windows = len(cut_windows(tokens, args.window, args.windows))
-    if args.windows is not None and windows < args.windows:
-        raise InputError(
-            f"{args.text}: its second half has {windows} windows of {args.window} tokens, not "
-            f"{args.windows}: ask for fewer (--windows), for smaller ones (--window) or leave out "
-            "--windows to score the whole text"
-        )
+    tokenizer = open_tokenizer(args)
+    text, tokens = read_windows(args, tokenizer)
     model, facts = open_model(args)
-    with make_console(stderr=True).status(f"scoring {count(windows, 'window')}"):
-        found = measure_perplexity(
-            model, tokens, window=args.window, max_windows=args.windows, batch=args.batch
+    limit = model.config.max_length
+    if args.window > limit + 1:  # the output at a window's last token is not used
+        raise InputError(
+            f"--window {args.window}: the model was made for {limit} tokens, so that a window can "
+            f"have {limit + 1}, the last of which is only predicted"
         )
+    found = measure_perplexity(
+        model,
+        tokens,
+        window=args.window,
+        stride=args.stride,
+        max_windows=args.windows,
+        batch=args.batch,
+        progress=None,
+    )
     return {
         **facts,
         "text": args.text,
         "window": args.window,
+        "stride": args.window if args.stride is None else args.stride,
         "windows": found.windows,
         "tokens": found.tokens,
         "perplexity": found.perplexity if math.isfinite(found.perplexity) else None,
         "nll": found.nll,
+        **_relate_to_text(args, text, tokens, tokenizer, found),
         "seconds": found.seconds,
         "tokens_per_second": found.tokens_per_second,
     }
 
 
+def _relate_to_text(
+    args: argparse.Namespace,
+    text: str,
+    tokens: list[int],
+    tokenizer: Tokenizer,
+    found: Perplexity,
+) -> dict[str, Any]:
+    """The figures by word and byte, null unless every token of the text was scored."""
+    import dataclasses
+
+    from jaxwna16.evaluation import TextPerplexity, find_prefix, relate_to_text
+
+    names = [field.name for field in dataclasses.fields(TextPerplexity)]
+    if args.stride in (None, args.window) or tokens[0] != find_prefix(tokenizer):
+        return dict.fromkeys(names)
+    if args.windows is not None:  # the text ends where the last window does
+        ends = [end for _, end in tokenizer.backend.encode(text).offsets]
+        own_prefix = len(ends) - (len(tokens) - 1)
+        text = text[: max(ends[: found.tokens + own_prefix])]
+    related = dataclasses.asdict(relate_to_text(-found.nll * found.tokens, text))
+    return {name: value if math.isfinite(value) else None for name, value in related.items()}
+
+
 def show(report: dict[str, Any], console: Console) -> None:
     from jaxwna16.cli.screen import count
 
-    value = report["perplexity"]
-    console.print(f"perplexity {'above 1e304' if value is None else format(value, '.4f')}")
+    def write(value: float | None) -> str:
+        return "above 1e304" if value is None else format(value, ".4f")
+
+    console.print(f"perplexity {write(report['perplexity'])}")
+    if report["words"] is not None:
+        console.print(
+            f"by word {write(report['word_perplexity'])} ({count(report['words'], 'word')}), "
+            f"by byte {write(report['byte_perplexity'])} ({count(report['bytes'], 'byte')}), "
+            f"{report['bits_per_byte']:.4f} bits per byte"
+        )
     console.print(
         f"{count(report['windows'], 'window')} of {report['window']} tokens, "
         f"{count(report['tokens'], 'token')} scored in {report['seconds']:.1f} s "

@@ -26,6 +26,7 @@ from jaxwna16.cli import (
     doctor,
     evaluate,
     generate,
+    harness,
     inspect,
     quantize,
     verify,
@@ -67,6 +68,12 @@ def _make_parser() -> argparse.ArgumentParser:
     )
     generate.configure(verbs.add_parser("generate", help="continue a prompt"))
     evaluate.configure(verbs.add_parser("eval", help="measure how good a model is"))
+    # no sign begins an option here, so that every argument is left to the harness's own parser
+    harness.configure(
+        verbs.add_parser(
+            "lm-eval", help="run lm-evaluation-harness", prefix_chars="\0", add_help=False
+        )
+    )
     quantize.configure(verbs.add_parser("quantize", help="make a packed checkpoint of a float one"))
     dequantize.configure(
         verbs.add_parser("dequantize", help="make a float checkpoint of a packed one")

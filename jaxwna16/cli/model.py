@@ -7,8 +7,11 @@ import time
 from typing import Any
 
 import jax
+import numpy as np
 
 from jaxwna16.checkpoint import resolve_folder
+from jaxwna16.errors import InputError
+from jaxwna16.evaluation import cut_windows, find_prefix, read_text
 from jaxwna16.language import load_model
 from jaxwna16.models.llama import Llama
 from jaxwna16.text import Tokenizer
@@ -21,12 +24,44 @@ def open_tokenizer(args: argparse.Namespace) -> Tokenizer:
     return Tokenizer.from_folder(plan.folder)
 
 
+def choose_dtype(dtype: str) -> str | None:
+    """The dtype for `load_model` that `--dtype` asks for."""
+    if dtype != "auto":
+        return dtype
+    # most CPUs compute in 16 bits far more slowly than in 32
+    return "float32" if jax.default_backend() == "cpu" else None
+
+
+def read_windows(args: argparse.Namespace, tokenizer: Tokenizer) -> tuple[str, list[int]]:
+    """The text that `arguments.add_windows` describes, and its tokens.
+
+    Where every token is to be scored, the tokens begin with one more, so that the first has a
+    token before it: BOS, or EOS where the tokenizer has no BOS. One that is there stays alone.
+
+    Raises:
+      InputError: if the text cannot be read, or has fewer windows than asked for.
+    """
+    text = read_text(args.text)
+    if args.windows is not None:
+        text = text[len(text) // 2 :]
+    tokens = tokenizer.encode(text)
+    if args.stride not in (None, args.window):
+        prefix = find_prefix(tokenizer)
+        if prefix is not None and tokens[:1] != [prefix]:
+            tokens = [prefix, *tokens]
+    windows = len(cut_windows(np.asarray(tokens), args.window, args.windows, args.stride).tokens)
+    if args.windows is not None and windows < args.windows:
+        raise InputError(
+            f"{args.text}: its second half has {windows} windows of {args.window} tokens, not "
+            f"{args.windows}: ask for fewer (--windows), for smaller ones (--window) or leave out "
+            "--windows to score the whole text"
+        )
+    return text, tokens
+
+
 def open_model(args: argparse.Namespace) -> tuple[Llama, dict[str, Any]]:
     """The model that `arguments.add_model` describes, and what a report says about it."""
-    dtype = args.dtype
-    if dtype == "auto":
-        # most CPUs compute in 16 bits far more slowly than in 32
-        dtype = "float32" if jax.default_backend() == "cpu" else None
+    dtype = choose_dtype(args.dtype)
     folder = resolve_folder(args.checkpoint)
     started = time.perf_counter()
     model = load_model(folder, dtype=dtype, backend=args.backend)
