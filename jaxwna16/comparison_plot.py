@@ -68,7 +68,7 @@ def _draw_panel(axis: Any, rows: Sequence[Mapping[str, Any]], key: str, label: s
     axis.set_yticks([tick for tick in ticks if low <= tick <= high])
     axis.minorticks_off()
     axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axis.margins(x=0.1, y=0.1)
+    axis.margins(x=0.16, y=0.1)
     axis.set_xlabel("checkpoint, MB")
     axis.set_ylabel(label)
     axis.grid(axis="y", color="#eeeeee", zorder=0)
