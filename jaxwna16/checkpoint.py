@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -87,21 +87,28 @@ def load_checkpoint(
 
 
 def read_plan(
-    plan: Plan, *, dtype: Any = None, progress: bool | Progress | None = None
+    plan: Plan,
+    *,
+    dtype: Any = None,
+    kept: Collection[str] = (),
+    progress: bool | Progress | None = None,
 ) -> Checkpoint:
-    """Read everything a plan names; arguments and errors as `load_checkpoint`."""
+    """Read everything a plan names; arguments and errors as `load_checkpoint`.
+
+    Tensors named in `kept` stay as they are, whatever `dtype` is.
+    """
     if callable(progress):
-        params = _read(plan, dtype, progress)
+        params = _read(plan, dtype, kept, progress)
     else:
         with show_bytes(f"loading {plan.folder.name}", visible=progress) as report:
-            params = _read(plan, dtype, report)
+            params = _read(plan, dtype, kept, report)
     return Checkpoint(params, plan.specs, plan.config, plan.folder, plan.warnings)
 
 
-def _read(plan: Plan, dtype: Any, progress: Progress) -> dict[str, Any]:
+def _read(plan: Plan, dtype: Any, kept: Collection[str], progress: Progress) -> dict[str, Any]:
     if isinstance(plan, ConvertedPlan):
-        return load_leaves(plan, dtype=dtype, progress=progress)
-    return load_params(plan, dtype=dtype, progress=progress)
+        return load_leaves(plan, dtype=dtype, kept=kept, progress=progress)
+    return load_params(plan, dtype=dtype, kept=kept, progress=progress)
 
 
 def resolve_folder(path_or_hub_id: str | os.PathLike[str]) -> Path:

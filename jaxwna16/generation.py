@@ -16,7 +16,7 @@ import numpy as np
 from jax import lax
 
 from jaxwna16.errors import InputError
-from jaxwna16.models.llama import Llama
+from jaxwna16.models.causal_lm import CausalLM
 from jaxwna16.sampling import sample
 
 Array = jax.Array
@@ -92,7 +92,7 @@ class _Progress(NamedTuple):
 
 
 def generate_tokens(
-    model: Llama,
+    model: CausalLM,
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int = 128,
@@ -170,7 +170,7 @@ def round_up(length: int) -> int:
 
 @functools.partial(jax.jit, static_argnames="width")
 def _prefill(
-    model: Llama, tokens: Array, lengths: Array, options: _Options, *, width: int
+    model: CausalLM, tokens: Array, lengths: Array, options: _Options, *, width: int
 ) -> _Progress:
     """Run padded prompts int32 [B, S], choose the first tokens, make room for `width` of them."""
     trace_counts["prefill"] += 1
@@ -189,7 +189,7 @@ def _prefill(
 
 
 @functools.partial(jax.jit, donate_argnames="progress")
-def _decode(model: Llama, progress: _Progress, options: _Options, until: Array) -> _Progress:
+def _decode(model: CausalLM, progress: _Progress, options: _Options, until: Array) -> _Progress:
     """Generate until each row has `until` tokens, an int32 array, or all rows are done."""
     trace_counts["decode"] += 1
 
@@ -246,7 +246,7 @@ def _cut_rows(tokens: np.ndarray, stop_tokens: tuple[int, ...]) -> list[list[int
 
 
 def _list_prompt_faults(
-    model: Llama, prompts: Sequence[Sequence[int]], max_new_tokens: int
+    model: CausalLM, prompts: Sequence[Sequence[int]], max_new_tokens: int
 ) -> Iterator[str]:
     vocab, limit = model.config.vocab_size, model.config.max_length
     if not _is_integer(max_new_tokens) or max_new_tokens < 1:

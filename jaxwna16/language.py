@@ -16,9 +16,10 @@ from flax import nnx
 from jaxwna16.checkpoint import read_plan, resolve_folder
 from jaxwna16.errors import InputError
 from jaxwna16.generation import GenerationResult, generate_tokens
-from jaxwna16.models.config import ModelConfig
-from jaxwna16.models.llama import Llama
-from jaxwna16.models.params import check_leaves, load_params
+from jaxwna16.models.causal_lm import CausalLM
+from jaxwna16.models.families import find_family
+from jaxwna16.models.names import rename_parts
+from jaxwna16.models.params import check_leaves, list_leaves, load_params
 from jaxwna16.models.skipped import drop_skipped
 from jaxwna16.models.zero_biases import drop_zero_biases
 from jaxwna16.text import TextStream, Tokenizer
@@ -41,8 +42,8 @@ def load_model(
     dtype: Any = None,
     backend: str | None = None,
     progress: bool | None = None,
-) -> Llama:
-    """Load a language model of one of `MODEL_TYPES`, with packed weights or without.
+) -> CausalLM:
+    """Load a language model of one of `families.MODEL_TYPES`, with packed weights or without.
 
     What some checkpoints hold beside it (a vision tower, layers that predict several tokens at
     once) is left out by the rules in `jaxwna16.models.skipped`; the model's `warnings` list it.
@@ -62,10 +63,13 @@ def load_model(
       ModelError: if the architecture is not supported, or listing every tensor that is missing,
         unexpected or of another shape.
     """
-    plan = choose_parts(open_plan(resolve_folder(path_or_hub_id)))
-    model = plan_model(plan, dtype=dtype, backend=backend)
+    opened = open_plan(resolve_folder(path_or_hub_id))
+    model, plan = _fit(opened, dtype=dtype, backend=backend)
+    check_leaves(model, _describe_leaves(plan), f"{plan.folder}: tensors")
     model.warnings = plan.warnings
-    params = read_plan(plan, dtype=model.dtype, progress=progress).params
+    leaves = list_leaves(model)
+    kept = {path for path in leaves if leaves[path].dtype == jnp.float32 != model.dtype}
+    params = read_plan(plan, dtype=model.dtype, kept=kept, progress=progress).params
     for path in list_embeddings(plan):
         *parents, name = path.split(".")
         tree = functools.reduce(operator.getitem, parents, params)
@@ -73,26 +77,14 @@ def load_model(
     return load_params(model, params)
 
 
-def plan_model(plan: Plan, *, dtype: Any = None, backend: str | None = None) -> Llama:
+def plan_model(plan: Plan, *, dtype: Any = None, backend: str | None = None) -> CausalLM:
     """Make the model of a checkpoint without its arrays, and check that every tensor has its place.
 
     Raises:
       ModelError: as `load_model`; no weight has been read by then.
     """
-    plan = choose_parts(plan)
-    leaves, specs = plan.describe_leaves(), dict(plan.specs)
-    for path in list_embeddings(plan):
-        leaves = {name: leaf for name, leaf in leaves.items() if not name.startswith(f"{path}.")}
-        spec = specs.pop(path)
-        shape = (spec.out_features, spec.in_features)
-        leaves[f"{path}.weight"] = jax.ShapeDtypeStruct(shape, jnp.float32)
-    config = ModelConfig.from_dict(plan.config).with_block_of(leaves)
-    dtype = dtype or config.dtype or "float32"
-    reordered = {name.removesuffix(".perm") for name in leaves if name.endswith(".perm")}
-    facts = {"dtype": dtype, "backend": backend, "reordered": reordered}
-    model = nnx.eval_shape(lambda: Llama(config, specs, **facts))
-    check_leaves(model, leaves, f"{plan.folder}: tensors")
-    model.folder = str(plan.folder)
+    model, plan = _fit(plan, dtype=dtype, backend=backend)
+    check_leaves(model, _describe_leaves(plan), f"{plan.folder}: tensors")
     return model
 
 
@@ -101,19 +93,44 @@ def list_embeddings(plan: Plan) -> list[str]:
     return [path for path in plan.specs if path.rpartition(".")[2] == "embed_tokens"]
 
 
-def choose_parts(plan: Plan) -> Plan:
-    """The plan without what `load_model` leaves out by rule; its warnings say what that is.
+def _fit(plan: Plan, *, dtype: Any, backend: str | None) -> tuple[CausalLM, Plan]:
+    """The model of a checkpoint without its arrays, and the plan of the parts that are for it.
+
+    They are under the model's names; the plan's warnings say what was left out.
 
     Raises:
-      ModelError: if the architecture is not supported.
+      ModelError: if the architecture is not supported, or quantized modules have no place in it.
       CheckpointError: if a file ends early.
     """
-    config = ModelConfig.from_dict(plan.config)
-    return drop_zero_biases(drop_skipped(plan, config), config)
+    family = find_family(plan.config)
+    config = family.read(plan.config)
+    plan = rename_parts(drop_skipped(plan, config), family.names)
+    embeddings = list_embeddings(plan)
+    specs = {path: spec for path, spec in plan.specs.items() if path not in embeddings}
+    facts = {
+        "dtype": dtype or config.dtype or "float32",
+        "backend": backend,
+        "reordered": {p for p, module in plan.quantized.items() if module.encoding.reordered},
+    }
+    make = family.open_class()
+    model = nnx.eval_shape(lambda: make(config, specs, **facts))
+    model.folder = str(plan.folder)
+    return model, drop_zero_biases(plan, list_leaves(model))
+
+
+def _describe_leaves(plan: Plan) -> dict[str, jax.ShapeDtypeStruct]:
+    """The leaves that the plan becomes in a model: embeddings are floats there."""
+    leaves = plan.describe_leaves()
+    for path in list_embeddings(plan):
+        leaves = {name: leaf for name, leaf in leaves.items() if not name.startswith(f"{path}.")}
+        spec = plan.specs[path]
+        shape = (spec.out_features, spec.in_features)
+        leaves[f"{path}.weight"] = jax.ShapeDtypeStruct(shape, jnp.float32)
+    return leaves
 
 
 def generate(
-    model: Llama,
+    model: CausalLM,
     prompts: str | Sequence[str],
     *,
     tokenizer: Tokenizer | None = None,

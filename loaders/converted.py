@@ -14,7 +14,7 @@ import dataclasses
 import functools
 import hashlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -138,7 +138,11 @@ def plan_original(folder: str | os.PathLike[str]) -> Plan:
 
 
 def load_leaves(
-    plan: ConvertedPlan, *, dtype: Any = None, progress: Progress | None = None
+    plan: ConvertedPlan,
+    *,
+    dtype: Any = None,
+    kept: Collection[str] = (),
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Read a converted checkpoint; the same tree, bit for bit, as `load_params` of its source.
 
@@ -146,6 +150,7 @@ def load_leaves(
       plan: what to read.
       dtype: float dtype to which tensors that are not quantized are cast; None leaves them as they
         are.
+      kept: names of tensors that stay as they are, whatever `dtype` is.
       progress: told of the bytes read.
 
     Raises:
@@ -158,7 +163,8 @@ def load_leaves(
     done, total, specs = 0, plan.nbytes, plan.specs
     for info, array in read_leaves(plan):
         path, _, leaf = info.name.rpartition(".")
-        wanted = None if path in specs and leaf != "bias" else dtype
+        is_packed = path in specs and leaf != "bias"
+        wanted = None if is_packed or info.name in kept else dtype
         value, overflows = place_tensor(array, wanted, info)
         put_leaf(params, info.name, value)
         faults += overflows

@@ -10,7 +10,7 @@ of experts takes its own arrays and two experts, on a device the two experts alo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,11 @@ Progress = Callable[[int, int, str], None]
 
 
 def load_params(
-    plan: Plan, *, dtype: Any = None, progress: Progress | None = None
+    plan: Plan,
+    *,
+    dtype: Any = None,
+    kept: Collection[str] = (),
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Read every tensor of a plan into a nested dict under the checkpoint's module paths.
 
@@ -47,6 +51,7 @@ def load_params(
       plan: what to read.
       dtype: float dtype to which tensors that are not quantized are cast; None leaves them as they
         are. Scales keep the dtype of the file, since it decides how weights round.
+      kept: names of tensors that stay as they are, whatever `dtype` is.
       progress: told of the bytes read.
 
     Raises:
@@ -69,7 +74,8 @@ def load_params(
             place = plan.stacks[path].places[name]
             stacks[path], overflows = _place_expert(leaves, part, arrays, dtype, *place)
         elif isinstance(part, TensorInfo):
-            leaf, overflows = place_tensor(arrays[name], dtype, part)
+            wanted = None if name in kept else dtype
+            leaf, overflows = place_tensor(arrays[name], wanted, part)
             put_leaf(params, name, leaf)
         else:
             leaves, overflows = _place_module(part, arrays, dtype)

@@ -119,7 +119,7 @@ def test_perplexity_of_perturbed_experts_agrees_to_four_digits(perturbed, tokens
     assert found == pytest.approx(expected, rel=5e-5)
     # had it chosen the other experts, it would show
     for layer in model.model.layers:
-        gate = layer.block_sparse_moe.gate.weight
+        gate = layer.mlp.gate.weight
         gate.set_value(-gate[...])
     other = jaxwna16.measure_perplexity(model, tokens, window=WINDOW).perplexity
     assert abs(other / expected - 1) > 0.01
@@ -131,7 +131,7 @@ def test_packed_experts_give_logits_and_perplexity_of_their_floats(packed, token
     del reference
     gc.collect()
     model = jaxwna16.load_model(packed)
-    assert isinstance(model.model.layers[LAYERS - 1].block_sparse_moe.experts, jaxwna16.QuantMoE)
+    assert isinstance(model.model.layers[LAYERS - 1].mlp.experts, jaxwna16.QuantMoE)
     ours = jax.jit(lambda model, x: model(x))(model, jnp.asarray([tokens[:WINDOW]]))
     assert np.abs(np.asarray(ours[0]) - logits[0]).max() <= 1e-4 * np.abs(logits).max()
     found = jaxwna16.measure_perplexity(model, tokens, window=WINDOW).perplexity

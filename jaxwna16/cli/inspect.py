@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from jaxwna16.models.config import ModelConfig
+    from jaxwna16.models.language_config import LanguageConfig
     from loaders.plan import Plan
 
 _BF16_BYTES = 2
@@ -91,15 +91,15 @@ def _inspect(checkpoint: str) -> dict[str, Any]:
     return report
 
 
-def _describe_support(plan: Plan) -> tuple[ModelConfig | None, dict[str, Any]]:
+def _describe_support(plan: Plan) -> tuple[LanguageConfig | None, dict[str, Any]]:
     """Whether `load_model` has a definition for what config.json describes, and which it is."""
     from jaxwna16.errors import ModelError
-    from jaxwna16.models.config import ModelConfig
+    from jaxwna16.models.families import read_config
 
     stated = (plan.config.get(key) for key in ("dtype", "torch_dtype"))
     dtype = next((name for name in stated if name in DTYPES), "float32")
     try:
-        model = ModelConfig.from_dict(plan.config)
+        model = read_config(plan.config)
     except ModelError as error:
         reasons = list(error.reasons) or [error.summary]
         return None, {"supported": False, "reasons": reasons, "dtype": dtype}

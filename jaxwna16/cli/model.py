@@ -13,7 +13,7 @@ from jaxwna16.checkpoint import resolve_folder
 from jaxwna16.errors import InputError
 from jaxwna16.evaluation import cut_windows, find_prefix, read_text
 from jaxwna16.language import load_model
-from jaxwna16.models.llama import Llama
+from jaxwna16.models.causal_lm import CausalLM
 from jaxwna16.text import Tokenizer
 from loaders.converted import open_plan
 
@@ -59,7 +59,7 @@ def read_windows(args: argparse.Namespace, tokenizer: Tokenizer) -> tuple[str, l
     return text, tokens
 
 
-def open_model(args: argparse.Namespace) -> tuple[Llama, dict[str, Any]]:
+def open_model(args: argparse.Namespace) -> tuple[CausalLM, dict[str, Any]]:
     """The model that `arguments.add_model` describes, and what a report says about it."""
     dtype = choose_dtype(args.dtype)
     folder = resolve_folder(args.checkpoint)

@@ -110,13 +110,13 @@ def _check_model(survey: Survey) -> tuple[dict[str, Any], list[Fault]]:
     from jaxwna16.cli.faults import read_reason
     from jaxwna16.errors import ModelError
     from jaxwna16.language import plan_model
-    from jaxwna16.models.config import ModelConfig
+    from jaxwna16.models.families import read_config
     from loaders.quantization_config import list_prefixes
 
     plan = survey.plan
     facts = {"model_type": plan.config.get("model_type"), "checked": True, "reason": ""}
     try:
-        ModelConfig.from_dict(plan.config)
+        read_config(plan.config)
     except ModelError as error:
         reason = "; ".join([error.summary, *error.reasons])
         return facts | {"checked": False, "reason": reason}, []

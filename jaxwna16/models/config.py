@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from jaxwna16.errors import ModelError
@@ -13,9 +13,9 @@ from jaxwna16.models.rope import RopeConfig
 from jaxwna16.models.rope_config import read_rope, read_rotary_dim
 from jaxwna16.models.windows import read_windows
 
-_ACTIVATIONS = ("silu", "swish")
-_DTYPES = ("float32", "bfloat16", "float16")
-_MOST_LAYERS = 1000  # each is made, abstractly, before it is looked for in the files
+ACTIVATIONS = ("silu", "swish")
+DTYPES = ("float32", "bfloat16", "float16")
+MAX_LAYERS = 1000  # each is made, abstractly, before it is looked for in the files
 
 Rule = bool | tuple[str, bool]
 """A fact of a family, or the key of `config.json` that states it and its default."""
@@ -113,15 +113,6 @@ class ModelConfig:
             return int(self.max_position_embeddings * self.rope.factor)
         return self.max_position_embeddings
 
-    def with_block_of(self, names: Iterable[str]) -> ModelConfig:
-        """The same with the block of experts called as in a checkpoint with tensors of these names.
-
-        Mixtral's is `block_sparse_moe` in published files and `mlp` in newer ones.
-        """
-        if self.moe is None or not any(".mlp.gate." in name for name in names):
-            return self
-        return dataclasses.replace(self, moe=dataclasses.replace(self.moe, block="mlp"))
-
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> ModelConfig:
         """Read a `config.json`, in the spelling of transformers 5 or an older one.
@@ -136,12 +127,12 @@ class ModelConfig:
         if model_type is None:
             raise ModelError("this model is not supported", reader.reasons)
         family = _FAMILIES[model_type]
-        reader.choose("hidden_act", "silu", _ACTIVATIONS)
+        reader.choose("hidden_act", "silu", ACTIVATIONS)
         if not config.get("is_causal", True):
             reader.refuse("is_causal", False, "only causal attention")
         hidden = reader.count("hidden_size")
         heads = reader.count("num_attention_heads")
-        layers = reader.count("num_hidden_layers", most=_MOST_LAYERS)
+        layers = reader.count("num_hidden_layers", most=MAX_LAYERS)
         kv_default = heads if model_type == "llama" or "num_key_value_heads" in config else None
         kv_heads = reader.count("num_key_value_heads", kv_default)
         head_dim = reader.count("head_dim", family.head_dim or hidden // heads)
@@ -171,8 +162,8 @@ class ModelConfig:
             qk_norm=_decide(reader, family.qk_norm),
             windows=read_windows(reader, model_type, layers),
             rope=read_rope(reader, max_positions, family.rope_theta),
-            dtype=reader.choose("dtype" if config.get("dtype") else "torch_dtype", None, _DTYPES),
-            eos_token_ids=_read_eos(reader),
+            dtype=reader.choose("dtype" if config.get("dtype") else "torch_dtype", None, DTYPES),
+            eos_token_ids=read_eos(reader),
             moe=read_moe(reader, model_type, layers) if model_type in MOE_TYPES else None,
             prediction_layers=reader.count(
                 "num_nextn_predict_layers", int(family.has_prediction_layers), least=0
@@ -187,7 +178,8 @@ def _decide(reader: ConfigReader, rule: Rule) -> bool:
     return rule if isinstance(rule, bool) else reader.flag(*rule)
 
 
-def _read_eos(reader: ConfigReader) -> tuple[int, ...]:
+def read_eos(reader: ConfigReader) -> tuple[int, ...]:
+    """`eos_token_id`, one token or several."""
     value = reader.config.get("eos_token_id", [])
     ids = value if isinstance(value, list) else [value]
     if not all(isinstance(i, int) and i >= 0 for i in ids):

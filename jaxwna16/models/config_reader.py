@@ -14,16 +14,20 @@ class ConfigReader:
       given: the config.json as it is.
       config: the same without nulls.
       reasons: what was refused so far, a line each.
+
+    Args:
+      section: what stands before its keys in the reasons, "text_config." of a part of the whole.
     """
 
-    def __init__(self, config: Mapping[str, Any]):
+    def __init__(self, config: Mapping[str, Any], section: str = ""):
         self.given = config
+        self.section = section
         self.config = {key: value for key, value in config.items() if value is not None}
         self.reasons: list[str] = []
 
     def refuse(self, key: str, found: object, expected: str) -> None:
         """Note that a key has a value that cannot be served."""
-        reason = f"{key}: expected {expected}, found {found!r}"
+        reason = f"{self.section}{key}: expected {expected}, found {found!r}"
         if reason not in self.reasons:
             self.reasons.append(reason)
 

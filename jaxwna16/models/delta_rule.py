@@ -45,6 +45,25 @@ class DeltaCache(NamedTuple):
     state: Array
 
 
+def make_delta_cache(
+    batch: int,
+    width: int,
+    features: int,
+    heads: tuple[int, int, int],
+    dtype: jax.typing.DTypeLike,
+) -> DeltaCache:
+    """What stands before the first token: zeros.
+
+    Args:
+      width: W, tokens that the convolution spans.
+      features: C, of its inputs.
+      heads: value heads, Dk and Dv.
+      dtype: of the inputs.
+    """
+    inputs = jnp.zeros((batch, width - 1, features), dtype)
+    return DeltaCache(inputs, jnp.zeros((batch, *heads), jnp.float32))
+
+
 def mark_tokens(count: Array, steps: int) -> Array:
     """Which of `steps` tokens are no padding, bool [B, S]; count is int32 [B]."""
     return jnp.arange(steps)[None, :] < count[:, None]
@@ -98,14 +117,14 @@ def run_delta_rule(
         return jnp.where(mask, x.astype(jnp.float32), 0.0).swapaxes(1, 2)
 
     repeats = v.shape[2] // k.shape[2]
-    q = jnp.repeat(normalise(clear(q)) * q.shape[-1] ** -0.5, repeats, axis=1)
-    k = jnp.repeat(normalise(clear(k)), repeats, axis=1)
+    q = jnp.repeat(divide_by_length(clear(q)) * q.shape[-1] ** -0.5, repeats, axis=1)
+    k = jnp.repeat(divide_by_length(clear(k)), repeats, axis=1)
     run = _step if q.shape[2] == 1 else _run_chunks
     out, state = run(q, k, clear(v), clear(g), clear(beta), state)
     return out.swapaxes(1, 2), state
 
 
-def normalise(x: Array) -> Array:
+def divide_by_length(x: Array) -> Array:
     """x / sqrt(sum(x^2) + 1e-6) over the last axis."""
     return x * lax.rsqrt(jnp.sum(x * x, axis=-1, keepdims=True) + _EPS)
 

@@ -36,6 +36,7 @@ class Embedding(nnx.Module):
     """Rows of weight [V, hidden]; a token outside the vocabulary gives NaN."""
 
     def __init__(self, vocab_size: int, features: int, *, dtype):
+        self.features = features
         self.weight = nnx.Param(jnp.zeros((vocab_size, features), dtype))
 
     def __call__(self, tokens: Array) -> Array:
@@ -50,10 +51,21 @@ class RMSNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: Array) -> Array:
-        wide = x.astype(jnp.float32)
-        inverse = lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
-        normalised = (wide * inverse).astype(x.dtype)
+        normalised = normalise(x, self.eps).astype(x.dtype)
         return normalised * jnp.expand_dims(self.weight[...], range(x.ndim - 1))
+
+
+class OffsetRMSNorm(nnx.Module):
+    """x / sqrt(mean(x^2) + eps) * (1 + weight), computed in float32 and rounded once."""
+
+    def __init__(self, features: int, eps: float, *, dtype):
+        self.weight = nnx.Param(jnp.zeros(features, dtype))
+        self.eps = eps
+
+    def __call__(self, x: Array) -> Array:
+        factor = 1 + self.weight[...].astype(jnp.float32)
+        wide = normalise(x, self.eps) * jnp.expand_dims(factor, range(x.ndim - 1))
+        return wide.astype(x.dtype)
 
 
 class MLP(nnx.Module):
@@ -66,6 +78,12 @@ class MLP(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         return self.down_proj(gated(x, self.gate_proj, self.up_proj))
+
+
+def normalise(x: Array, eps: float) -> Array:
+    """x / sqrt(mean(x^2) + eps) over the last axis, float32."""
+    wide = x.astype(jnp.float32)
+    return wide * lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
 
 
 def multiply(x: Array, weight: Array) -> Array:

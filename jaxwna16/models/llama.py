@@ -1,17 +1,13 @@
-"""The Llama family and its relatives with experts (`MODEL_TYPES`) as one NNX definition.
+"""The Llama family and its relatives with experts (`ModelConfig`) as one NNX definition.
 
-Attribute paths are the checkpoint's own tensor names (`model.layers.0.self_attn.q_proj.weight`), so
-weights are loaded by path (`jaxwna16.models.params`). A linear named in `specs` is a `QuantDense`,
-experts named there are a `QuantMoE`. Sparse layers are in `jaxwna16.models.moe`.
+Sparse layers are in `jaxwna16.models.moe`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from jaxwna16.fused import project
@@ -24,11 +20,11 @@ from jaxwna16.models.attention import (
     see_slots,
     write_slots,
 )
+from jaxwna16.models.causal_lm import CausalLM, run_layer
 from jaxwna16.models.config import ModelConfig
-from jaxwna16.models.layers import MLP, Dense, Embedding, Linears, RMSNorm, multiply
+from jaxwna16.models.layers import MLP, Embedding, Linears, RMSNorm
 from jaxwna16.models.moe import SparseBlock
 from jaxwna16.models.rope import rotate, rotation_tables
-from pallas_kernels.spec import QuantSpec
 
 Array = jax.Array
 Rotation = tuple[Array, Array]
@@ -83,13 +79,10 @@ class DecoderLayer(nnx.Module):
         self.self_attn = Attention(config, linears, f"{path}.self_attn")
         self.post_attention_layernorm = RMSNorm(hidden, eps, dtype=linears.dtype)
         if config.moe is not None and config.moe.sparse[layer]:
-            self.block = config.moe.block
-            block = SparseBlock(config.moe, hidden, linears, f"{path}.{self.block}")
+            self.mlp = SparseBlock(config.moe, hidden, linears, f"{path}.mlp")
         else:
-            self.block = "mlp"
             inner, bias = config.intermediate_size, config.mlp_bias
-            block = MLP(hidden, inner, bias, linears, f"{path}.mlp")
-        setattr(self, self.block, block)
+            self.mlp = MLP(hidden, inner, bias, linears, f"{path}.mlp")
 
     def make_cache(self, batch: int, slots: int) -> LayerCache:
         """What the layer keeps of `slots` tokens of each row, empty."""
@@ -100,8 +93,7 @@ class DecoderLayer(nnx.Module):
     ) -> tuple[Array, LayerCache | None]:
         mixed, cache = self.self_attn(self.input_layernorm(x), rotation, seen, slots, cache)
         x = x + mixed
-        block = getattr(self, self.block)
-        return x + block(self.post_attention_layernorm(x)), cache
+        return x + self.mlp(self.post_attention_layernorm(x)), cache
 
 
 class Decoder(nnx.Module):
@@ -113,109 +105,33 @@ class Decoder(nnx.Module):
             DecoderLayer(config, linears, layer) for layer in range(config.num_hidden_layers)
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=linears.dtype)
-
-
-class Llama(nnx.Module):
-    """A language model: `model(tokens)` maps int32 [B, S] to float32 logits [B, S, V].
-
-    Constructed under `nnx.eval_shape` it holds shapes and no arrays; `load_params` fills it. It is
-    a pytree, so `jax.jit` takes it as an argument.
-
-    Attributes:
-      config: what it was constructed from.
-      dtype: dtype of activations, cache and plain weights. In float32 products are full float32.
-      folder: the checkpoint folder it was loaded from, if any: where its tokenizer is.
-      warnings: remarks about that checkpoint, what was left out by rule among them.
-
-    Args:
-      specs: module path ("lm_head", "model.layers.0.mlp.up_proj") -> spec of its packed weight. Of
-        experts, `w13` (gate and up) and `w2` are such modules: "model.layers.0.mlp.experts.w13".
-      reordered: paths of those whose input features were reordered (act-order).
-      dtype: see the attribute.
-      backend: of the quantized linears: None is the best available, a name that one or an error.
-
-    Raises:
-      ModelError: listing specs that no linear has, or that contradict the linear's shape, and
-        experts of which one product is quantized and the other is not.
-    """
-
-    def __init__(
-        self,
-        config: ModelConfig,
-        specs: Mapping[str, QuantSpec] | None = None,
-        *,
-        dtype: jax.typing.DTypeLike,
-        backend: str | None = None,
-        reordered: Collection[str] = (),
-    ):
         self.config = config
-        self.dtype = jnp.dtype(dtype)
-        self.folder: str | None = None
-        self.warnings: tuple[str, ...] = ()
-        linears = Linears(specs or {}, self.dtype, backend, reordered)
-        self.model = Decoder(config, linears)
-        self.lm_head = (
-            None
-            if config.tie_word_embeddings
-            else linears.make("lm_head", config.vocab_size, config.hidden_size, False)
-        )
-        linears.check_all_used()
-
-    def __call__(self, tokens: Array) -> Array:
-        batch, steps = tokens.shape
-        start, count = jnp.zeros(batch, jnp.int32), jnp.full(batch, steps, jnp.int32)
-        hidden, _ = self._run(tokens, start, count, None)
-        return self.logits(hidden)
 
     def make_cache(self, batch: int, slots: int) -> Cache:
         """An empty cache: keys and values of `slots` tokens of each row, in the model's dtype."""
-        return tuple(layer.make_cache(batch, slots) for layer in self.model.layers)
+        return tuple(layer.make_cache(batch, slots) for layer in self.layers)
 
-    def hidden(
-        self, tokens: Array, start: Array, count: Array, cache: Cache
-    ) -> tuple[Array, Cache]:
-        """Run the layers over a piece of each row. Pieces after each other are one long piece.
-
-        Args:
-          tokens: int32 [B, S]. Those from `count` on are padding: nothing of them is kept, and
-            what comes out of them means nothing.
-          start: int32 [B], how many tokens of each row came before the piece.
-          count: int32 [B], how many tokens of each row are in it, from 0 to S.
-          cache: of the tokens before. Its slots must suffice for start + count.
-
-        Returns:
-          The normalised stream [B, S, hidden] in the model's dtype, and the cache with the piece
-          added.
-        """
-        return self._run(tokens, start, count, cache)
-
-    def _run(self, tokens: Array, start: Array, count: Array, cache: Any) -> tuple[Array, Any]:
-        """`hidden`; without a cache, a piece that is whole rows."""
-        places = place_tokens(start, count, tokens.shape[1])
-        slots = tokens.shape[1] if cache is None else cache[0].slots
-        windows = self.config.windows
-        seen = {window: see_slots(places.positions, slots, window) for window in set(windows)}
-        rotation = rotation_tables(
-            self.config.rope, self.config.rotary_dim, places.positions, self.dtype
-        )
-        x = self.model.embed_tokens(tokens)
+    def __call__(
+        self, tokens: Array, start: Array, count: Array, cache: Cache | None
+    ) -> tuple[Array, Any]:
+        config, steps = self.config, tokens.shape[1]
+        places = place_tokens(start, count, steps)
+        slots = steps if cache is None else cache[0].slots
+        seen = {
+            window: see_slots(places.positions, slots, window) for window in set(config.windows)
+        }
+        x = self.embed_tokens(tokens)
+        rotation = rotation_tables(config.rope, config.rotary_dim, places.positions, x.dtype)
         caches = []
-        for i, (layer, window) in enumerate(zip(self.model.layers, windows, strict=True)):
+        for i, (layer, window) in enumerate(zip(self.layers, config.windows, strict=True)):
             before = None if cache is None else cache[i]
-            x, after = _run_layer(layer, x, rotation, seen[window], places.slots, before)
+            x, after = run_layer(layer, x, rotation, seen[window], places.slots, before)
             caches.append(after)
-        return self.model.norm(x), tuple(caches)
-
-    def logits(self, hidden: Array) -> Array:
-        """Float32 logits [..., V] of the normalised stream [..., hidden]."""
-        if self.lm_head is None:
-            return multiply(hidden, self.model.embed_tokens.weight[...])
-        if isinstance(self.lm_head, Dense):
-            return multiply(hidden, self.lm_head.weight[...])
-        return self.lm_head(hidden).astype(jnp.float32)
+        return self.norm(x), tuple(caches)
 
 
-@jax.jit
-def _run_layer(layer: DecoderLayer, *arguments):
-    """A function of its own, so that layers of one shape are traced once and not once each."""
-    return layer(*arguments)
+class Llama(CausalLM):
+    """One of these as a language model; arguments as `CausalLM`."""
+
+    def __init__(self, config: ModelConfig, *arguments, **options):
+        super().__init__(Decoder, config, *arguments, **options)

@@ -25,8 +25,6 @@ class MoeConfig:
     """The sparse layers of a model; hashable.
 
     Attributes:
-      block: the name that a sparse layer's block has in the checkpoint: "mlp", or Mixtral's
-        "block_sparse_moe".
       sparse: per layer, whether it has experts or one MLP.
       experts: E, in each sparse layer.
       intermediate_size: I of one expert.
@@ -38,7 +36,6 @@ class MoeConfig:
       routing: how experts are chosen, see `route`.
     """
 
-    block: str
     sparse: tuple[bool, ...]
     experts: int
     intermediate_size: int
@@ -59,11 +56,11 @@ def read_moe(reader: ConfigReader, model_type: str, layers: int) -> MoeConfig:
     faults = len(reader.reasons)
     moe = read(reader, model_type, layers)
     if len(reader.reasons) == faults:
-        _check_choice(reader, moe.experts, moe.routing)
+        check_choice(reader, moe.experts, moe.routing)
     return moe
 
 
-def _check_choice(reader: ConfigReader, experts: int, routing: Routing) -> None:
+def check_choice(reader: ConfigReader, experts: int, routing: Routing) -> None:
     """Refuse groups that do not divide the experts, and more choices than there are experts."""
     groups, size = routing.groups, experts // routing.groups
     if experts % groups:
@@ -82,7 +79,6 @@ def _read_softmax(reader: ConfigReader, model_type: str, layers: int) -> MoeConf
     mixtral, shared = model_type == "mixtral", model_type == "qwen2_moe"
     experts, top_k, inner = _DEFAULTS[model_type]
     return MoeConfig(
-        block="block_sparse_moe" if mixtral else "mlp",
         sparse=(True,) * layers if mixtral else _read_sparse_steps(reader, layers),
         experts=reader.count_either(("num_local_experts", "num_experts"), experts),
         intermediate_size=reader.count("intermediate_size" if mixtral else _INNER, inner),
@@ -115,7 +111,6 @@ def _read_deepseek(reader: ConfigReader, model_type: str, layers: int) -> MoeCon
     if top_groups > groups:
         reader.refuse("topk_group", top_groups, f"at most n_group = {groups}")
     return MoeConfig(
-        block="mlp",
         sparse=tuple(i >= first for i in range(layers)),
         experts=reader.count_either(("n_routed_experts", "num_local_experts"), experts),
         intermediate_size=inner,

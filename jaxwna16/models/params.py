@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxwna16.dense import QuantDense
 from jaxwna16.errors import ModelError
-from jaxwna16.models.layers import Dense, Embedding, RMSNorm
-from jaxwna16.models.llama import Llama
-from jaxwna16.models.moe import Router, Stack
+from jaxwna16.models.causal_lm import CausalLM
+from jaxwna16.moe import ExpertStack
 
-_PLAIN_MODULES = (Dense, Embedding, RMSNorm, Router, Stack)
+_PACKED_MODULES = (QuantDense, ExpertStack)
+
+Model = TypeVar("Model", bound=CausalLM)
 
 
-def load_params(model: Llama, params: Mapping[str, Any]) -> Llama:
+def load_params(model: Model, params: Mapping[str, Any]) -> Model:
     """Give a model, usually an abstract one of `nnx.eval_shape`, the arrays of a params tree.
 
-    Plain weights, norms and biases are cast to the dtype the model was constructed with (a router's
-    correction bias to float32); leaves of quantized linears and experts are taken as they are.
+    Plain weights, norms and biases are cast to the dtype that the model has them in (that which it
+    was constructed with, but for a few that are always float32); leaves of quantized linears and
+    experts are taken as they are.
     Leaves that `check_leaves` lets pass though the model has no place for them are left out.
 
     Args:
@@ -31,19 +34,19 @@ def load_params(model: Llama, params: Mapping[str, Any]) -> Llama:
     Raises:
       ModelError: as `check_leaves`.
     """
-    found = dict(_list_leaves(params, ""))
+    found = dict(_flatten(params, ""))
     check_leaves(model, found)
     graph, state = nnx.split(model)
-    plain = {path for path, module in nnx.iter_modules(model) if isinstance(module, _PLAIN_MODULES)}
+    packed = {p for p, module in nnx.iter_modules(model) if isinstance(module, _PACKED_MODULES)}
     leaves = []
     for path, variable in nnx.to_flat_state(state):
         array = found[".".join(map(str, path))]
-        kept = variable.get_value().dtype if path[:-1] in plain else array.dtype
+        kept = array.dtype if path[:-1] in packed else variable.get_value().dtype
         leaves.append((path, variable.replace(jnp.asarray(array, kept))))
     return nnx.merge(graph, nnx.from_flat_state(leaves))
 
 
-def check_leaves(model: Llama, found: Mapping[str, Any], source: str = "parameters") -> None:
+def check_leaves(model: CausalLM, found: Mapping[str, Any], source: str = "parameters") -> None:
     """Check that leaves (arrays, or only their shapes and dtypes) are those of a model.
 
     Two things of old checkpoints are let pass: `rotary_emb.inv_freq`, and a copy of a tied
@@ -59,8 +62,7 @@ def check_leaves(model: Llama, found: Mapping[str, Any], source: str = "paramete
         kind of number.
     """
     faults, unexpected = [], dict(found)
-    for path, variable in nnx.to_flat_state(nnx.state(model)):
-        name, wanted = ".".join(map(str, path)), variable.get_value()
+    for name, wanted in list_leaves(model).items():
         leaf = unexpected.pop(name, None)
         if leaf is None or leaf.shape != wanted.shape or not _same_kind(leaf, wanted):
             faults.append(f"{name}: expected {_describe(wanted)}, found {_describe(leaf)}")
@@ -73,15 +75,21 @@ def check_leaves(model: Llama, found: Mapping[str, Any], source: str = "paramete
         raise ModelError(f"{source} do not fit the model", faults)
 
 
-def _list_leaves(tree: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+def list_leaves(model: CausalLM) -> dict[str, Any]:
+    """Path of each leaf of a model -> its array, or shape and dtype."""
+    leaves = nnx.to_flat_state(nnx.state(model))
+    return {".".join(map(str, path)): variable.get_value() for path, variable in leaves}
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
     for key, value in tree.items():
         if isinstance(value, Mapping):
-            yield from _list_leaves(value, f"{prefix}{key}.")
+            yield from _flatten(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
 
 
-def _is_leftover(name: str, array: Any, model: Llama) -> bool:
+def _is_leftover(name: str, array: Any, model: CausalLM) -> bool:
     """Whether a leaf without a place repeats what the model knows anyway."""
     if name.endswith("rotary_emb.inv_freq"):
         return True

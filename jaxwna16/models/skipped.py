@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from jaxwna16.models.config import ModelConfig
+from jaxwna16.models.language_config import LanguageConfig
 from loaders.plan import Plan
 
 _PREDICTS = "predicts several tokens at once, generation here is token by token"
@@ -35,7 +35,7 @@ class Rule:
     reason: str
 
 
-def list_rules(config: ModelConfig) -> list[Rule]:
+def list_rules(config: LanguageConfig) -> list[Rule]:
     """The rules for a model, which config.json decides where layers are concerned."""
     rules = [
         Rule(re.compile(rf"(model\.)?({names})(\.|$)"), reason) for names, reason in _BESIDE.items()
@@ -59,7 +59,7 @@ def find_skipped(rules: Iterable[Rule], names: Iterable[str]) -> dict[str, str]:
     }
 
 
-def drop_skipped(plan: Plan, config: ModelConfig) -> Plan:
+def drop_skipped(plan: Plan, config: LanguageConfig) -> Plan:
     """The plan without what the rules name; its warnings say what that was."""
     names = [*plan.quantized, *plan.plain, *plan.stacks]
     skipped = find_skipped(list_rules(config), names)

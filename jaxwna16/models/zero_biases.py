@@ -7,23 +7,21 @@ Where the model has no place for one and all of it is 0, leaving it out changes 
 from __future__ import annotations
 
 import dataclasses
-import re
+from collections.abc import Collection
 
-from jaxwna16.models.config import ModelConfig
 from loaders.modules import QuantizedModule
 from loaders.plan import Plan
 from loaders.safetensors_file import read_tensors
 
-_LINEAR = re.compile(
-    r"model\.layers\.\d+\.(?:self_attn\.(?:(?P<qkv_bias>[qkv]_proj)|(?P<out_bias>o_proj))"
-    r"|mlp\.(?P<mlp_bias>(?:gate|up|down)_proj))"
-)
 
-
-def drop_zero_biases(plan: Plan, config: ModelConfig) -> Plan:
+def drop_zero_biases(plan: Plan, leaves: Collection[str]) -> Plan:
     """The plan without them, with a warning; any other bias stays, and is an error later.
 
     Only biases that the model has no place for are read.
+
+    Args:
+      plan: of the checkpoint, under the model's names.
+      leaves: paths of the model's leaves.
 
     Raises:
       CheckpointError: if a file ends early.
@@ -31,7 +29,7 @@ def drop_zero_biases(plan: Plan, config: ModelConfig) -> Plan:
     extra = {
         path: module.tensors["bias"]
         for path, module in plan.quantized.items()
-        if "bias" in module.tensors and _has_none(path, config)
+        if "bias" in module.tensors and path not in plan.places and f"{path}.bias" not in leaves
     }
     read = dict(zip(extra, read_tensors(extra.values()), strict=True))
     zeros = [path for path, bias in read.items() if not bias.any()]
@@ -45,11 +43,6 @@ def drop_zero_biases(plan: Plan, config: ModelConfig) -> Plan:
         quantized={path: changed.get(path, m) for path, m in plan.quantized.items()},
         warnings=(*plan.warnings, warning),
     )
-
-
-def _has_none(path: str, config: ModelConfig) -> bool:
-    match = _LINEAR.fullmatch(path)
-    return match is not None and not getattr(config, match.lastgroup or "")
 
 
 def _drop_bias(module: QuantizedModule) -> QuantizedModule:

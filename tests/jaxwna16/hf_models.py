@@ -13,17 +13,17 @@ import torch
 import transformers
 from flax import nnx
 
-from jaxwna16.models.config import ModelConfig
-from jaxwna16.models.llama import Llama
+from jaxwna16.models.causal_lm import CausalLM
+from jaxwna16.models.families import find_family
 from jaxwna16.models.moe_config import MOE_TYPES
 from jaxwna16.models.params import load_params
 from pallas_kernels.routing import route
 
 torch.set_num_threads(1)  # these models are too small for more
 
-forward = jax.jit(Llama.__call__)
-run_hidden = jax.jit(Llama.hidden)
-run_logits = jax.jit(Llama.logits)
+forward = jax.jit(CausalLM.__call__)
+run_hidden = jax.jit(CausalLM.hidden)
+run_logits = jax.jit(CausalLM.logits)
 
 
 def run_pieces(model, tokens, sizes: Sequence[int], slots: int | None = None) -> jax.Array:
@@ -212,12 +212,10 @@ def list_tensors(reference) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def list_leaves(reference) -> Iterator[tuple[str, np.ndarray]]:
-    """The leaves of the params tree that the loader makes of a transformers model's files."""
+    """The leaves of the params tree of our model; but for experts, transformers' own names."""
     for name, tensor in list_tensors(reference):
         name = name.replace(".experts.gate_up_proj", ".experts.w13.weight")
         name = name.replace(".experts.down_proj", ".experts.w2.weight")
-        if reference.config.model_type == "mixtral":  # its name in files
-            name = name.replace(".mlp.", ".block_sparse_moe.")
         yield name, tensor.detach().numpy()
 
 
@@ -233,11 +231,12 @@ def nest_params(reference) -> dict:
     return tree
 
 
-def convert(reference, dtype=jnp.float32) -> Llama:
+def convert(reference, dtype=jnp.float32) -> CausalLM:
     """Our model with the weights of a transformers model."""
-    config = ModelConfig.from_dict(reference.config.to_dict())
-    abstract = nnx.eval_shape(lambda: Llama(config, dtype=dtype))
-    return load_params(abstract, nest_params(reference))
+    config = reference.config.to_dict()
+    family = find_family(config)
+    make, config = family.open_class(), family.read(config)
+    return load_params(nnx.eval_shape(lambda: make(config, dtype=dtype)), nest_params(reference))
 
 
 def reference_logits(reference, tokens: np.ndarray) -> np.ndarray:
@@ -291,11 +290,13 @@ def record_routers(reference, tokens: np.ndarray) -> dict[int, Routed]:
     return seen
 
 
-def choose_experts(model: Llama, layer: int, hidden: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def choose_experts(
+    model: CausalLM, layer: int, hidden: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """The experts that our router chooses for hidden [T, H], ascending, and their weights."""
     moe = model.config.moe
     assert moe is not None
-    gate = getattr(model.model.layers[layer], moe.block).gate
+    gate = model.model.layers[layer].mlp.gate
     logits = gate(jnp.asarray(hidden, model.dtype))
     ids, weights = route(
         logits, correction_bias=gate.read_bias(), **dataclasses.asdict(moe.routing)

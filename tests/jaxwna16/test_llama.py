@@ -118,6 +118,6 @@ def test_layers_of_one_shape_are_traced_once():
     model = convert(make_reference("llama", num_hidden_layers=3))
     tokens = jnp.zeros((1, 4), jnp.int32)
     jaxpr = jax.make_jaxpr(Llama.__call__)(model, tokens)
-    calls = [e for e in jaxpr.eqns if e.params.get("name") == "_run_layer"]
+    calls = [e for e in jaxpr.eqns if e.params.get("name") == "run_layer"]
     assert len(calls) == 3
     assert len({id(e.params["jaxpr"]) for e in calls}) == 1

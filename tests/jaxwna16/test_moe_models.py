@@ -56,7 +56,7 @@ def test_in_bfloat16_the_router_is_as_wide_as_that_of_transformers(family):
     reference = make_reference(family)
     model = convert(reference, dtype=jnp.bfloat16)
     (layer, router), *_ = record_routers(reference.to(torch.bfloat16), random_tokens(4, 32)).items()
-    gate = getattr(model.model.layers[layer], model.config.moe.block).gate
+    gate = model.model.layers[layer].mlp.gate
     logits = gate(jnp.asarray(router.hidden, jnp.bfloat16))
     assert logits.dtype == (jnp.float32 if model.config.moe.wide_router else jnp.bfloat16)
     # sums in another order: one step of the result's dtype, or of what is summed
@@ -91,7 +91,7 @@ def test_dense_and_sparse_layers_are_traced_once_each():
     family = "qwen2_moe, sparse and dense layers, renormalised"
     model = convert(make_reference(family, use_sliding_window=False))
     jaxpr = jax.make_jaxpr(Llama.__call__)(model, jnp.zeros((1, 4), jnp.int32))
-    calls = [e for e in jaxpr.eqns if e.params.get("name") == "_run_layer"]
+    calls = [e for e in jaxpr.eqns if e.params.get("name") == "run_layer"]
     kinds = [id(e.params["jaxpr"]) for e in calls]
     assert model.config.moe.sparse == (False, True, False, False, False, True)
     assert len(set(kinds)) == 2
@@ -107,15 +107,7 @@ def test_under_eval_shape_no_array_is_made_and_paths_are_the_checkpoints(family)
     assert all(isinstance(v.get_value(), jax.ShapeDtypeStruct) for v in leaves.values())
     names = {".".join(map(str, path)) for path in leaves}
     assert names == {name for name, _ in list_leaves(reference)}
-    assert f"model.layers.1.{config.moe.block}.experts.w13.weight" in names
-
-
-def test_a_mixtral_block_may_be_called_mlp_as_other_models_call_it():
-    reference = make_reference("mixtral")
-    config = ModelConfig.from_dict(reference.config.to_dict())
-    renamed = config.with_block_of(["model.layers.0.mlp.gate.weight"])
-    assert renamed.moe.block == "mlp"
-    assert config.with_block_of(["model.layers.0.block_sparse_moe.gate.weight"]) == config
+    assert "model.layers.1.mlp.experts.w13.weight" in names
 
 
 def test_a_correction_bias_stays_float32_and_is_no_parameter():
@@ -163,15 +155,15 @@ def test_experts_that_are_missing_or_too_few_are_listed():
     abstract = nnx.eval_shape(lambda: Llama(config, dtype=jnp.float32))
     params = nest_params(reference)
     layers = params["model"]["layers"]
-    del layers["0"]["block_sparse_moe"]["experts"]["w2"]
-    stack = layers["1"]["block_sparse_moe"]["experts"]["w13"]
+    del layers["0"]["mlp"]["experts"]["w2"]
+    stack = layers["1"]["mlp"]["experts"]["w13"]
     stack["weight"] = stack["weight"][:7]
     with pytest.raises(ModelError) as raised:
         load_params(abstract, params)
     path = "model.layers"
     assert sorted(raised.value.reasons) == [
-        f"{path}.0.block_sparse_moe.experts.w2.weight: expected float32 [8, 64, 96], found nothing",
-        f"{path}.1.block_sparse_moe.experts.w13.weight: expected float32 [8, 192, 64], "
+        f"{path}.0.mlp.experts.w2.weight: expected float32 [8, 64, 96], found nothing",
+        f"{path}.1.mlp.experts.w13.weight: expected float32 [8, 192, 64], "
         "found float32 [7, 192, 64]",
     ]
 

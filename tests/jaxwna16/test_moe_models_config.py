@@ -62,10 +62,9 @@ def test_the_number_of_experts_has_an_old_and_a_new_name():
     assert read("dots1", n_routed_experts=None, num_local_experts=8) == read("dots1")
 
 
-def test_mixtral_always_renormalises_and_has_a_block_of_its_own_name():
+def test_mixtral_always_renormalises():
     moe = read("mixtral", norm_topk_prob=False)
     assert moe.routing.renormalize
-    assert moe.block == "block_sparse_moe"
     assert moe.intermediate_size == SMALL["intermediate_size"]
 
 

@@ -164,7 +164,7 @@ def test_in_decoding_a_sparse_layer_is_four_kernels(load):
 
 def test_experts_keep_the_dtype_of_their_scales(load):
     _, model, _ = load(*KINDS[1])
-    assert model.model.layers[0].block_sparse_moe.experts.w13.scale.get_value().dtype == jnp.float16
+    assert model.model.layers[0].mlp.experts.w13.scale.get_value().dtype == jnp.float16
 
 
 def test_layers_that_predict_several_tokens_are_not_read(load, tmp_path):

@@ -1,0 +1,121 @@
+"""`CausalLM`: what the language models of all families have in common around their decoder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxwna16.models.language_config import LanguageConfig
+from jaxwna16.models.layers import Dense, Embedding, Linears, multiply
+from pallas_kernels.spec import QuantSpec
+
+Array = jax.Array
+
+
+class Decoder(Protocol):
+    """The checkpoint's `model.`: embedding, layers and the last norm."""
+
+    embed_tokens: Embedding
+
+    def make_cache(self, batch: int, slots: int) -> Any:
+        """An empty cache."""
+        ...
+
+    def __call__(self, tokens: Array, start: Array, count: Array, cache: Any) -> tuple[Array, Any]:
+        """As `CausalLM.hidden`; without a cache, a piece that is whole rows."""
+        ...
+
+
+class CausalLM(nnx.Module):
+    """A language model: `model(tokens)` maps int32 [B, S] to float32 logits [B, S, V].
+
+    Constructed under `nnx.eval_shape` it holds shapes and no arrays; `load_params` fills it. It is
+    a pytree, so `jax.jit` takes it as an argument. Attribute paths are the checkpoint's own tensor
+    names, but for those that the family's name map changes (`jaxwna16.models.families`).
+
+    Attributes:
+      config: what it was constructed from.
+      dtype: dtype of activations, cache and plain weights. In float32 products are full float32.
+      folder: the checkpoint folder it was loaded from, if any: where its tokenizer is.
+      warnings: remarks about that checkpoint, what was left out by rule among them.
+
+    Args:
+      decoder: makes the decoder of a configuration.
+      specs: module path ("lm_head", "model.layers.0.mlp.up_proj") -> spec of its packed weight. Of
+        experts, `w13` (gate and up) and `w2` are such modules: "model.layers.0.mlp.experts.w13".
+      reordered: paths of those whose input features were reordered (act-order).
+      dtype: see the attribute.
+      backend: of the quantized linears: None is the best available, a name that one or an error.
+
+    Raises:
+      ModelError: listing specs that no linear has, or that contradict the linear's shape, and
+        experts of which one product is quantized and the other is not.
+    """
+
+    def __init__(
+        self,
+        decoder: Callable[[Any, Linears], Decoder],
+        config: LanguageConfig,
+        specs: Mapping[str, QuantSpec] | None = None,
+        *,
+        dtype: jax.typing.DTypeLike,
+        backend: str | None = None,
+        reordered: Collection[str] = (),
+    ):
+        self.config = config
+        self.dtype = jnp.dtype(dtype)
+        self.folder: str | None = None
+        self.warnings: tuple[str, ...] = ()
+        linears = Linears(specs or {}, self.dtype, backend, reordered)
+        self.model = decoder(config, linears)
+        hidden = self.model.embed_tokens.features
+        self.lm_head = (
+            None
+            if config.tie_word_embeddings
+            else linears.make("lm_head", config.vocab_size, hidden, False)
+        )
+        linears.check_all_used()
+
+    def __call__(self, tokens: Array) -> Array:
+        batch, steps = tokens.shape
+        start, count = jnp.zeros(batch, jnp.int32), jnp.full(batch, steps, jnp.int32)
+        hidden, _ = self.model(tokens, start, count, None)
+        return self.logits(hidden)
+
+    def make_cache(self, batch: int, slots: int) -> Any:
+        """An empty cache for `slots` tokens of each row, in the model's dtype."""
+        return self.model.make_cache(batch, slots)
+
+    def hidden(self, tokens: Array, start: Array, count: Array, cache: Any) -> tuple[Array, Any]:
+        """Run the layers over a piece of each row. Pieces after each other are one long piece.
+
+        Args:
+          tokens: int32 [B, S]. Those from `count` on are padding: nothing of them is kept, and
+            what comes out of them means nothing.
+          start: int32 [B], how many tokens of each row came before the piece.
+          count: int32 [B], how many tokens of each row are in it, from 0 to S.
+          cache: of the tokens before. Its slots must suffice for start + count.
+
+        Returns:
+          The normalised stream [B, S, hidden] in the model's dtype, and the cache with the piece
+          added.
+        """
+        return self.model(tokens, start, count, cache)
+
+    def logits(self, hidden: Array) -> Array:
+        """Float32 logits [..., V] of the normalised stream [..., hidden]."""
+        if self.lm_head is None:
+            return multiply(hidden, self.model.embed_tokens.weight[...])
+        if isinstance(self.lm_head, Dense):
+            return multiply(hidden, self.lm_head.weight[...])
+        return self.lm_head(hidden).astype(jnp.float32)
+
+
+@jax.jit
+def run_layer(layer: Callable[..., Any], *arguments: Any) -> Any:
+    """`layer(*arguments)`, so that layers of one shape are traced once and not once each."""
+    return layer(*arguments)

@@ -1,0 +1,84 @@
+"""The families of models: which `model_type` has which configuration, definition and names.
+
+A family is a row of `FAMILIES` and files of its own; docs/models.md shows how one is added. The
+configurations are read without flax, so that `inspect` stays quick; definitions are imported when a
+model is made.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from jaxwna16.errors import ModelError
+from jaxwna16.models import config, qwen3_5_config
+from jaxwna16.models.config_reader import ConfigReader
+from jaxwna16.models.language_config import LanguageConfig
+
+Names = Mapping[str, str]
+"""Parts of names as regular expressions -> what stands there in the model; see `rename`."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Family:
+    """A definition that serves several values of `model_type`.
+
+    Attributes:
+      model_types: those values.
+      read: makes the configuration of a config.json with such a value.
+      model: the definition, "module:Class". The class is called as
+        `Class(config, specs, dtype=, backend=, reordered=)` and makes a language model.
+      names: how names in files differ from attribute paths of the definition.
+    """
+
+    model_types: tuple[str, ...]
+    read: Callable[[Mapping[str, Any]], LanguageConfig]
+    model: str
+    names: Names = dataclasses.field(default_factory=dict)
+
+    def open_class(self) -> Callable[..., Any]:
+        """The class of the definition."""
+        module, _, name = self.model.partition(":")
+        return getattr(importlib.import_module(module), name)
+
+
+FAMILIES = (
+    Family(
+        model_types=config.MODEL_TYPES,
+        read=config.ModelConfig.from_dict,
+        model="jaxwna16.models.llama:Llama",
+        # Mixtral's, in published files
+        names={r"(?<=\.)block_sparse_moe(?=\.)": "mlp"},
+    ),
+    Family(
+        model_types=qwen3_5_config.MODEL_TYPES,
+        read=qwen3_5_config.Qwen35Config.from_dict,
+        model="jaxwna16.models.qwen3_5:Qwen35",
+        names=qwen3_5_config.NAMES,
+    ),
+)
+MODEL_TYPES = tuple(name for family in FAMILIES for name in family.model_types)
+
+
+def find_family(config: Mapping[str, Any]) -> Family:
+    """The family that a config.json is of.
+
+    Raises:
+      ModelError: if there is none.
+    """
+    reader = ConfigReader(config)
+    model_type = reader.choose("model_type", None, MODEL_TYPES)
+    if model_type is None:
+        raise ModelError("this model is not supported", reader.reasons)
+    return next(family for family in FAMILIES if model_type in family.model_types)
+
+
+def read_config(config: Mapping[str, Any]) -> LanguageConfig:
+    """What a config.json says of its language model.
+
+    Raises:
+      ModelError: if no family is its own, or listing every key that asks for the unsupported.
+    """
+    return find_family(config).read(config)
