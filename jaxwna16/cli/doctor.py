@@ -22,6 +22,7 @@ _EXTRAS = {
     "cuda12": ("jax_cuda12_plugin",),
     "cuda13": ("jax_cuda13_plugin",),
     "plot": ("matplotlib",),
+    "eval": ("lm_eval",),
     "oracle": ("compressed_tensors", "torch"),
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +25,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from jaxwna16.extras import import_extra
 
     command: Any = import_extra("lm_eval.__main__", "eval")
-    import_extra("jaxwna16.lm_eval", "eval")  # registers the model
+    importlib.import_module("jaxwna16.lm_eval")  # registers the model
     before = sys.argv
     sys.argv = ["jaxwna16 lm-eval", *_complete(args.arguments)]
     try:

@@ -132,7 +132,7 @@ class JaxWNA16LM(TemplateLM):
         return self._encode(string, None if not string.startswith(prefix) else False)
 
     def _encode(self, string: str, special: bool | None) -> list[int]:
-        if special is None:
+        if special is None or self.add_bos_token is False:
             special = self.add_bos_token
         tokens = self.tokenizer.encode(string, add_special_tokens=special is not False)
         if special and self.add_bos_token:

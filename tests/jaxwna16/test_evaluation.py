@@ -13,7 +13,7 @@ import pytest
 from flax import nnx
 
 from jaxwna16.errors import InputError, ModelError
-from jaxwna16.evaluation import measure_perplexity, read_text
+from jaxwna16.evaluation import cut_windows, measure_perplexity, read_text, relate_to_text
 
 VOCABULARY = 37
 
@@ -120,9 +120,61 @@ def test_a_text_shorter_than_a_window_names_both_and_the_way_out(model):
         measure_perplexity(model, [], window=16)
 
 
+@pytest.mark.parametrize("size", [16, 17, 20, 31, 32, 47, 329])
+@pytest.mark.parametrize("stride", [1, 5, 8, 15])
+def test_with_a_stride_every_token_but_the_first_is_scored_once(size, stride):
+    windows = cut_windows(np.arange(size), 16, None, stride)
+    scored = windows.tokens[:, 1:][windows.mask()]
+    assert sorted(scored.tolist()) == list(range(1, size))
+    # each with as much context as the stride leaves: the first window's tokens have what there is
+    for row, count in zip(windows.tokens[1:], windows.scored[1:], strict=True):
+        assert 16 - count >= 16 - stride
+        assert row.tolist() == list(range(row[0], row[0] + 16))
+
+
+@pytest.mark.parametrize("stride", [3, 8, 15])
+@pytest.mark.parametrize("batch", [1, 4])
+def test_strided_windows_are_those_of_numpy(model, tokens, stride, batch):
+    """The reference finds for each token the first window that holds it behind its first place."""
+    found = measure_perplexity(model, tokens, window=16, stride=stride, batch=batch)
+    starts = [*range(0, len(tokens) - 16 + 1, stride)]
+    starts += [len(tokens) - 16] if starts[-1] + 16 < len(tokens) else []
+    logits = np.asarray(
+        model(jnp.asarray([tokens[start : start + 16] for start in starts], jnp.int32)), np.float64
+    )
+    likelihoods = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    expected = []
+    for place in range(1, len(tokens)):
+        row = next(i for i, start in enumerate(starts) if start < place < start + 16)
+        expected.append(-likelihoods[row, place - starts[row] - 1, tokens[place]])
+    assert found.tokens == len(tokens) - 1
+    assert found.windows == len(starts)
+    np.testing.assert_allclose(found.nll, np.mean(expected), rtol=1e-6)
+
+
+def test_a_stride_of_a_window_is_no_stride(model, tokens):
+    plain = measure_perplexity(model, tokens, window=16)
+    found = measure_perplexity(model, tokens, window=16, stride=16)
+    assert (found.nll, found.tokens) == (plain.nll, plain.tokens)
+
+
+def test_figures_by_word_and_byte_are_those_of_the_harness():
+    metrics = pytest.importorskip("lm_eval.api.metrics")
+    tasks = pytest.importorskip("lm_eval.api.task")
+    for text in ("Größe  und\nMaß", " It was\tso. "):
+        counts = (tasks.PerplexityTask.count_words(text), tasks.PerplexityTask.count_bytes(text))
+        found = relate_to_text(-12.5, text)
+        assert (found.words, found.bytes) == counts
+        assert found.word_perplexity == metrics.weighted_perplexity([(-12.5, counts[0])])
+        assert found.byte_perplexity == metrics.weighted_perplexity([(-12.5, counts[1])])
+        assert found.bits_per_byte == pytest.approx(metrics.bits_per_byte([(-12.5, counts[1])]))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"window": 4, "stride": 5}, "from 1 to the window, 4 tokens, got 5"),
+        ({"window": 4, "stride": 0}, "from 1 to the window, 4 tokens, got 0"),
         ({"window": 1}, "at least 2 tokens, got 1"),
         ({"window": 4, "batch": 0}, "batch must be at least 1"),
         ({"window": 4, "max_windows": 0}, "max_windows must be at least 1"),

@@ -10,10 +10,9 @@ import pytest
 
 DOCS = Path(__file__).parents[3] / "docs" / "cli.md"
 SHAPES = {
-    title: json.loads(block)
-    for title, block in re.findall(
-        r"^## ([^\n]+)\n.*?```json\n(.*?)```", DOCS.read_text(), re.M | re.S
-    )
+    section.partition("\n")[0]: json.loads(block[1])
+    for section in re.split(r"^## ", DOCS.read_text(), flags=re.M)
+    if (block := re.search(r"```json\n(.*?)```", section, re.S))
 }
 
 
@@ -34,11 +33,13 @@ def list_keys(value) -> set[str]:
 def calls(packed_folder, float_folder, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("It was a dark and stormy night. " * 4)
+    two = (float_folder, packed_folder)
     return {
         "inspect": ["inspect", packed_folder],
         "verify": ["verify", "--oracle", packed_folder],
         "generate": ["generate", packed_folder, "--prompt", "Hi", "--max-new-tokens", 2],
         "eval perplexity": [*"eval perplexity --window 16 --text".split(), text, packed_folder],
+        "eval compare": ["eval", "compare", *"--window 16 --text".split(), text, *two],
         "quantize": ["quantize", float_folder, tmp_path / "q", "--group-size", 32],
         "dequantize": ["dequantize", packed_folder, tmp_path / "d"],
         "convert": ["convert", packed_folder, tmp_path / "c"],

@@ -40,9 +40,35 @@ def test_the_perplexity_comes_first(call, packed_folder, text):
     assert second.startswith("14 windows of 32 tokens, 434 tokens scored in")
 
 
+def test_a_stride_scores_every_token_also_by_word_and_byte(call, packed_folder, text):
+    argv = ["eval", "perplexity", packed_folder, "--text", text, "--window", 32, "--stride", 31]
+    report = call(*argv, "--json").report
+    assert (report["tokens"], report["words"], report["bytes"]) == (450, 91, 450)
+    total = report["nll"] * 450
+    assert report["word_perplexity"] == pytest.approx(np.exp(total / 91))
+    assert report["byte_perplexity"] == pytest.approx(report["perplexity"])  # a token is a byte
+    assert report["bits_per_byte"] == pytest.approx(total / 450 / np.log(2))
+    # of two windows, whose text ends where they do
+    some = call(*argv, "--windows", 2, "--json").report
+    assert (some["windows"], some["tokens"], some["bytes"]) == (2, 62, 62)
+    half = text.read_text()[225 : 225 + 62]
+    assert some["words"] == len(half.split(" "))
+    assert "by word" in call(*argv).out
+
+
+def test_words_and_bytes_are_left_out_where_not_every_token_is_scored(call, packed_folder, text):
+    argv = ["eval", "perplexity", packed_folder, "--text", text, "--window", 32]
+    report = call(*argv, "--json").report
+    assert report["stride"] == 32
+    names = ("words", "bytes", "word_perplexity", "byte_perplexity", "bits_per_byte")
+    assert [report[name] for name in names] == [None] * 5
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (["--window", "130"], "a window can have 129"),
+        (["--window", "32", "--stride", "33"], "--stride"),
         (["--window", "451"], "fewer than one window of 451"),
         (["--window", "1"], "at least 2 tokens"),
         (["--window", "32", "--windows", "8"], "has 7 windows of 32 tokens, not 8"),

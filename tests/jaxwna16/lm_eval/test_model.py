@@ -1,0 +1,184 @@
+"""The harness's model of ours beside its own `hf`, method by method."""
+
+from __future__ import annotations
+
+import pytest
+import transformers
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+
+from jaxwna16.errors import InputError
+from jaxwna16.generation import generate_tokens
+from jaxwna16.lm_eval import JaxWNA16LM
+from jaxwna16.lm_eval.batches import BatchSize, read_batch_size, round_up
+from jaxwna16.lm_eval.scoring import _pad as scoring_pad
+
+TEXTS = (
+    "Sir Walter Elliot",
+    " Sir Walter Elliot",
+    "",
+    "<s>Sir Walter",
+    "</s> of Kellynch Hall",
+    "Größe \N{SNOWMAN}\n\n  two  spaces ",
+)
+PAIRS = (
+    ("Sir Walter", " Elliot, of Kellynch"),
+    ("Sir Walter ", "Elliot"),
+    ("Sir Walter \n ", " Elliot"),
+    ("Sir Wal", "ter Elliot"),
+    ("<s>Sir", " Walter"),
+    ("a", "\N{SNOWMAN}"),
+)
+
+
+@pytest.fixture(scope="module")
+def make_model(folder):
+    """A model with other options; the weights are loaded once."""
+    loaded = JaxWNA16LM(str(folder), dtype="float32", batch_size="auto")
+
+    def make(**options) -> JaxWNA16LM:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("jaxwna16.lm_eval.model.load_model", lambda *_, **__: loaded.model)
+            return JaxWNA16LM(str(folder), **{"batch_size": "auto", **options})
+
+    return make
+
+
+def make_hf(folder, **options) -> HFLM:
+    """`hf` without its weights: what turns text into tokens."""
+    twin = object.__new__(HFLM)
+    twin.add_bos_token = options.get("add_bos_token")
+    twin.custom_prefix_token_id = options.get("prefix_token_id")
+    twin.chat_template_args = {}
+    twin.tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **options)
+    return twin
+
+
+def ask(*arguments) -> Instance:
+    return Instance(request_type="loglikelihood", doc={}, arguments=arguments, idx=0)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"add_bos_token": True}, {"add_bos_token": False}, {"prefix_token_id": 1}]
+)
+def test_texts_become_the_tokens_of_hf(make_model, folder, options):
+    model, twin = make_model(**options), make_hf(folder, **options)
+    assert model.prefix_token_id == twin.prefix_token_id
+    assert model.eot_token_id == twin.eot_token_id
+    for text in TEXTS:
+        for special in (None, True, False):
+            expected = twin.tok_encode(text, add_special_tokens=special)
+            assert model.tok_encode(text, add_special_tokens=special) == expected, (text, special)
+    for pair in PAIRS:
+        assert model._encode_pair(*pair) == twin._encode_pair(*pair), pair
+
+
+def test_a_bos_is_added_where_the_tokenizer_itself_adds_none(make_model, folder, tmp_path):
+    model = make_model(add_bos_token=True)
+    model.tokenizer.backend.post_processor = None
+    assert model.tok_encode("Sir Walter") == make_hf(folder).tok_encode("Sir Walter")
+
+
+@pytest.mark.parametrize("add_generation_prompt", [True, False])
+def test_chats_become_the_text_of_hf(make_model, folder, add_generation_prompt):
+    model, twin = make_model(), make_hf(folder)
+    chat = [
+        {"role": "system", "content": "Be brief."},  # which the template refuses
+        {"role": "user", "content": "Who?"},
+        {"role": "assistant", "content": "Anne</s>Anne"},
+    ]
+    found = model.apply_chat_template(chat, add_generation_prompt)
+    assert found == twin.apply_chat_template(chat, add_generation_prompt)
+    assert model.chat_template(True) == twin.chat_template(True)
+    assert model.chat_template(False) is None
+    with pytest.raises(InputError, match="'tool_use'"):
+        model.chat_template("tool_use")
+
+
+def test_requests_that_differ_in_the_last_token_alone_are_read_once(make_model, monkeypatch):
+    model = make_model(max_length=64)
+    requests = [
+        ask("Which of them?", " A"),
+        ask("Which of them?", " B"),
+        ask("Which of", " them? C"),
+        ask("", "Sir Walter"),
+        ask("Sir Walter " * 40, "Elliot"),
+    ]
+    shapes = []
+
+    def pad(rows, *shape):
+        shapes.append((len(rows), *shape))
+        return scoring_pad(rows, *shape)
+
+    monkeypatch.setattr("jaxwna16.lm_eval.scoring._pad", pad)
+    together = model.loglikelihood(requests, disable_tqdm=True)
+    assert shapes == [(3, 4, 64, 4)]
+    alone = [model.loglikelihood([request], disable_tqdm=True)[0] for request in requests]
+    assert [greedy for _, greedy in together] == [greedy for _, greedy in alone]
+    scores, expected = ([score for score, _ in found] for found in (together, alone))
+    assert scores == pytest.approx(expected, abs=1e-4)
+    assert len(set(scores)) == len(scores)
+
+
+def test_what_is_greedy_is_said(make_model):
+    model = make_model()
+    prompt = model.tok_encode("Sir")
+    [[best, *_]] = generate_tokens(model.model, [prompt], max_new_tokens=24).tokens
+    [(_, yes), (_, no)] = model._loglikelihood_tokens(
+        [(None, prompt, [token]) for token in (best, best ^ 1)], disable_tqdm=True
+    )
+    assert yes
+    assert not no
+
+
+def test_texts_end_before_the_first_stop_string(make_model):
+    model = make_model()
+    whole = model.generate_until([ask("Sir", {"max_gen_toks": 24})], disable_tqdm=True)[0]
+    stop = whole[8:10]
+    requests = [
+        ask("Sir", {"max_gen_toks": 24, "until": [stop, whole[20:]]}),
+        ask("Sir", {"max_gen_toks": 24, "until": "never to be found"}),
+    ]
+    found = model.generate_until(requests, disable_tqdm=True)
+    assert found == [whole[: whole.index(stop)], whole]
+
+
+def test_draws_differ_between_repeats_and_are_the_same_in_another_run(make_model):
+    request = ask("Sir", {"max_gen_toks": 24, "do_sample": True, "temperature": 1.0})
+    runs = []
+    for _ in range(2):
+        model = make_model(batch_size=1, seed=3)
+        runs.append(model.generate_until([request, request], disable_tqdm=True))
+    assert runs[0] == runs[1]
+    assert runs[0][0] != runs[0][1]
+
+
+def test_what_we_do_not_have_is_refused_by_name(make_model, folder):
+    with pytest.raises(InputError, match="has no peft, quantized"):
+        JaxWNA16LM(str(folder), quantized=True, peft="x")
+    model = make_model()
+    with pytest.raises(InputError, match="has no num_beams"):
+        model.generate_until([ask("Sir", {"num_beams": 4})], disable_tqdm=True)
+    with pytest.raises(InputError, match="max_gen_toks=256 leaves no room"):
+        model.generate_until([ask("Sir", {})], disable_tqdm=True)
+    with pytest.raises(InputError, match="continuation has 0 tokens"):
+        model._loglikelihood_tokens([(None, [5], [])], disable_tqdm=True)
+    for wrong in ("many", 0, -1):
+        with pytest.raises(InputError, match="batch_size"):
+            read_batch_size(wrong)
+
+
+def test_batches_have_few_shapes_and_hold_every_row():
+    lengths = sorted((length % 301 + 1 for length in range(0, 9000, 7)), reverse=True)
+    for size, most in ((None, 64), (None, 8), (5, 64)):
+        batches = list(BatchSize(size, most, 50000).plan(lengths))
+        assert [batch.start for batch in batches] == [0, *(batch.stop for batch in batches[:-1])]
+        assert batches[-1].stop == len(lengths)
+        assert len({(batch.rows, batch.slots) for batch in batches}) <= 10
+        for batch in batches:
+            assert batch.stop - batch.start <= batch.rows <= most
+            assert lengths[batch.start] <= batch.slots <= max(16, lengths[batch.start] * 1.5)
+            assert size or batch.rows == 1 or batch.rows * batch.slots * 50000 * 4 <= 2**29
+    assert [round_up(n) for n in (1, 16, 17, 24, 25, 33, 48, 49, 64)] == [
+        *(16, 16, 24, 24, 32, 48, 48, 64, 64)
+    ]
