@@ -28,6 +28,11 @@ class Experts:
         """As `quant_moe` takes them after ids and weights."""
         return *self.stacks, *self.specs
 
+    def take(self, first: int, count: int) -> Experts:
+        """Those from the first on, so many."""
+        stacks = jax.tree.map(lambda leaf: leaf[first : first + count], self.stacks)
+        return dataclasses.replace(self, stacks=stacks)
+
     def list_floats(self, *, exact: bool) -> list[np.ndarray]:
         """[E, N, K] in float64: as compressed-tensors rounds them, or unrounded.
 
@@ -83,7 +88,7 @@ def make_experts(
                 weights["bias"] = jnp.asarray(rng.normal(size=n), scale_dtype)
             each.append(weights)
         specs.append(spec)
-        stacks.append(jax.tree.map(lambda *leaves: jnp.stack(leaves), *each))
+        stacks.append(jax.tree.map(lambda *leaves: jnp.asarray(np.stack(leaves)), *each))
     return Experts(tuple(specs), tuple(stacks))
 
 

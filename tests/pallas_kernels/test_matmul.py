@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 
 import jax
@@ -15,7 +16,7 @@ from pallas_kernels.backends import explain
 from pallas_kernels.dequantize import dequantize
 from pallas_kernels.errors import BackendError, SpecError
 from pallas_kernels.matmul import quant_matmul, quant_matmul_gated, quant_matmul_many
-from tests.grids import sample
+from tests.grids import cover, sample
 from tests.pallas_kernels.products import assert_close, make_weights, make_x
 
 X_DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
@@ -46,8 +47,10 @@ def test_product_is_within_the_rounding_bound(bits, shape, x_dtype, scale_dtype,
     assert_close(quant_matmul(x, weights, spec), x, weights, spec)
 
 
-@pytest.mark.parametrize("x_dtype", [jnp.bfloat16, jnp.float16])
-@pytest.mark.parametrize(("bits", "shape"), [(4, (70, 192, 64)), (8, (20, 33, -1))])
+@pytest.mark.parametrize(
+    ("bits", "shape", "x_dtype"),
+    cover([(4, (70, 192, 64)), (8, (20, 33, -1))], [jnp.bfloat16, jnp.float16]),
+)
 def test_named_backends_agree_within_the_bound(bits, shape, x_dtype):
     spec, weights = make_weights(bits, *shape, scale_dtype=jnp.bfloat16)
     x = make_x((3, spec.in_features), x_dtype)
@@ -81,7 +84,7 @@ def test_jit_and_vmap_over_x_and_over_stacked_weights(backend):
     for out, rows in zip(shared, x, strict=True):
         assert_close(out, rows, first, spec, exact_scale=exact)
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), first, second)
-    each = jax.vmap(multiply)(x, stacked)
+    each = jax.jit(jax.vmap(multiply))(x, stacked)
     for out, rows, weights in zip(each, x, (first, second), strict=True):
         assert_close(out, rows, weights, spec, exact_scale=exact)
 
@@ -99,9 +102,10 @@ def test_scan_over_stacked_weights_is_the_loop():
         assert_close(result * 4, rows, weights, spec)
 
 
-@pytest.mark.parametrize("tokens", [1, 3])
-@pytest.mark.parametrize("backend", ["xla", "triton", None])
-@pytest.mark.parametrize("scale_dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize(
+    ("tokens", "scale_dtype", "backend"),
+    sample(itertools.product((1, 3), X_DTYPES, ("xla", "triton", None)), every=4),
+)
 def test_gradients_are_those_of_the_dense_product(scale_dtype, backend, tokens):
     """For L = sum y * c: dL/dx = c @ W, dL/dbias = sum c, dL/dscale = sum (q - z) c.T @ x.
 
