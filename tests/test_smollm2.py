@@ -24,7 +24,7 @@ from jaxwna16.models.llama import Llama
 from tests.checkpoints import decompress, make_args, read_files
 
 TEXT = Path(__file__).parents[1] / "examples" / "data" / "persuasion.txt"
-WINDOW, WINDOWS = 256, 4
+WINDOW, WINDOWS = 128, 2
 LAYERS = 30
 
 

@@ -36,6 +36,10 @@ KINDS = [
     ("qwen2", 4, 32, False, jnp.float32),
     ("qwen3", 8, 32, False, jnp.float16),
 ]
+MARKED = [
+    pytest.param(kind, marks=[] if i in (0, 1, 3) else [pytest.mark.thorough])
+    for i, kind in enumerate(KINDS)
+]
 
 
 @functools.cache
@@ -67,7 +71,7 @@ def quantize_reference(family, bits, group_size, symmetric, scale_dtype):
     return reference, load_params(abstract, params)
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: "-".join(map(str, kind[:4])))
+@pytest.mark.parametrize("kind", MARKED, ids=lambda kind: "-".join(map(str, kind[:4])))
 def test_logits_equal_those_of_the_dequantized_weights(kind):
     reference, model = quantize_reference(*kind)
     tokens = random_tokens(2, 24)

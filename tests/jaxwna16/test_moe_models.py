@@ -15,6 +15,7 @@ from jaxwna16.models.config import ModelConfig
 from jaxwna16.models.llama import Llama
 from jaxwna16.models.params import load_params
 from pallas_kernels import QuantSpec
+from tests.grids import sample
 from tests.jaxwna16.hf_models import (
     SPARSE,
     choose_experts,
@@ -66,7 +67,7 @@ def test_in_bfloat16_the_router_is_as_wide_as_that_of_transformers(family):
     assert (error <= step * np.maximum(np.abs(expected), 1)).all()
 
 
-@pytest.mark.parametrize("family", FAMILY_OF_EACH_TYPE)
+@pytest.mark.parametrize("family", sample(FAMILY_OF_EACH_TYPE, every=4))
 def test_32_greedy_tokens_are_those_of_transformers(family):
     reference = make_reference(family)
     prompt = random_tokens(1, 11)
@@ -80,8 +81,9 @@ def test_32_greedy_tokens_are_those_of_transformers(family):
 
 def test_the_experts_of_one_row_do_not_depend_on_its_neighbours():
     model = convert(make_reference("qwen2_moe"))
-    tokens = random_tokens(3, 20)
-    prompts = [tokens[i, :length].tolist() for i, length in enumerate((5, 20, 11))]
+    tokens = random_tokens(3, 16)
+    # of one width when they are padded, so that each by itself is the same program
+    prompts = [tokens[i, :length].tolist() for i, length in enumerate((5, 16, 11))]
     together = generate_tokens(model, prompts, max_new_tokens=8)
     alone = [generate_tokens(model, [p], max_new_tokens=8).tokens[0] for p in prompts]
     assert together.tokens == alone

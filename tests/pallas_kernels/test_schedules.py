@@ -33,7 +33,7 @@ def _list_schedules() -> list:
             schedule = dataclasses.replace(schedule, splits=2)
         group = case.group_size if case.group_size <= 128 else _SHAPE[1]
         found[schedule, case.bits, case.dtype, group, min(case.tokens, _MAX_ROWS)] = None
-    return sample(found, every=8)
+    return sample(found, every=15)
 
 
 @functools.cache
