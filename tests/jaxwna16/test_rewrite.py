@@ -25,7 +25,7 @@ from tests.checkpoints import (
 )
 from tests.folders import make_config, make_tensors, prefix_names
 from tests.folders import write_folder as write_raw_folder
-from tests.grids import sample
+from tests.grids import cover
 
 LINEARS = {"model.layers.0.q_proj": (40, 64), "model.layers.0.up_proj": (33, 128)}
 
@@ -49,13 +49,9 @@ def _write_source(folder: Path, dtype=np.float32, **config) -> Path:
 
 @pytest.mark.parametrize(
     ("bits", "group", "symmetric", "dtype"),
-    sample(
-        [
-            (*kind, dtype)
-            for kind in ((4, 32, False), (4, 64, True), (8, -1, False), (8, 32, True))
-            for dtype in (np.float32, ml_dtypes.bfloat16, np.float16)
-        ],
-        every=2,
+    cover(
+        [(4, 32, False), (4, 64, True), (8, -1, False), (8, 32, True)],
+        [np.float32, ml_dtypes.bfloat16, np.float16],
     ),
 )
 def test_quantized_folder_is_read_by_compressed_tensors_with_the_same_result(

@@ -26,6 +26,7 @@ from tests.checkpoints import (
 )
 from tests.folders import make_config
 from tests.folders import write_folder as write_arrays
+from tests.grids import cover
 
 EXPERTS, INNER, HIDDEN = 3, 40, 64
 BLOCK = "model.layers.0.mlp"
@@ -100,8 +101,9 @@ def test_routers_and_the_head_stay_floats_and_stand_in_ignore(tmp_path):
         assert_same_bits(after[f"{path}.weight"], before[f"{path}.weight"])
 
 
-@pytest.mark.parametrize(("bits", "group", "symmetric"), [(4, 8, False), (8, -1, True)])
-@pytest.mark.parametrize("biases", [False, True])
+@pytest.mark.parametrize(
+    ("bits", "group", "symmetric", "biases"), cover([(4, 8, False), (8, -1, True)], [False, True])
+)
 def test_separate_and_stacked_experts_are_quantized_to_the_same_files(
     tmp_path, bits, group, symmetric, biases
 ):

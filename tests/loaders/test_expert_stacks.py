@@ -28,6 +28,7 @@ from tests.checkpoints import (
 )
 from tests.folders import make_config, make_experts, make_tensors
 from tests.folders import write_folder as write_arrays
+from tests.grids import cover
 
 EXPERTS, HIDDEN = 3, 128
 PATH = "model.layers.0.mlp.experts"
@@ -83,8 +84,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("shards", [1, 4])
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize(("case", "shards"), cover(CASES, [1, 4]))
 def test_every_expert_has_the_bits_of_its_concatenated_projections(tmp_path, case, shards):
     weights = [case.make_weights(expert) for expert in range(EXPERTS)]
     first, second = case.args

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from pallas_kernels.blocks import Blocks, count_blocks, find_local, group_pairs
 from pallas_kernels.moe_xla import choose_rows
 from pallas_kernels.triton import group_few_pairs
+from tests.grids import cover
 
 _by_xla = jax.jit(group_pairs, static_argnums=(1, 2))
 _by_kernel = jax.jit(
@@ -42,10 +43,12 @@ def assert_grouped(blocks: Blocks, local: list[int], experts: int, block: int) -
     assert np.asarray(blocks.pairs)[: len(found)].tolist() == rows
 
 
-@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(
-    ("pairs", "experts", "block"),
-    [(1, 1, 8), (8, 8, 8), (24, 3, 8), (300, 128, 8), (600, 5, 16), (700, 8, 64), (2, 256, 8)],
+    ("pairs", "experts", "block", "way"),
+    cover(
+        [(1, 1, 8), (8, 8, 8), (24, 3, 8), (300, 128, 8), (600, 5, 16), (700, 8, 64), (2, 256, 8)],
+        list(WAYS),
+    ),
 )
 def test_pairs_are_grouped_by_expert_in_their_order(way, pairs, experts, block):
     """Some pairs have no expert here; more than one chunk of 256 and of 128 pairs is met."""

@@ -21,6 +21,7 @@ from tests.checkpoints import (
     to_numpy,
 )
 from tests.folders import make_codes, make_tensors
+from tests.grids import cover
 
 # N, K, group size and scales: every kind of group with every scale, and odd shapes
 CASES = [
@@ -38,12 +39,14 @@ def _make_spec(bits, symmetric, shape) -> QuantSpec:
     )
 
 
-@pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_weight_equals_that_of_compressed_tensors_bit_for_bit(case, bits, symmetric):
-    *shape, scale_dtype = case
-    spec = _make_spec(bits, symmetric, shape)
+@pytest.mark.parametrize(
+    ("n", "k", "group", "scale_dtype", "bits", "symmetric"),
+    cover(CASES, [(4, True), (8, False), (4, False), (8, True)]),
+)
+def test_weight_equals_that_of_compressed_tensors_bit_for_bit(
+    n, k, group, scale_dtype, bits, symmetric
+):
+    spec = _make_spec(bits, symmetric, (n, k, group))
     args = make_args(spec, scale_dtype)
     tensors = compress(make_weight((spec.out_features, spec.in_features)), args)
     arrays = {role: to_numpy(tensor) for role, tensor in tensors.items()}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,6 +25,7 @@ from tests.checkpoints import (
     make_args,
     make_weight,
 )
+from tests.grids import cover, sample
 
 
 def _make_spec(bits, symmetric, n, k, group) -> QuantSpec:
@@ -43,10 +46,13 @@ def _make_hard_weight(n: int, k: int) -> torch.Tensor:
     return weight
 
 
-@pytest.mark.parametrize("scale_dtype", ["float16", "bfloat16", "float32"])
-@pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("group", [32, -1])
+@pytest.mark.parametrize(
+    ("group", "bits", "symmetric", "scale_dtype"),
+    sample(
+        itertools.product((32, -1), (4, 8), (True, False), ("float16", "bfloat16", "float32")),
+        every=5,
+    ),
+)
 def test_scales_zero_points_and_integers_are_those_of_compressed_tensors(
     group, bits, symmetric, scale_dtype
 ):
@@ -65,8 +71,10 @@ def test_scales_zero_points_and_integers_are_those_of_compressed_tensors(
     np.testing.assert_array_equal(ours, q.numpy())
 
 
-@pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize(("bits", "shape"), [(4, (96, 33, -1)), (8, (70, 192, 64)), (4, (1, 8, 2))])
+@pytest.mark.parametrize(
+    ("bits", "shape", "symmetric"),
+    cover([(4, (96, 33, -1)), (8, (70, 192, 64)), (4, (1, 8, 2))], [True, False]),
+)
 def test_unpacked_tensors_are_what_compressed_tensors_writes(bits, shape, symmetric):
     n, k, group = shape
     spec, weight = _make_spec(bits, symmetric, n, k, group), make_weight((n, k))

@@ -39,14 +39,14 @@ def test_each_case_is_timed_chained_and_single_beside_the_float_product():
 
 def test_on_a_gpu_graphs_and_the_expanding_path_are_timed_too():
     """All of it but the GPU itself: without a backend by name, a CPU runs the XLA path."""
-    tokens = [1, 2, 4, 8, 16, 32]
+    tokens = [1, 2]
     rows = Bench(make_cases("64x128", tokens), None, EFFORT, Deadline(100.0)).run()
     assert [set(row["engines"]["ours"]) for row in rows] == [
         {"chained", "graph_free", "single", "layers"}
     ] * len(tokens)
     assert all("graph_free" in row["engines"]["bf16"] for row in rows)
     # of many numbers of tokens, the slow path is timed at some
-    assert [row["tokens"] for row in rows if "xla" in row["engines"]] == [1, 16]
+    assert [row["tokens"] for row in rows if "xla" in row["engines"]] == [1]
 
 
 def test_experts_walk_the_same_way_and_their_grouping_is_a_part():
