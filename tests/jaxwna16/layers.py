@@ -10,7 +10,7 @@ import numpy as np
 
 import jaxwna16
 from jaxwna16 import QuantDense, QuantSpec
-from jaxwna16.models.llama import Dense
+from jaxwna16.models.layers import Dense
 
 K = 128
 F32, BF16 = 2.0**-24, 2.0**-8
