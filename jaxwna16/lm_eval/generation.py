@@ -35,7 +35,7 @@ def read_options(gen_kwargs: Mapping[str, Any], max_gen_toks: int) -> Options:
     Raises:
       InputError: if there is one that we do not have.
     """
-    given = normalize_gen_kwargs(dict(gen_kwargs), max_gen_toks)
+    given: dict[str, Any] = {**normalize_gen_kwargs(dict(gen_kwargs), max_gen_toks)}
     if unknown := sorted(set(given) - _OPTIONS):
         raise InputError(
             f"generation_kwargs: the model jaxwna16 has no {', '.join(unknown)}; it knows "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections import defaultdict
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -206,7 +207,7 @@ class JaxWNA16LM(TemplateLM):
         return totals
 
     def _loglikelihood_tokens(
-        self, requests: list[Request], disable_tqdm: bool = False, **kwargs: Any
+        self, requests: Sequence[Request], disable_tqdm: bool = False, **kwargs: Any
     ) -> list[Scored]:
         """For each request its continuation's log-likelihood, and whether it is the greedy one."""
         del kwargs
@@ -230,14 +231,15 @@ class JaxWNA16LM(TemplateLM):
         Raises:
           InputError: if a task asks for an option of generation that we do not have.
         """
+        asked: list[Any] = [request.args for request in requests]
         groups: dict[str, list[int]] = defaultdict(list)
-        for number, request in enumerate(requests):
-            groups[json.dumps(request.args[1], sort_keys=True)].append(number)
+        for number, (_, gen_kwargs) in enumerate(asked):
+            groups[json.dumps(gen_kwargs, sort_keys=True)].append(number)
         texts = [""] * len(requests)
         with tqdm(total=len(requests), desc="Generating", disable=disable_tqdm, leave=False) as bar:
             for numbers in groups.values():
-                options = read_options(requests[numbers[0]].args[1], self.max_gen_toks)
-                prompts = {n: self._encode_prompt(requests[n].args[0], options) for n in numbers}
+                options = read_options(asked[numbers[0]][1], self.max_gen_toks)
+                prompts = {n: self._encode_prompt(asked[n][0], options) for n in numbers}
                 numbers.sort(key=lambda n, prompts=prompts: -len(prompts[n]))
                 for batch in self._batch_size.plan([len(prompts[n]) for n in numbers]):
                     chunk = numbers[batch.start : batch.stop]
@@ -251,7 +253,7 @@ class JaxWNA16LM(TemplateLM):
                     )
                     for n, text in zip(chunk, found, strict=False):
                         texts[n] = text
-                        self.cache_hook.add_partial("generate_until", requests[n].args, text)
+                        self.cache_hook.add_partial("generate_until", asked[n], text)
                     bar.update(len(chunk))
         return texts
 

@@ -8,10 +8,12 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
 from jaxwna16.errors import InputError
+from jaxwna16.evaluation import measure_perplexity, read_text
 from jaxwna16.generation import generate_tokens
 from jaxwna16.lm_eval import JaxWNA16LM
 from jaxwna16.lm_eval.batches import BatchSize, read_batch_size, round_up
 from jaxwna16.lm_eval.scoring import _pad as scoring_pad
+from tests.jaxwna16.lm_eval.conftest import TEXT
 
 TEXTS = (
     "Sir Walter Elliot",
@@ -93,6 +95,17 @@ def test_chats_become_the_text_of_hf(make_model, folder, add_generation_prompt):
     assert model.chat_template(False) is None
     with pytest.raises(InputError, match="'tool_use'"):
         model.chat_template("tool_use")
+
+
+def test_eval_perplexity_cuts_a_text_as_the_harness_does(make_model):
+    model = make_model(add_bos_token=False)
+    text = read_text(TEXT)[5000:6700]
+    [expected] = model.loglikelihood_rolling([ask(text)], disable_tqdm=True)
+    tokens = [model.prefix_token_id, *model.tok_encode(text)]
+    assert len(tokens) % 256 > 1  # the last window reaches back
+    found = measure_perplexity(model.model, tokens, window=257, stride=256, batch=2)
+    assert found.windows > 2
+    assert -found.nll * found.tokens == pytest.approx(expected, abs=1e-3)
 
 
 def test_requests_that_differ_in_the_last_token_alone_are_read_once(make_model, monkeypatch):
