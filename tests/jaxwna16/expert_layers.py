@@ -80,12 +80,13 @@ def make_experts(
                 leaves["bias"] = jnp.asarray(np.random.default_rng(e).normal(size=n), scale_dtype)
             each.append(leaves)
         specs.append(spec)
-        stacks.append(jax.tree.map(lambda *leaves: jnp.stack(leaves), *each))
+        stacks.append(jax.tree.map(lambda *leaves: jnp.asarray(np.stack(leaves)), *each))
     return Experts(tuple(stacks), tuple(specs), {"top_k": 2} | options)
 
 
 def make_input(*shape: int, dtype: Any = jnp.float32, seed=3) -> jax.Array:
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
+    x = np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+    return jnp.asarray(x.astype(dtype))  # by NumPy, since XLA compiles a cast for every shape
 
 
 def call_nnx(experts: Experts, x, logits, **arguments) -> jax.Array:

@@ -50,7 +50,8 @@ def make_plain(n: int) -> Dense:
 
 
 def make_input(*shape: int, dtype: Any = jnp.float32) -> jax.Array:
-    return jnp.asarray(np.random.default_rng(3).normal(size=shape), dtype)
+    x = np.random.default_rng(3).normal(size=shape).astype(np.float32)
+    return jnp.asarray(x.astype(dtype))  # by NumPy, since XLA compiles a cast for every shape
 
 
 def make_three(**options) -> list[QuantDense]:

@@ -44,7 +44,7 @@ def test_jit_and_vmap_over_rows():
     layers, x = make_three(), make_input(4, 2, K)
     expected, bound = combine_apart(x, layers), bound_of(layers, x)
     assert_within(jax.jit(combine)(x, layers), expected, bound)
-    assert_within(jax.vmap(combine, in_axes=(0, None))(x, layers), expected, bound)
+    assert_within(jax.jit(jax.vmap(combine, in_axes=(0, None)))(x, layers), expected, bound)
 
 
 def test_vmap_and_scan_over_stacked_layers():

@@ -174,9 +174,12 @@ def test_weights_of_any_specs_share_x_in_one_call_each_for_equal_specs(backend):
     specs, weights = zip(*made, strict=True)
     weights[2]["bias"] = make_x((130,))
     x = make_x((2, 5, 96), jnp.bfloat16)
-    together = quant_matmul_many(x, weights, specs, backend=backend)
-    for y, weight, spec in zip(together, weights, specs, strict=True):
-        np.testing.assert_array_equal(y, quant_matmul(x, weight, spec, backend=backend))
+    together = jax.jit(lambda x: quant_matmul_many(x, weights, specs, backend=backend))(x)
+    pairs = list(zip(weights, specs, strict=True))
+    apart = jax.jit(lambda x: [quant_matmul(x, *pair, backend=backend) for pair in pairs])(x)
+    assert len(together) == len(apart) == 4
+    for y, alone in zip(together, apart, strict=True):
+        np.testing.assert_array_equal(y, alone)
     with pytest.raises(SpecError, match="as many specs as weights"):
         quant_matmul_many(x, weights, specs[:3])
 

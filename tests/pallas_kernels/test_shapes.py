@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -27,6 +28,9 @@ def _list_shapes():
         yield (min(rows, 64) if large else rows, n, k)
 
 
+_multiply = jax.jit(quant_matmul, static_argnames=("spec", "backend"))
+
+
 @functools.cache
 def _make(bits: int, n: int, k: int):
     return make_weights(bits, n, k, _FEATURES[k], scale_dtype=jnp.bfloat16)
@@ -38,7 +42,7 @@ def test_product_of_every_shape_is_within_the_bound(tokens, n, k, backend):
     bits = 8 if n in (8, 830) else 4
     spec, weights = _make(bits, n, k)
     x = make_x((tokens, k), jnp.bfloat16)
-    out = quant_matmul(x, weights, spec, backend=backend)
+    out = _multiply(x, weights, spec=spec, backend=backend)
     assert_close(out, x, weights, spec, exact_scale=backend == "triton")
 
 
