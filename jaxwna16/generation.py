@@ -1,34 +1,38 @@
-"""Generating tokens: one jitted prefill, then a decode loop that stays on the device."""
+"""Generating tokens: prompts in pieces, then a decode loop that stays on the device."""
 
 from __future__ import annotations
 
-import collections
 import dataclasses
-import functools
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
+from jaxwna16.decoding import (
+    NO_TOKEN,
+    Options,
+    Progress,
+    choose_first,
+    decode,
+    make_options,
+    prefill,
+    round_up,
+)
 from jaxwna16.errors import InputError
 from jaxwna16.models.causal_lm import CausalLM
-from jaxwna16.sampling import sample
 
-Array = jax.Array
-Stream = Callable[[list[list[int]]], None]
+Stream = Callable[[list[list[int]]], Mapping[int, int] | None]
 
-STREAM_STEPS = 8
-"""Tokens per row between two calls of `stream`."""
+STREAM_SECONDS = 0.1
+"""About so much time passes between two calls of `stream`, unless one token takes longer."""
 
-trace_counts: collections.Counter[str] = collections.Counter()
-"""How often "prefill" and "decode" were traced in this process."""
-
-_NO_TOKEN = -1
+PREFILL_CHUNK = 512
+PREFILL_TOKENS = 8192
+"""Tokens of a row, and of all rows together, in a piece of the prompts if nobody says."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,7 +41,9 @@ class GenerationResult:
 
     Attributes:
       tokens: the generated tokens, without the prompt and without the stop token.
-      finish_reasons: "stop" if a stop token ended the row, else "length".
+      finish_reasons: "stop" if a stop token (or `stream`) ended the row, else "length".
+      logprobs: the natural logarithm of each token's probability, or None if not asked for.
+      top_logprobs: for each token, pairs (token, logarithm) of the n likeliest, likeliest first.
       prompt_tokens: of all prompts together.
       compile_seconds: tracing and compiling; about 0 when these shapes ran before.
       prefill_seconds: running the prompts, up to the first token of each row. The first run of
@@ -48,6 +54,8 @@ class GenerationResult:
 
     tokens: list[list[int]]
     finish_reasons: list[str]
+    logprobs: list[list[float]] | None
+    top_logprobs: list[list[list[tuple[int, float]]]] | None
     prompt_tokens: int
     compile_seconds: float
     prefill_seconds: float
@@ -64,33 +72,6 @@ class GenerationResult:
         return self.decoded_tokens / self.decode_seconds if self.decoded_tokens else 0.0
 
 
-class _Options(NamedTuple):
-    """What steers the choice of tokens; all arrays, so nothing here is traced anew."""
-
-    key: Array
-    temperature: Array
-    top_k: Array
-    top_p: Array
-    stop_tokens: Array
-
-
-class _Progress(NamedTuple):
-    """State of the decode loop.
-
-    Attributes:
-      step: int32, tokens generated per row so far; column `step - 1` of `tokens` is the newest.
-      tokens: int32 [B, max_new_tokens rounded up], -1 where nothing was generated.
-      lengths: int32 [B], tokens of each prompt.
-      done: bool [B], whether the row hit a stop token.
-    """
-
-    step: Array
-    tokens: Array
-    lengths: Array
-    done: Array
-    cache: Any
-
-
 def generate_tokens(
     model: CausalLM,
     prompts: Sequence[Sequence[int]],
@@ -101,159 +82,188 @@ def generate_tokens(
     top_p: float = 1.0,
     seed: int = 0,
     stop_tokens: Sequence[int] = (),
+    logprobs: int | None = None,
+    prefill_chunk: int | None = None,
     stream: Stream | None = None,
 ) -> GenerationResult:
     """Continue each prompt.
 
     Rows are independent: a row's logits do not depend on its neighbours, and with the same seed and
-    the same place in the batch neither do its draws.
+    the same place in the batch neither do its draws. Nor do they depend on `prefill_chunk` or on
+    `stream`, but for the rounding of sums in another order.
 
     Args:
       temperature: 0 is greedy.
       top_k: draw among the k most likely tokens; 0 is off.
       top_p: draw among the most likely tokens that together reach this probability; 1 is off.
       stop_tokens: tokens that end a row.
-      stream: called about every `STREAM_STEPS` tokens with the new tokens of each row.
+      logprobs: how many of the likeliest tokens to score beside the chosen one, or None for no
+        scores. Scores are float32 log-probabilities of the model's own distribution, before
+        temperature, top-k and top-p.
+      prefill_chunk: tokens of each prompt that are run at once. Memory for attention's weights is
+        that many times the row's whole length. None is up to 512, fewer in a wide batch, or the
+        whole prompt where the model's rope asks for that.
+      stream: called with the new tokens of each row, first with one each and then about every
+        `STREAM_SECONDS`, or for every token where one takes longer. It may return {row: n}: these
+        rows end, and n of their tokens are kept.
 
     Raises:
       InputError: listing everything wrong with the prompts and the options.
     """
     stop_tokens = tuple(stop_tokens)
     faults = [
-        *_list_prompt_faults(model, prompts, max_new_tokens),
+        *_list_prompt_faults(model, prompts, max_new_tokens, prefill_chunk),
         *_list_option_faults(temperature, top_k, top_p, seed, stop_tokens),
+        *_list_logprobs_faults(model, logprobs),
     ]
     if faults:
         raise InputError("cannot generate", faults)
-    options = _make_options(temperature, top_k, top_p, seed, stop_tokens)
-    tokens, lengths = _pad_prompts(prompts)
-    width = round_up(max_new_tokens)
+    options = make_options(temperature, top_k, top_p, seed, stop_tokens)
 
     started = time.perf_counter()
-    prefill = functools.partial(_prefill, model, tokens, lengths, options, width=width)
-    _prefill.lower(*prefill.args, **prefill.keywords).compile()
-    prefill_started = time.perf_counter()
-    progress = jax.block_until_ready(prefill())
-    prefilled = time.perf_counter()
-    progress = jax.block_until_ready(_decode(model, progress, options, jnp.int32(1)))
+    progress, prefill_seconds = start_rows(
+        model, prompts, options, max_new_tokens, logprobs, prefill_chunk
+    )
+    progress = jax.block_until_ready(decode(model, progress, options, jnp.int32(1)))
     ready = time.perf_counter()
-
-    reported = 0
-    while True:
-        done, step = np.asarray(progress.done), int(progress.step)
-        if stream is not None:
-            stream(_cut_rows(np.asarray(progress.tokens)[:, reported:step], stop_tokens))
-            reported = step
-        if done.all() or step >= max_new_tokens:
-            break
-        until = max_new_tokens if stream is None else min(step + STREAM_STEPS, max_new_tokens)
-        progress = _decode(model, progress, options, jnp.int32(until))
+    progress, kept = _finish_rows(model, progress, options, max_new_tokens, stream)
     finished = time.perf_counter()
 
     generated = np.asarray(progress.tokens)
+    lengths = _measure_rows(generated, stop_tokens)
+    for row, length in kept.items():
+        lengths[row] = min(lengths[row], length)
+    scores = progress.scores and [np.asarray(x) for x in progress.scores]
     return GenerationResult(
-        tokens=_cut_rows(generated, stop_tokens),
-        finish_reasons=["stop" if row else "length" for row in done],
+        tokens=_cut_rows(generated, lengths),
+        finish_reasons=["stop" if row else "length" for row in np.asarray(progress.done)],
+        logprobs=scores and _cut_rows(scores[0], lengths),
+        top_logprobs=scores and _pair_rows(scores[2], scores[1], lengths),
         prompt_tokens=sum(map(len, prompts)),
-        compile_seconds=(prefill_started - started) + (ready - prefilled),
-        prefill_seconds=prefilled - prefill_started,
+        compile_seconds=ready - started - prefill_seconds,
+        prefill_seconds=prefill_seconds,
         decode_seconds=finished - ready,
-        decoded_tokens=int((generated[:, 1:] != _NO_TOKEN).sum()),
+        decoded_tokens=int((generated[:, 1:] != NO_TOKEN).sum()),
     )
 
 
-def round_up(length: int) -> int:
-    """The next of 16, 32, 48, 64, 80, 96, 112, 128, 160, 192, …: few shapes, at most 1/4 wasted."""
-    unit = max(16, (1 << (length - 1).bit_length()) >> 3)
-    return -(-length // unit) * unit
-
-
-@functools.partial(jax.jit, static_argnames="width")
-def _prefill(
-    model: CausalLM, tokens: Array, lengths: Array, options: _Options, *, width: int
-) -> _Progress:
-    """Run padded prompts int32 [B, S], choose the first tokens, make room for `width` of them."""
-    trace_counts["prefill"] += 1
-    batch, steps = tokens.shape
-    cache = model.make_cache(batch, steps + width)
-    hidden, cache = model.hidden(tokens, jnp.zeros_like(lengths), lengths, cache)
-    last = jnp.take_along_axis(hidden, lengths[:, None, None] - 1, axis=1)
-    progress = _Progress(
-        step=jnp.int32(0),
-        tokens=jnp.full((batch, width), _NO_TOKEN, jnp.int32),
-        lengths=lengths,
-        done=jnp.zeros(batch, bool),
-        cache=cache,
-    )
-    return _add_tokens(progress, model.logits(last[:, 0]), options)
-
-
-@functools.partial(jax.jit, donate_argnames="progress")
-def _decode(model: CausalLM, progress: _Progress, options: _Options, until: Array) -> _Progress:
-    """Generate until each row has `until` tokens, an int32 array, or all rows are done."""
-    trace_counts["decode"] += 1
-
-    def advance(progress: _Progress) -> _Progress:
-        newest = lax.dynamic_slice_in_dim(progress.tokens, progress.step - 1, 1, axis=1)
-        start, count = progress.lengths + progress.step - 1, (~progress.done).astype(jnp.int32)
-        hidden, cache = model.hidden(jnp.maximum(newest, 0), start, count, progress.cache)
-        return _add_tokens(progress._replace(cache=cache), model.logits(hidden[:, 0]), options)
-
-    return lax.while_loop(
-        lambda progress: (progress.step < until) & ~progress.done.all(), advance, progress
-    )
-
-
-def _add_tokens(progress: _Progress, logits: Array, options: _Options) -> _Progress:
-    """Choose the next token of every row that is not done, from logits [B, V]."""
-    step_key = jax.random.fold_in(options.key, progress.step)
-    drawn = sample(logits, step_key, options.temperature, options.top_k, options.top_p)
-    chosen = jnp.where(progress.done, _NO_TOKEN, drawn)
-    stops = (chosen[:, None] == options.stop_tokens[None, :]).any(axis=1)
-    tokens = lax.dynamic_update_slice_in_dim(
-        progress.tokens, chosen[:, None], progress.step, axis=1
-    )
-    return progress._replace(step=progress.step + 1, tokens=tokens, done=progress.done | stops)
-
-
-def _make_options(
-    temperature: float, top_k: int, top_p: float, seed: int, stop_tokens: tuple[int, ...]
-) -> _Options:
-    # Rounded up in number, so that another number of stop tokens is not another program.
-    stops = np.full(round_up(max(len(stop_tokens), 1)), _NO_TOKEN - 1, np.int32)
-    stops[: len(stop_tokens)] = stop_tokens
-    return _Options(
-        key=jax.random.key(seed),
-        temperature=jnp.float32(temperature),
-        top_k=jnp.int32(top_k),
-        top_p=jnp.float32(top_p),
-        stop_tokens=jnp.asarray(stops),
-    )
-
-
-def _pad_prompts(prompts: Sequence[Sequence[int]]) -> tuple[Array, Array]:
-    """Prompts padded on the right, int32 [B, S], and their lengths, int32 [B]."""
+def start_rows(
+    model: CausalLM,
+    prompts: Sequence[Sequence[int]],
+    options: Options,
+    max_new_tokens: int,
+    logprobs: int | None = None,
+    prefill_chunk: int | None = None,
+) -> tuple[Progress, float]:
+    """Run the prompts and choose the first tokens; also the seconds that takes once compiled."""
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
-    tokens = np.zeros((len(prompts), round_up(int(lengths.max()))), np.int32)
+    longest, batch = int(lengths.max()), len(prompts)
+    whole = getattr(model.config, "whole_prompts", False)
+    chunk = round_up(longest) if whole else _choose_chunk(longest, batch, prefill_chunk)
+    tokens = np.zeros((batch, -(-longest // chunk) * chunk), np.int32)
     for row, prompt in zip(tokens, prompts, strict=True):
         row[: len(prompt)] = prompt
-    return jnp.asarray(tokens), jnp.asarray(lengths)
+    width = round_up(max_new_tokens)
+    cache = model.make_cache(batch, round_up(longest) + width)
+
+    def cut_piece(begin: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+        start = np.minimum(begin, lengths)
+        count = np.minimum(lengths - start, chunk)
+        piece = tokens[:, begin : begin + chunk]
+        return jnp.asarray(piece), jnp.asarray(start), jnp.asarray(count)
+
+    facts = {"width": width, "likeliest": logprobs}
+    program = prefill.lower(model, *cut_piece(0), cache)
+    program.compile()
+    last, _ = program.out_info
+    choose_first.lower(model, last, jnp.asarray(lengths), cache, options, **facts).compile()
+
+    started = time.perf_counter()
+    hidden, cache = prefill(model, *cut_piece(0), cache)
+    for begin in range(chunk, longest, chunk):
+        last, cache = prefill(model, *cut_piece(begin), cache)
+        hidden = jnp.where(jnp.asarray(lengths > begin)[:, None], last, hidden)
+    progress = choose_first(model, hidden, jnp.asarray(lengths), cache, options, **facts)
+    jax.block_until_ready(progress)
+    return progress, time.perf_counter() - started
 
 
-def _cut_rows(tokens: np.ndarray, stop_tokens: tuple[int, ...]) -> list[list[int]]:
-    """Each row without what is not text: stop tokens and the -1 of rows that were done before."""
-    return [[int(t) for t in row if t != _NO_TOKEN and t not in stop_tokens] for row in tokens]
+def _finish_rows(
+    model: CausalLM, progress: Progress, options: Options, max_new_tokens: int, stream: Stream | None
+) -> tuple[Progress, dict[int, int]]:
+    """Generate until all rows are done; also how many tokens are kept of those `stream` ended."""
+    stops = tuple(np.asarray(options.stop_tokens).tolist())
+    kept: dict[int, int] = {}
+    reported, steps = 0, 1
+    while True:
+        done, step = np.asarray(progress.done), int(progress.step)
+        if stream is not None:
+            new = np.asarray(progress.tokens)[:, reported:step]
+            ended = stream(_cut_rows(new, _measure_rows(new, stops))) or {}
+            reported = step
+            kept |= ended
+            done = done | np.isin(np.arange(len(done)), list(ended))
+            progress = progress._replace(done=jnp.asarray(done))
+        if done.all() or step >= max_new_tokens:
+            return progress, kept
+        until = max_new_tokens if stream is None else min(step + steps, max_new_tokens)
+        began = time.perf_counter()
+        progress = jax.block_until_ready(decode(model, progress, options, jnp.int32(until)))
+        seconds = (time.perf_counter() - began) / (int(progress.step) - step)
+        steps = max(1, int(STREAM_SECONDS / seconds))
+
+
+def _choose_chunk(longest: int, batch: int, prefill_chunk: int | None) -> int:
+    """Tokens of a row in a piece; pieces are about as long as each other if nobody says."""
+    if prefill_chunk is not None:
+        return min(prefill_chunk, round_up(longest))
+    limit = max(16, min(PREFILL_CHUNK, PREFILL_TOKENS // batch))
+    pieces = -(-longest // limit)
+    return min(round_up(-(-longest // pieces)), round_up(longest))
+
+
+def _measure_rows(tokens: np.ndarray, stop_tokens: tuple[int, ...]) -> np.ndarray:
+    """How many tokens of each row are text: those before a stop token, or before `NO_TOKEN`."""
+    ends = np.isin(tokens, [NO_TOKEN, *stop_tokens])
+    return np.where(ends.any(axis=1), ends.argmax(axis=1), tokens.shape[1])
+
+
+def _cut_rows(rows: np.ndarray, lengths: np.ndarray) -> list[list[Any]]:
+    return [row[:length].tolist() for row, length in zip(rows, lengths, strict=True)]
+
+
+def _pair_rows(
+    ids: np.ndarray, numbers: np.ndarray, lengths: np.ndarray
+) -> list[list[list[tuple[int, float]]]]:
+    """For each row and token the pairs of ids and numbers, each [B, T, n]."""
+    return [
+        [list(zip(*pair, strict=True)) for pair in zip(*row, strict=True)]
+        for row in zip(_cut_rows(ids, lengths), _cut_rows(numbers, lengths), strict=True)
+    ]
 
 
 def _list_prompt_faults(
-    model: CausalLM, prompts: Sequence[Sequence[int]], max_new_tokens: int
+    model: CausalLM,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    prefill_chunk: int | None,
 ) -> Iterator[str]:
     vocab, limit = model.config.vocab_size, model.config.max_length
     if not _is_integer(max_new_tokens) or max_new_tokens < 1:
         yield f"max_new_tokens: expected an integer of at least 1, got {max_new_tokens!r}"
         max_new_tokens = 1
+    if prefill_chunk is not None and not (_is_integer(prefill_chunk) and prefill_chunk > 0):
+        yield f"prefill_chunk: expected an integer of at least 1, or None, got {prefill_chunk!r}"
+        prefill_chunk = None
     if len(prompts) == 0:
         yield "prompts: expected at least one, got none"
+    longest = max(map(len, prompts), default=0)
+    whole = getattr(model.config, "whole_prompts", False)
+    if whole and prefill_chunk is not None and prefill_chunk < longest:
+        yield (
+            f"prefill_chunk: {prefill_chunk} is less than a prompt of {longest} tokens, and with "
+            "dynamic rope a prompt is one piece; leave it out"
+        )
     for i, prompt in enumerate(prompts):
         strays = [t for t in prompt if not _is_integer(t) or not 0 <= t < vocab]
         if len(prompt) == 0:
@@ -281,6 +291,12 @@ def _list_option_faults(
     for token in stop_tokens:
         if not (_is_integer(token) and 0 <= token < 2**31):
             yield f"stop_tokens: expected tokens, got {token!r}"
+
+
+def _list_logprobs_faults(model: CausalLM, logprobs: int | None) -> Iterator[str]:
+    vocab = model.config.vocab_size
+    if logprobs is not None and not (_is_integer(logprobs) and 0 <= logprobs <= vocab):
+        yield f"logprobs: expected an integer from 0 to {vocab}, or None, got {logprobs!r}"
 
 
 def _is_integer(value: object) -> bool:

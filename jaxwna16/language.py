@@ -22,7 +22,8 @@ from jaxwna16.models.names import rename_parts
 from jaxwna16.models.params import check_leaves, list_leaves, load_params
 from jaxwna16.models.skipped import drop_skipped
 from jaxwna16.models.zero_biases import drop_zero_biases
-from jaxwna16.text import TextStream, Tokenizer
+from jaxwna16.stop_strings import StoppingText, find_stop_tokens
+from jaxwna16.text import Tokenizer
 from loaders.converted import open_plan
 from loaders.plan import Plan
 from pallas_kernels.dequantize import dequantize
@@ -30,7 +31,10 @@ from pallas_kernels.dequantize import dequantize
 
 @dataclasses.dataclass(frozen=True)
 class Generation:
-    """What `generate` wrote: one text per prompt, and the tokens and timings behind them."""
+    """What `generate` wrote: one text per prompt, and the tokens and timings behind them.
+
+    Of a text that a stop string ended, the tokens go up to the one that completed it.
+    """
 
     texts: list[str]
     result: GenerationResult
@@ -140,9 +144,12 @@ def generate(
     top_k: int = 0,
     top_p: float = 1.0,
     seed: int = 0,
+    stop: str | Sequence[str] = (),
+    logprobs: int | None = None,
+    prefill_chunk: int | None = None,
     stream: Callable[[list[str]], None] | None = None,
 ) -> Generation:
-    """Continue each prompt, up to a stop token of the checkpoint or `max_new_tokens`.
+    """Continue each prompt, up to a stop token of the checkpoint, `stop` or `max_new_tokens`.
 
     Args:
       model: from `load_model`.
@@ -154,23 +161,40 @@ def generate(
       top_k: draw among the k most likely tokens; 0 is off.
       top_p: draw among the most likely tokens that together reach this probability; 1 is off.
       seed: of the draws; the same seed gives the same texts.
-      stream: called with the new text of each prompt whenever a few tokens are ready.
+      stop: strings; a text ends before the first of them that is complete, wherever its tokens
+        begin and end. One that is a token of the vocabulary by itself ("<|im_end|>") ends it, too.
+      logprobs: as in `generate_tokens`: None, or for how many of the likeliest tokens the
+        log-probabilities are wanted, beside those of the chosen ones (`result.logprobs`).
+      prefill_chunk: as in `generate_tokens`: tokens of each prompt that are run at once.
+      stream: called with the new text of each prompt as soon as it is decided, about ten times a
+        second or for every token. Joined, it is the prompt's text: what may become a stop string
+        or a character is held back until it is clear.
 
     Raises:
       InputError: listing what is wrong with the prompts or the options.
     """
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    stop = [stop] if isinstance(stop, str) else list(stop)
     if empty := [i for i, prompt in enumerate(prompts) if not prompt]:
         raise InputError(f"prompts {empty} are empty: give each at least one character")
     if tokenizer is None:
         if model.folder is None:
             raise InputError("the model was not loaded from a folder: pass tokenizer=")
         tokenizer = Tokenizer.from_folder(model.folder)
+    stop_tokens = tokenizer.stop_tokens | find_stop_tokens(tokenizer, stop)
     if chat:
         encoded = [tokenizer.encode_chat([{"role": "user", "content": p}]) for p in prompts]
     else:
         encoded = [tokenizer.encode(prompt) for prompt in prompts]
-    rows = [TextStream(tokenizer) for _ in prompts]
+    rows = [StoppingText(tokenizer, stop) for _ in prompts]
+
+    def push(new: list[list[int]]) -> dict[int, int]:
+        running = [i for i, row in enumerate(rows) if not row.stopped]
+        texts = [row.push(ids) for row, ids in zip(rows, new, strict=True)]
+        if stream is not None:
+            stream(texts)
+        return {i: rows[i].tokens for i in running if rows[i].stopped}
+
     result = generate_tokens(
         model,
         encoded,
@@ -179,10 +203,16 @@ def generate(
         top_k=top_k,
         top_p=top_p,
         seed=seed,
-        stop_tokens=sorted(tokenizer.stop_tokens),
-        stream=stream
-        and (lambda new: stream([row.push(ids) for row, ids in zip(rows, new, strict=True)])),
+        stop_tokens=sorted(stop_tokens),
+        logprobs=logprobs,
+        prefill_chunk=prefill_chunk,
+        stream=push if stop or stream is not None else None,
     )
+    rests = [row.flush() for row in rows]
     if stream is not None:
-        stream([row.flush() for row in rows])
-    return Generation([tokenizer.decode(ids) for ids in result.tokens], result)
+        stream(rests)
+    texts = [
+        row.text if row.stopped else tokenizer.decode(ids)
+        for row, ids in zip(rows, result.tokens, strict=True)
+    ]
+    return Generation(texts, result)

@@ -8,6 +8,8 @@ import os
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# the command line would keep compiled programs in the user's own folder
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
 
 import jax
 

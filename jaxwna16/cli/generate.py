@@ -6,10 +6,13 @@ import argparse
 import sys
 from typing import TYPE_CHECKING, Any
 
-from jaxwna16.cli.arguments import add_json, add_model
+from jaxwna16.cli.arguments import CallError, add_json, add_model
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from jaxwna16.generation import GenerationResult
+    from jaxwna16.text import Tokenizer
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -18,8 +21,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "the speed goes to stderr."
     )
     add_model(parser)
-    parser.add_argument(
-        "--prompt", metavar="TEXT", action="append", required=True, help="repeat it for a batch"
+    prompts = parser.add_mutually_exclusive_group(required=True)
+    prompts.add_argument("--prompt", metavar="TEXT", action="append", help="repeat it for a batch")
+    prompts.add_argument(
+        "--prompts", metavar="FILE", help="a text file with one prompt a line, for a wide batch"
     )
     parser.add_argument(
         "--chat",
@@ -45,6 +50,25 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--seed", metavar="N", type=int, default=0, help="of the draws (default: 0)"
     )
+    parser.add_argument(
+        "--stop",
+        metavar="TEXT",
+        action="append",
+        default=[],
+        help="end the text before this; may be repeated",
+    )
+    parser.add_argument(
+        "--logprobs",
+        metavar="N",
+        type=int,
+        help="with --json: log-probabilities of the tokens, and of the N likeliest at each place",
+    )
+    parser.add_argument(
+        "--prefill-chunk",
+        metavar="N",
+        type=int,
+        help="tokens of each prompt run at once (default: up to 512); fewer need less memory",
+    )
     add_json(parser, sys.modules[__name__])
 
 
@@ -54,12 +78,15 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from jaxwna16.errors import InputError
     from jaxwna16.language import generate
 
-    if not all(args.prompt):
+    if args.logprobs is not None and not args.json:
+        raise CallError("--logprobs goes into the report: add --json")
+    prompts = args.prompt or _read_prompts(args.prompts)
+    if not all(prompts):
         raise InputError("the prompt is empty: give it at least one character")
     tokenizer = open_tokenizer(args)
     chat = tokenizer.has_chat_template if args.chat is None else args.chat
     model, facts = open_model(args)
-    streams = len(args.prompt) == 1 and not args.json
+    streams = len(prompts) == 1 and not args.json
     with make_console(stderr=True).status("compiling and generating") as status:
 
         def print_piece(texts: list[str]) -> None:
@@ -68,7 +95,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
         generation = generate(
             model,
-            args.prompt,
+            prompts,
             tokenizer=tokenizer,
             chat=chat,
             max_new_tokens=args.max_new_tokens,
@@ -76,6 +103,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             top_k=args.top_k,
             top_p=args.top_p,
             seed=args.seed,
+            stop=args.stop,
+            logprobs=args.logprobs,
+            prefill_chunk=args.prefill_chunk,
             stream=print_piece if streams else None,
         )
     result = generation.result
@@ -92,12 +122,43 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     return {
         **facts,
         "chat": chat,
-        "prompts": args.prompt,
+        "prompts": prompts,
         "texts": generation.texts,
         "tokens": result.tokens,
+        "logprobs": _describe_logprobs(result, tokenizer),
         "finish_reasons": result.finish_reasons,
         "timings": timings,
     }
+
+
+def _read_prompts(path: str) -> list[str]:
+    """The lines of a file that are not blank."""
+    from jaxwna16.errors import InputError
+    from jaxwna16.evaluation import read_text
+
+    prompts = [line for line in read_text(path).splitlines() if line.strip()]
+    if not prompts:
+        raise InputError(f"{path}: there is no prompt in it, all lines are blank")
+    return prompts
+
+
+def _describe_logprobs(result: GenerationResult, tokenizer: Tokenizer) -> list[list[Any]] | None:
+    """Each token by itself, and the likeliest in its place; text is that of the token alone."""
+    if result.logprobs is None or result.top_logprobs is None:
+        return None
+
+    def describe(token: int, logprob: float) -> dict[str, Any]:
+        text = tokenizer.decode([token], skip_special_tokens=False)
+        return {"token": token, "text": text, "logprob": logprob}
+
+    rows = zip(result.tokens, result.logprobs, result.top_logprobs, strict=True)
+    return [
+        [
+            describe(token, logprob) | {"top": [describe(*pair) for pair in top]}
+            for token, logprob, top in zip(*row, strict=True)
+        ]
+        for row in rows
+    ]
 
 
 def show(report: dict[str, Any], console: Console) -> None:

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from jaxwna16.checkpoint import resolve_folder
+from jaxwna16.cli.compiled import keep_compiled
 from jaxwna16.errors import InputError
 from jaxwna16.evaluation import cut_windows, find_prefix, read_text
 from jaxwna16.language import load_model
@@ -61,6 +62,7 @@ def read_windows(args: argparse.Namespace, tokenizer: Tokenizer) -> tuple[str, l
 
 def open_model(args: argparse.Namespace) -> tuple[CausalLM, dict[str, Any]]:
     """The model that `arguments.add_model` describes, and what a report says about it."""
+    keep_compiled()
     dtype = choose_dtype(args.dtype)
     folder = resolve_folder(args.checkpoint)
     started = time.perf_counter()

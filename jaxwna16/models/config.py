@@ -113,6 +113,11 @@ class ModelConfig:
             return int(self.max_position_embeddings * self.rope.factor)
         return self.max_position_embeddings
 
+    @property
+    def whole_prompts(self) -> bool:
+        """Whether prompts must be run in one piece: dynamic rope turns all of it by its length."""
+        return self.rope.rope_type == "dynamic"
+
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> ModelConfig:
         """Read a `config.json`, in the spelling of transformers 5 or an older one.

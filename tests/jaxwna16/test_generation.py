@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from jaxwna16 import generation
+from jaxwna16 import decoding, generation
+from jaxwna16.decoding import round_up
 from jaxwna16.errors import InputError
-from jaxwna16.generation import generate_tokens, round_up
-from tests.jaxwna16.hf_models import convert, make_reference, random_tokens
+from jaxwna16.generation import generate_tokens, start_rows
+from tests.jaxwna16.hf_models import convert, make_reference, random_tokens, reference_logits
 
 PROMPTS = [random_tokens(n, seed=n).tolist() for n in (7, 19, 3)]
 NEW = 33
@@ -51,11 +52,14 @@ def test_greedy_tokens_of_a_batch_equal_those_of_transformers_row_by_row(family)
             )
         assert ours == expected[0, len(prompt) :].tolist()
     assert result.finish_reasons == ["length"] * 3
+    if not model.config.whole_prompts:  # 19 tokens in five pieces, 3 in one
+        pieces = generate_tokens(model, PROMPTS, max_new_tokens=NEW, prefill_chunk=4)
+        assert pieces.tokens == result.tokens
 
 
 def test_decoding_is_traced_once_whatever_the_number_of_tokens_and_the_options(model):
     generate_tokens(model, PROMPTS[:2], max_new_tokens=17)
-    before = dict(generation.trace_counts)
+    before = dict(decoding.trace_counts)
     for new, temperature in [(17, 0.0), (25, 0.7), (30, 1.3)]:
         generate_tokens(
             model,
@@ -67,22 +71,24 @@ def test_decoding_is_traced_once_whatever_the_number_of_tokens_and_the_options(m
             stop_tokens=range(new - 16),
             stream=lambda new_tokens: None,
         )
-    assert dict(generation.trace_counts) == before
+    assert dict(decoding.trace_counts) == before
 
 
 def test_the_first_call_of_a_shape_traces_decoding_once(model):
-    generation.trace_counts.clear()
+    decoding.trace_counts.clear()
     generate_tokens(model, [PROMPTS[0]] * 5, max_new_tokens=40)
-    assert generation.trace_counts == {"prefill": 1, "decode": 1}
+    assert decoding.trace_counts == {"prefill": 1, "first": 1, "decode": 1}
 
 
-def test_a_stream_yields_all_tokens_piece_by_piece(model):
+@pytest.mark.parametrize(("seconds", "sizes"), [(0.0, [1] * NEW), (1e9, [1, 1, NEW - 2])])
+def test_a_stream_yields_all_tokens_in_pieces_that_take_a_time(model, monkeypatch, seconds, sizes):
+    monkeypatch.setattr("jaxwna16.generation.STREAM_SECONDS", seconds)
     pieces = []
     result = generate_tokens(model, PROMPTS, max_new_tokens=NEW, stream=pieces.append)
     joined = [[t for piece in pieces for t in piece[row]] for row in range(3)]
     assert joined == result.tokens
     assert result.tokens == generate_tokens(model, PROMPTS, max_new_tokens=NEW).tokens
-    assert [len(piece[0]) for piece in pieces] == [1, 8, 8, 8, 8]
+    assert [len(piece[0]) for piece in pieces] == sizes
 
 
 def test_a_stop_token_ends_its_row_only_and_is_left_out(model):
@@ -99,6 +105,66 @@ def test_a_stop_token_ends_its_row_only_and_is_left_out(model):
         assert [t for piece in pieces for t in piece[row]] == tokens[:cut]
 
 
+def test_a_stream_can_end_rows(model, monkeypatch):
+    monkeypatch.setattr("jaxwna16.generation.STREAM_SECONDS", 0.0)
+    whole = generate_tokens(model, PROMPTS, max_new_tokens=NEW).tokens
+    pieces = []
+
+    def end_row_1(new):
+        pieces.append(new)
+        return {1: 3} if len(pieces) == 4 else {}
+
+    result = generate_tokens(
+        model, PROMPTS, max_new_tokens=NEW, stream=end_row_1, logprobs=0, prefill_chunk=16
+    )
+    assert result.tokens == [whole[0], whole[1][:3], whole[2]]
+    assert result.finish_reasons == ["length", "stop", "length"]
+    assert [len(piece[1]) for piece in pieces] == [1] * 4 + [0] * (NEW - 4)
+    assert [len(row) for row in result.logprobs] == [NEW, 3, NEW]
+
+
+def test_logprobs_are_those_of_the_model_before_any_option_changes_them():
+    """Both logits are within 1e-4 of the largest, and log_softmax adds the error of its sum."""
+    reference, model = make_pair("qwen2, second layer sliding")
+    result = generate_tokens(
+        model, PROMPTS, max_new_tokens=NEW, temperature=0.5, top_k=9, top_p=0.9, logprobs=3
+    )
+    for row, prompt in enumerate(PROMPTS):
+        tokens = result.tokens[row]
+        logits = reference_logits(reference, np.array([prompt + tokens]))[0, len(prompt) - 1 : -1]
+        expected = torch.log_softmax(torch.from_numpy(logits).double(), dim=-1)
+        error = 2e-4 * np.abs(logits).max()
+        chosen = expected[torch.arange(NEW), torch.tensor(tokens)]
+        np.testing.assert_allclose(result.logprobs[row], chosen, rtol=0, atol=error)
+        ids, numbers = np.moveaxis(np.array(result.top_logprobs[row]), -1, 0)
+        np.testing.assert_allclose(numbers, expected.topk(3).values, rtol=0, atol=error)
+        named = expected.gather(1, torch.from_numpy(ids).long())
+        np.testing.assert_allclose(numbers, named, rtol=0, atol=error)
+
+
+def test_64_rows_are_the_rows_one_by_one(model):
+    prompts = [random_tokens(1 + n % 16, seed=n).tolist() for n in range(64)]
+    together = generate_tokens(model, prompts, max_new_tokens=8, logprobs=1)
+    alone = [generate_tokens(model, [p], max_new_tokens=8, logprobs=1) for p in prompts]
+    assert together.tokens == [result.tokens[0] for result in alone]
+    # sums in another order: float32, a handful of products after each other, 64 terms each
+    numbers = [result.logprobs[0] for result in alone]
+    np.testing.assert_allclose(together.logprobs, numbers, rtol=0, atol=1e-3)
+
+
+def test_pieces_are_as_long_as_each_other_and_shorter_in_a_wide_batch():
+    choose = generation._choose_chunk
+    assert [choose(n, 1, None) for n in (3, 512, 513, 2000)] == [16, 512, 320, 512]
+    assert [choose(2000, batch, None) for batch in (16, 64, 4096)] == [512, 128, 16]
+    assert [choose(2000, 64, n) for n in (1, 300, 5000)] == [1, 300, 2048]
+
+
+def test_with_dynamic_rope_a_prompt_is_not_cut():
+    _, model = make_pair("llama, dynamic rope past its length")
+    with pytest.raises(InputError, match="with dynamic rope a prompt is one piece"):
+        generate_tokens(model, PROMPTS, max_new_tokens=NEW, prefill_chunk=18)
+
+
 def test_the_loop_ends_when_every_row_has_stopped(model):
     first = generate_tokens(model, PROMPTS, max_new_tokens=1).tokens
     result = generate_tokens(
@@ -110,14 +176,16 @@ def test_the_loop_ends_when_every_row_has_stopped(model):
 
 
 def test_the_same_seed_gives_the_same_tokens_and_another_one_others(model):
-    def draw(seed, prompts=PROMPTS):
+    def draw(seed, prompts=PROMPTS, **options):
         return generate_tokens(
-            model, prompts, max_new_tokens=NEW, temperature=1.0, top_p=0.9, seed=seed
+            model, prompts, max_new_tokens=NEW, temperature=1.0, top_p=0.9, seed=seed, **options
         ).tokens
 
     assert draw(5) == draw(5)
     assert draw(5) != draw(6)
     assert draw(5)[:1] == draw(5, PROMPTS[:1])
+    assert draw(5) == draw(5, prefill_chunk=4)
+    assert draw(5) == draw(5, stream=lambda new: None)
 
 
 def test_top_k_of_one_is_greedy_at_any_temperature(model):
@@ -168,6 +236,9 @@ def test_lengths_are_rounded_up_by_at_most_a_quarter():
         ([[1]], {"top_p": 0.0}, "top_p: expected a number above 0 and at most 1 (off), got 0.0"),
         ([[1]], {"top_p": 1.1}, "top_p: expected a number above 0 and at most 1 (off), got 1.1"),
         ([[1]], {"seed": -1}, "seed: expected an integer from 0 to 2^32 - 1, got -1"),
+        ([[1]], {"logprobs": 129}, "logprobs: expected an integer from 0 to 128, or None, got 129"),
+        ([[1]], {"logprobs": True}, "logprobs: expected an integer from 0 to 128, or None"),
+        ([[1]], {"prefill_chunk": 0}, "prefill_chunk: expected an integer of at least 1, or None"),
         ([[1]], {"stop_tokens": ["end"]}, "stop_tokens: expected tokens, got 'end'"),
     ],
 )
@@ -185,9 +256,8 @@ def test_all_reasons_are_listed_at_once(model):
 
 def test_the_cache_has_the_models_dtype_and_room_for_every_token():
     model = convert(make_reference("llama"), dtype=jnp.bfloat16)
-    options = generation._make_options(0.0, 0, 1.0, 0, ())
-    tokens, lengths = generation._pad_prompts(PROMPTS)
-    cache = generation._prefill(model, tokens, lengths, options, width=48).cache
+    options = decoding.make_options(0.0, 0, 1.0, 0, ())
+    cache = start_rows(model, PROMPTS, options, NEW)[0].cache
     assert len(cache) == 2
     assert cache[0].k.shape == cache[1].v.shape == (3 * 2, 32 + 48, 16)
     assert cache[0].k.dtype == jnp.bfloat16

@@ -12,9 +12,10 @@ import pytest
 import torch
 from flax import nnx
 
+from jaxwna16.decoding import decode, make_options
 from jaxwna16.errors import ModelError
 from jaxwna16.fused import project
-from jaxwna16.generation import _decode, _make_options, _pad_prompts, _prefill, generate_tokens
+from jaxwna16.generation import generate_tokens, start_rows
 from jaxwna16.models.config import ModelConfig
 from jaxwna16.models.llama import Llama
 from jaxwna16.models.params import load_params
@@ -97,9 +98,9 @@ def test_greedy_tokens_equal_those_of_the_dequantized_weights():
 
 def test_no_float_copy_of_a_weight_lives_through_the_decode_loop():
     _, model = quantize_reference(*KINDS[0])
-    options = _make_options(0.0, 0, 1.0, 0, ())
-    progress = _prefill(model, *_pad_prompts([[1, 2, 3]]), options, width=16)
-    program = _decode.lower(model, progress, options, jnp.int32(1)).compile().as_text()
+    options = make_options(0.0, 0, 1.0, 0, ())
+    progress, _ = start_rows(model, [[1, 2, 3]], options, 16)
+    program = decode.lower(model, progress, options, jnp.int32(1)).compile().as_text()
     carried = [line for line in program.splitlines() if re.search(r"\bwhile\(", line)]
     assert any("u16[" in line for line in carried)
     weight_shapes = {f"f32[{n},{k}]" for n, k in [(64, 64), (32, 64), (96, 64), (64, 96), (64, 32)]}

@@ -19,8 +19,9 @@ import torch
 from safetensors.torch import save_file
 
 import jaxwna16
+from jaxwna16.decoding import decode, make_options
 from jaxwna16.errors import ModelError
-from jaxwna16.generation import _decode, _make_options, _pad_prompts, _prefill, generate_tokens
+from jaxwna16.generation import generate_tokens, start_rows
 from jaxwna16.models.llama import Llama
 from pallas_kernels import QuantSpec
 from tests.checkpoints import make_args, read_files
@@ -158,9 +159,9 @@ def test_perplexity_is_that_of_the_decompressed_weights(load):
 
 def test_no_float_copy_of_all_experts_is_made_in_the_decode_loop(load):
     _, model, _ = load(*KINDS[0])
-    options = _make_options(0.0, 0, 1.0, 0, ())
-    progress = _prefill(model, *_pad_prompts([[1, 2, 3]]), options, width=16)
-    program = _decode.lower(model, progress, options, jnp.int32(1)).compile().as_text()
+    options = make_options(0.0, 0, 1.0, 0, ())
+    progress, _ = start_rows(model, [[1, 2, 3]], options, 16)
+    program = decode.lower(model, progress, options, jnp.int32(1)).compile().as_text()
     assert re.search(r"u16\[8,", program)  # the stack, packed
     assert not re.search(r"(f32|bf16)\[8,(512,128|128,256)\]", program)
     carried = [line for line in program.splitlines() if re.search(r"\bwhile\(", line)]

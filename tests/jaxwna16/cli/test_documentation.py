@@ -37,7 +37,10 @@ def calls(packed_folder, float_folder, tmp_path):
     return {
         "inspect": ["inspect", packed_folder],
         "verify": ["verify", "--oracle", packed_folder],
-        "generate": ["generate", packed_folder, "--prompt", "Hi", "--max-new-tokens", 2],
+        "generate": [
+            *["generate", packed_folder, "--prompt", "Hi"],
+            *["--max-new-tokens", 2, "--logprobs", 1],
+        ],
         "eval perplexity": [*"eval perplexity --window 16 --text".split(), text, packed_folder],
         "eval compare": ["eval", "compare", *"--window 16 --text".split(), text, *two],
         "quantize": ["quantize", float_folder, tmp_path / "q", "--group-size", 32],

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
+import os
+import subprocess
+import sys
 
+import jax
 import pytest
 
 from jaxwna16 import generate, load_model
+from jaxwna16.cli.compiled import keep_compiled
 from tests.jaxwna16.cli.checkpoints import CHAT
 
 PROMPTS = ("A dark night", "Once")
@@ -45,6 +51,70 @@ def test_the_report_has_texts_tokens_reasons_and_timings(call, packed_folder, ex
     assert report["timings"]["prompt_tokens"] == len(PROMPTS[1])
 
 
+def test_logprobs_are_in_the_report_token_by_token(call, packed_folder):
+    argv = ["generate", packed_folder, "--prompt", PROMPTS[1], "--max-new-tokens", 12, "--json"]
+    assert call(*argv).report["logprobs"] is None
+    report = call(*argv, "--logprobs", 2).report
+    (row,) = report["logprobs"]
+    assert [entry["token"] for entry in row] == report["tokens"][0]
+    for entry in row:  # greedy: the chosen one is the likeliest
+        first, second = entry["top"]
+        assert {**first, "top": entry["top"]} == entry
+        assert 0 > first["logprob"] > second["logprob"]
+    assert sum(math.exp(entry["top"][1]["logprob"]) for entry in row) < 12 / 2
+
+
+def test_a_file_of_prompts_is_a_batch(call, packed_folder, expected, tmp_path):
+    (tmp_path / "prompts.txt").write_text(f"{PROMPTS[0]}\n\n{PROMPTS[1]}\n")
+    argv = ["--prompts", tmp_path / "prompts.txt", "--max-new-tokens", 12, "--prefill-chunk", 5]
+    report = call("generate", packed_folder, *argv, "--json").report
+    assert report["prompts"] == list(PROMPTS)
+    assert report["texts"] == expected
+
+
+def test_the_text_ends_before_a_stop_string(call, packed_folder, expected):
+    stop = expected[0][5:7]
+    argv = ["--prompt", PROMPTS[0], "--max-new-tokens", 12, "--stop", "never", "--stop", stop]
+    outcome = call("generate", packed_folder, *argv)
+    assert outcome.out == expected[0][: expected[0].index(stop)] + "\n"
+
+
+def test_compiled_programs_are_kept_in_the_users_cache(packed_folder, tmp_path):
+    """In a process of its own: JAX looks once where, and tests have it turned off."""
+    environ = {
+        **os.environ,
+        "XDG_CACHE_HOME": str(tmp_path),
+        "JAX_ENABLE_COMPILATION_CACHE": "true",
+        "JAX_PERSISTENT_COMPILATION_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    argv = "--prompt Hi --max-new-tokens 2 --json".split()
+    subprocess.run(
+        [sys.executable, "-m", "jaxwna16", "generate", packed_folder, *argv],
+        env=environ,
+        check=True,
+        capture_output=True,
+    )
+    kept = {path.name for path in (tmp_path / "jaxwna16" / "compiled").iterdir()}
+    for name in ("jit_prefill-", "jit_choose_first-", "jit_decode-"):
+        assert any(file.startswith(name) for file in kept)
+
+
+@pytest.mark.parametrize(("on", "own"), [(False, None), (True, "elsewhere")])
+def test_no_folder_is_made_where_the_user_has_chosen(monkeypatch, tmp_path, on, own):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    names = ("jax_enable_compilation_cache", "jax_compilation_cache_dir")
+    before = [getattr(jax.config, name) for name in names]
+    try:
+        for name, value in zip(names, (on, own), strict=True):
+            jax.config.update(name, value)
+        keep_compiled()
+        assert jax.config.jax_compilation_cache_dir == own
+        assert list(tmp_path.iterdir()) == []
+    finally:
+        for name, value in zip(names, before, strict=True):
+            jax.config.update(name, value)
+
+
 def test_the_chat_template_is_used_where_there_is_one(call, broken):
     (broken / "chat_template.jinja").write_text(CHAT)
     counts = {}
@@ -78,6 +148,11 @@ def test_the_dtype_and_backend_are_those_asked_for(call, packed_folder):
         (["--prompt", "a", "--top-k", "-1"], "top_k"),
         (["--prompt", "a", "--top-p", "0"], "top_p"),
         (["--prompt", "a", "--seed", "-1"], "seed"),
+        (["--prompt", "a", "--stop", ""], "stop: expected strings"),
+        (["--prompt", "a", "--logprobs", "258", "--json"], "logprobs"),
+        (["--prompt", "a", "--prefill-chunk", "0"], "prefill_chunk"),
+        (["--prompts", "/nowhere"], "/nowhere: cannot be read"),
+        (["--prompts", os.devnull], "the file is empty"),
         (["--prompt", "a", "--chat"], "no chat template"),
         (["--prompt", "a", "--backend", "triton"], "triton"),
     ],
