@@ -64,6 +64,12 @@ def test_logprobs_are_in_the_report_token_by_token(call, packed_folder):
     assert sum(math.exp(entry["top"][1]["logprob"]) for entry in row) < 12 / 2
 
 
+def test_logprobs_have_no_place_but_the_report(call, packed_folder):
+    outcome = call("generate", packed_folder, "--prompt", "a", "--logprobs", 2)
+    assert (outcome.code, outcome.out) == (2, "")
+    assert "add --json" in outcome.err
+
+
 def test_a_file_of_prompts_is_a_batch(call, packed_folder, expected, tmp_path):
     (tmp_path / "prompts.txt").write_text(f"{PROMPTS[0]}\n\n{PROMPTS[1]}\n")
     argv = ["--prompts", tmp_path / "prompts.txt", "--max-new-tokens", 12, "--prefill-chunk", 5]
@@ -149,7 +155,6 @@ def test_the_dtype_and_backend_are_those_asked_for(call, packed_folder):
         (["--prompt", "a", "--top-p", "0"], "top_p"),
         (["--prompt", "a", "--seed", "-1"], "seed"),
         (["--prompt", "a", "--stop", ""], "stop: expected strings"),
-        (["--prompt", "a", "--logprobs", "258", "--json"], "logprobs"),
         (["--prompt", "a", "--prefill-chunk", "0"], "prefill_chunk"),
         (["--prompts", "/nowhere"], "/nowhere: cannot be read"),
         (["--prompts", os.devnull], "the file is empty"),
