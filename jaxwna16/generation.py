@@ -16,6 +16,7 @@ from jaxwna16.decoding import (
     NO_TOKEN,
     Options,
     Progress,
+    Scores,
     choose_first,
     decode,
     make_options,
@@ -133,12 +134,12 @@ def generate_tokens(
     lengths = _measure_rows(generated, stop_tokens)
     for row, length in kept.items():
         lengths[row] = min(lengths[row], length)
-    scores = progress.scores and [np.asarray(x) for x in progress.scores]
+    logprobs_of_rows, likeliest = _list_scores(progress.scores, lengths)
     return GenerationResult(
         tokens=_cut_rows(generated, lengths),
         finish_reasons=["stop" if row else "length" for row in np.asarray(progress.done)],
-        logprobs=scores and _cut_rows(scores[0], lengths),
-        top_logprobs=scores and _pair_rows(scores[2], scores[1], lengths),
+        logprobs=logprobs_of_rows,
+        top_logprobs=likeliest,
         prompt_tokens=sum(map(len, prompts)),
         compile_seconds=ready - started - prefill_seconds,
         prefill_seconds=prefill_seconds,
@@ -232,14 +233,18 @@ def _cut_rows(rows: np.ndarray, lengths: np.ndarray) -> list[list[Any]]:
     return [row[:length].tolist() for row, length in zip(rows, lengths, strict=True)]
 
 
-def _pair_rows(
-    ids: np.ndarray, numbers: np.ndarray, lengths: np.ndarray
-) -> list[list[list[tuple[int, float]]]]:
-    """For each row and token the pairs of ids and numbers, each [B, T, n]."""
-    return [
-        [list(zip(*pair, strict=True)) for pair in zip(*row, strict=True)]
-        for row in zip(_cut_rows(ids, lengths), _cut_rows(numbers, lengths), strict=True)
+def _list_scores(
+    scores: Scores | None, lengths: np.ndarray
+) -> tuple[list[list[float]] | None, list[list[list[tuple[int, float]]]] | None]:
+    """Of each row the logarithms, and for each token the likeliest with theirs."""
+    if scores is None:
+        return None, None
+    chosen, numbers, ids = (_cut_rows(np.asarray(x), lengths) for x in scores)
+    pairs = [
+        [list(zip(*token, strict=True)) for token in zip(*row, strict=True)]
+        for row in zip(ids, numbers, strict=True)
     ]
+    return chosen, pairs
 
 
 def _list_prompt_faults(

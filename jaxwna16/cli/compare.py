@@ -35,6 +35,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
+    from jaxwna16.cli.compiled import keep_compiled
     from jaxwna16.cli.model import choose_dtype, read_windows
     from jaxwna16.comparison import compare_checkpoints, open_plans
     from jaxwna16.comparison_plot import check_target, draw
@@ -43,6 +44,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
     if args.plot is not None:
         check_target(args.plot)
+    keep_compiled()
     plans = open_plans(args.checkpoints, read_text(args.text))
     _, tokens = read_windows(args, Tokenizer.from_folder(plans[0].folder))
     compared = compare_checkpoints(

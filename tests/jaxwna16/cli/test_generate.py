@@ -91,7 +91,7 @@ def test_compiled_programs_are_kept_in_the_users_cache(packed_folder, tmp_path):
         **os.environ,
         "XDG_CACHE_HOME": str(tmp_path),
         "JAX_ENABLE_COMPILATION_CACHE": "true",
-        "JAX_PERSISTENT_COMPILATION_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
     argv = "--prompt Hi --max-new-tokens 2 --json".split()
     subprocess.run(
