@@ -82,11 +82,11 @@ def test_32_greedy_tokens_are_those_of_transformers(family):
 def test_the_experts_of_one_row_do_not_depend_on_its_neighbours():
     model = convert(make_reference("qwen2_moe"))
     tokens = random_tokens(3, 16)
-    # of one width when they are padded, so that each by itself is the same program
+    # of one width when they are padded, and beside copies of itself: all of it is one program
     prompts = [tokens[i, :length].tolist() for i, length in enumerate((5, 16, 11))]
     together = generate_tokens(model, prompts, max_new_tokens=8)
-    alone = [generate_tokens(model, [p], max_new_tokens=8).tokens[0] for p in prompts]
-    assert together.tokens == alone
+    for prompt, found in zip(prompts, together.tokens, strict=True):
+        assert generate_tokens(model, [prompt] * 3, max_new_tokens=8).tokens == [found] * 3
 
 
 def test_dense_and_sparse_layers_are_traced_once_each():
