@@ -37,8 +37,9 @@ def test_each_case_is_timed_chained_and_single_beside_the_float_product():
     assert rows[0]["engines"]["bf16"] is rows[2]["engines"]["bf16"]
 
 
-def test_on_a_gpu_graphs_and_the_expanding_path_are_timed_too():
+def test_on_a_gpu_graphs_and_the_expanding_path_are_timed_too(monkeypatch):
     """All of it but the GPU itself: without a backend by name, a CPU runs the XLA path."""
+    monkeypatch.setattr(bench, "_MANY_TOKENS", 1)  # are more than one
     tokens = [1, 2]
     rows = Bench(make_cases("64x128", tokens), None, EFFORT, Deadline(100.0)).run()
     assert [set(row["engines"]["ours"]) for row in rows] == [
