@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,7 +33,11 @@ class Folders(NamedTuple):
 
 
 def write_folders(
-    reference, folder: Path, args: QuantizationArgs, down_args: QuantizationArgs | None = None
+    reference,
+    folder: Path,
+    args: QuantizationArgs,
+    down_args: QuantizationArgs | None = None,
+    ignore: Sequence[str] = (),
 ) -> Folders:
     """Save a transformers model, quantize every linear and expert, and decompress them again.
 
@@ -40,16 +46,20 @@ def write_folders(
       folder: where to write.
       args: how weights are quantized.
       down_args: how the experts' down projections are, if differently.
+      ignore: patterns of what else is not quantized, as compressed-tensors' `ignore` has them.
     """
     source, folders = folder / "source", Folders(folder / "packed", folder / "floats")
     reference.save_pretrained(source)
+    patterns = [re.compile(pattern.removeprefix("re:")) for pattern in ignore]
     config = json.loads((source / "config.json").read_text())
     packed, kept, floats = {}, [], load_file(source / "model.safetensors")
     for name, weight in list(floats.items()):
         path = name.removesuffix(".weight")
-        if path == name or weight.ndim != 2 or path.endswith(KEPT):
+        ignored = any(pattern.match(path) for pattern in patterns)
+        if path == name or weight.ndim != 2 or path.endswith(KEPT) or ignored:
             packed[name] = weight
-            kept += [path] if weight.ndim == 2 and not path.endswith("embed_tokens") else []
+            named = weight.ndim == 2 and not path.endswith("embed_tokens") and not ignored
+            kept += [path] if named else []
             continue
         own = down_args if down_args is not None and is_down(path) else args
         roles = compress(weight, own)
@@ -62,7 +72,7 @@ def write_folders(
         config_groups=groups,
         format="pack-quantized",
         quantization_status=QuantizationStatus.COMPRESSED,
-        ignore=kept,
+        ignore=[*kept, *ignore],
     )
     described = quantization.model_dump(mode="json") | {"version": compressed_tensors.__version__}
     for path, tensors, extra in (
@@ -81,7 +91,8 @@ def is_down(path: str) -> bool:
 
 def load_reference(folders: Folders):
     """transformers' own model of the floats, read from their folder."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(
+    config = json.loads((folders.floats / "config.json").read_text())
+    model = getattr(transformers, config["architectures"][0]).from_pretrained(
         folders.floats, attn_implementation="eager", dtype="float32"
     )
     return model.eval()
