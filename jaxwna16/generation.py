@@ -159,7 +159,7 @@ def start_rows(
     """Run the prompts and choose the first tokens; also the seconds that takes once compiled."""
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
     longest, batch = int(lengths.max()), len(prompts)
-    whole = getattr(model.config, "whole_prompts", False)
+    whole = model.config.whole_prompts
     chunk = round_up(longest) if whole else _choose_chunk(longest, batch, prefill_chunk)
     tokens = np.zeros((batch, -(-longest // chunk) * chunk), np.int32)
     for row, prompt in zip(tokens, prompts, strict=True):
@@ -190,7 +190,11 @@ def start_rows(
 
 
 def _finish_rows(
-    model: CausalLM, progress: Progress, options: Options, max_new_tokens: int, stream: Stream | None
+    model: CausalLM,
+    progress: Progress,
+    options: Options,
+    max_new_tokens: int,
+    stream: Stream | None,
 ) -> tuple[Progress, dict[int, int]]:
     """Generate until all rows are done; also how many tokens are kept of those `stream` ended."""
     stops = tuple(np.asarray(options.stop_tokens).tolist())
@@ -263,8 +267,7 @@ def _list_prompt_faults(
     if len(prompts) == 0:
         yield "prompts: expected at least one, got none"
     longest = max(map(len, prompts), default=0)
-    whole = getattr(model.config, "whole_prompts", False)
-    if whole and prefill_chunk is not None and prefill_chunk < longest:
+    if model.config.whole_prompts and prefill_chunk is not None and prefill_chunk < longest:
         yield (
             f"prefill_chunk: {prefill_chunk} is less than a prompt of {longest} tokens, and with "
             "dynamic rope a prompt is one piece; leave it out"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -14,7 +15,7 @@ def keep_compiled() -> None:
     `JAX_COMPILATION_CACHE_DIR` names another folder, `JAX_ENABLE_COMPILATION_CACHE=false` turns it
     off; both are JAX's own. Where the folder cannot be made, nothing is kept.
     """
-    config = jax.config
+    config: Any = jax.config  # its settings are not known to type checkers
     if not config.jax_enable_compilation_cache or config.jax_compilation_cache_dir is not None:
         return
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")

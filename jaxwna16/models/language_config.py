@@ -10,6 +10,7 @@ class LanguageConfig(Protocol):
 
     Attributes:
       max_length: tokens of prompt and answer together that the model was made for.
+      whole_prompts: whether a prompt must be run in one piece: its length changes all of it.
       tie_word_embeddings: whether the head is the embedding, so that files need hold none.
       dtype: the dtype the checkpoint says it was saved in, or None.
       eos_token_ids: tokens that end a text, possibly none.
@@ -25,6 +26,8 @@ class LanguageConfig(Protocol):
     def num_hidden_layers(self) -> int: ...
     @property
     def max_length(self) -> int: ...
+    @property
+    def whole_prompts(self) -> bool: ...
     @property
     def tie_word_embeddings(self) -> bool: ...
     @property

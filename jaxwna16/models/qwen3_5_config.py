@@ -95,6 +95,11 @@ class Qwen35Config:
         return self.max_position_embeddings
 
     @property
+    def whole_prompts(self) -> bool:
+        """Prompts can be run in pieces."""
+        return False
+
+    @property
     def prediction_layers(self) -> int:
         """None stand among the layers: those of Qwen3.5 are called `mtp`."""
         return 0

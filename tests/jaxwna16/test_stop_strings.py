@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import numpy as np
 import pytest
@@ -87,7 +88,7 @@ def test_texts_and_tokens_end_where_those_of_transformers_do(folder, tokenizer, 
         streamed[:] = [text + more for text, more in zip(streamed, new, strict=True)]
 
     found = generate(model, PROMPTS, max_new_tokens=NEW, stop=stop, stream=add, logprobs=0)
-    reference = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    reference: Any = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
     wrapped = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend)
     for i, prompt in enumerate(PROMPTS):
         ids = tokenizer.encode(prompt)
@@ -107,6 +108,7 @@ def test_texts_and_tokens_end_where_those_of_transformers_do(folder, tokenizer, 
         if stopped:
             assert len(theirs) < len(plain.result.tokens[i])
             assert found.result.finish_reasons[i] == "stop"
+            assert found.result.logprobs is not None
             assert len(found.result.logprobs[i]) == len(theirs)
     assert any(len(text) < 20 for text in found.texts)
 
@@ -125,6 +127,7 @@ def test_a_stop_string_that_is_a_special_token_ends_the_text_too(model, folder):
     plain = generate(model, PROMPTS[:1], max_new_tokens=8).result.tokens[0]
     tokenizer = Tokenizer.from_folder(folder)
     name = tokenizer.backend.id_to_token(plain[4])
+    assert name is not None
     tokenizer.backend.add_special_tokens([name])
     found = generate(model, PROMPTS[:1], max_new_tokens=8, stop=name, tokenizer=tokenizer)
     assert found.result.tokens[0] == plain[: plain.index(plain[4])]
