@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -10,6 +9,7 @@ from lm_eval.models.utils import normalize_gen_kwargs
 
 from jaxwna16.errors import InputError
 from jaxwna16.generation import generate_tokens
+from jaxwna16.stop_strings import StoppingText, find_stop_tokens
 from jaxwna16.text import Tokenizer
 
 _OPTIONS = {"until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p"}
@@ -23,10 +23,6 @@ class Options(NamedTuple):
     temperature: float
     top_k: int
     top_p: float
-
-
-class _AllStopped(Exception):
-    """Raised out of a stream of tokens: no row needs any more."""
 
 
 def read_options(gen_kwargs: Mapping[str, Any], max_gen_toks: int) -> Options:
@@ -55,32 +51,25 @@ def generate_batch(
     model: Any, tokenizer: Tokenizer, prompts: list[list[int]], options: Options, seed: int
 ) -> list[str]:
     """Continue each prompt up to its first stop string, which is not part of the text."""
-    added = tokenizer.backend.get_added_tokens_decoder().items()
-    stop_tokens = {token for token, entry in added if entry.content in options.until}
-    tokens: list[list[int]] = [[] for _ in prompts]
+    rows = [StoppingText(tokenizer, options.until) for _ in prompts]
 
-    def take(new: list[list[int]]) -> None:
-        for row, ids in zip(tokens, new, strict=True):
-            row += ids
-        # a row that gets nothing has met a stop token
-        if all(not ids or cut(row)[1] for row, ids in zip(tokens, new, strict=True)):
-            raise _AllStopped
+    def push(new: list[list[int]]) -> dict[int, int]:
+        for row, ids in zip(rows, new, strict=True):
+            row.push(ids)
+        return {i: row.tokens for i, row in enumerate(rows) if row.stopped}
 
-    def cut(row: list[int]) -> tuple[str, bool]:
-        text = tokenizer.decode(row)
-        ends = [end for stop in options.until if (end := text.find(stop)) >= 0]
-        return text[: min(ends)] if ends else text, bool(ends)
-
-    with contextlib.suppress(_AllStopped):
-        generate_tokens(
-            model,
-            prompts,
-            max_new_tokens=options.max_new_tokens,
-            temperature=options.temperature,
-            top_k=options.top_k,
-            top_p=options.top_p,
-            seed=seed,
-            stop_tokens=sorted(tokenizer.stop_tokens | stop_tokens),
-            stream=take,
-        )
-    return [cut(row)[0] for row in tokens]
+    result = generate_tokens(
+        model,
+        prompts,
+        max_new_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        seed=seed,
+        stop_tokens=sorted(tokenizer.stop_tokens | find_stop_tokens(tokenizer, options.until)),
+        stream=push,
+    )
+    return [
+        row.text if row.stopped else tokenizer.decode(ids)
+        for row, ids in zip(rows, result.tokens, strict=True)
+    ]

@@ -58,6 +58,7 @@ def run_harness(
         **hub,
         "HOME": str(tmp_path),
         "HF_HOME": str(tmp_path / "hf"),
+        "XDG_CACHE_HOME": str(tmp_path / "cache"),
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": str(ROOT),
         "TOKENIZERS_PARALLELISM": "false",
