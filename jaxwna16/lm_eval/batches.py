@@ -31,17 +31,19 @@ class BatchSize(NamedTuple):
       rows: None is as many as have float32 logits of 512 MiB together.
       most: of those at most.
       vocab_size: of the model.
+      slots: at most; dynamic rope turns a row by its whole length, beyond the model's own.
     """
 
     rows: int | None
     most: int
     vocab_size: int
+    slots: int
 
     def plan(self, lengths: Sequence[int]) -> Iterator[Batch]:
-        """Divide rows of these lengths, of which the longest comes first."""
+        """Divide rows of these lengths, of which the longest comes first; none exceeds `slots`."""
         start = 0
         while start < len(lengths):
-            slots = round_up(lengths[start])
+            slots = min(round_up(lengths[start]), self.slots)
             rows = self.rows
             if rows is None:
                 fitting = max(_LOGIT_BYTES // (4 * slots * self.vocab_size), 1)

@@ -84,6 +84,7 @@ class JaxWNA16LM(TemplateLM):
             rows=read_batch_size(batch_size),
             most=int(max_batch_size or 64),
             vocab_size=self.model.config.vocab_size,
+            slots=self.max_length,
         )
         self._batches = 0
         self._prefix = find_prefix(self.tokenizer) if prefix_token_id is None else prefix_token_id

@@ -184,13 +184,14 @@ def test_what_we_do_not_have_is_refused_by_name(make_model, folder):
 def test_batches_have_few_shapes_and_hold_every_row():
     lengths = sorted((length % 301 + 1 for length in range(0, 9000, 7)), reverse=True)
     for size, most in ((None, 64), (None, 8), (5, 64)):
-        batches = list(BatchSize(size, most, 50000).plan(lengths))
+        batches = list(BatchSize(size, most, 50000, 301).plan(lengths))
         assert [batch.start for batch in batches] == [0, *(batch.stop for batch in batches[:-1])]
         assert batches[-1].stop == len(lengths)
         assert len({(batch.rows, batch.slots) for batch in batches}) <= 10
         for batch in batches:
             assert batch.stop - batch.start <= batch.rows <= most
             assert lengths[batch.start] <= batch.slots <= max(16, lengths[batch.start] * 1.5)
+            assert batch.slots <= 301
             assert size or batch.rows == 1 or batch.rows * batch.slots * 50000 * 4 <= 2**29
     assert [round_up(n) for n in (1, 16, 17, 24, 25, 33, 48, 49, 64)] == [
         *(16, 16, 24, 24, 32, 48, 48, 64, 64)
