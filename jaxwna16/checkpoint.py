@@ -51,8 +51,8 @@ class Checkpoint:
         for i, name in enumerate(names):
             if not isinstance(node, Mapping) or name not in node:
                 above = ".".join(names[:i])
-                there = ", ".join(node) if isinstance(node, Mapping) else "an array"
-                reason = f"{above or 'the checkpoint'} has {there}"
+                there = f"has {', '.join(node)}" if isinstance(node, Mapping) else "is an array"
+                reason = f"{above or 'the checkpoint'} {there}"
                 raise InputError(f"{self.folder}: nothing at {path}", [reason])
             node = node[name]
         return node

@@ -80,6 +80,20 @@ def test_progress_may_be_a_function(tmp_path):
     assert calls == [(36, 36, "a")]
 
 
+def test_find_gives_a_part_of_the_tree_and_says_what_else_there_is(tmp_path):
+    arrays = {name: np.ones(4, np.float32) for name in ("lm_head.weight", "model.norm.weight")}
+    checkpoint = jaxwna16.load_checkpoint(write_raw_folder(tmp_path / "c", {}, [arrays]))
+    assert checkpoint.find("model.norm.weight") is checkpoint.params["model"]["norm"]["weight"]
+    assert checkpoint.find("model") is checkpoint.params["model"]
+    for path, hint in (
+        ("model.layers.0", "model has norm"),
+        ("head", "the checkpoint has lm_head, model"),
+        ("model.norm.weight.packed", "model.norm.weight is an array"),
+    ):
+        with pytest.raises(InputError, match=f"nothing at {path}\n  - {hint}$"):
+            checkpoint.find(path)
+
+
 @pytest.mark.parametrize("name", ["absent", "./a/b", "/absent/x", "a/b/c", "~/x"])
 def test_path_that_is_not_there_is_no_hub_name(name):
     with pytest.raises(CheckpointError, match="this is not a folder"):
