@@ -98,8 +98,9 @@ def main(arguments: list[str] | None = None) -> None:
     generate(model, prompts, options.new_tokens)
     generated, prefill_seconds, decode_seconds = generate(model, prompts, options.new_tokens)
 
-    for _ in range(2):
-        library = jaxwna16.generate(model, texts, max_new_tokens=options.new_tokens).result
+    _, library = (
+        jaxwna16.generate(model, texts, max_new_tokens=options.new_tokens).result for _ in range(2)
+    )
     for text, row, other in zip(texts, generated, library.tokens, strict=True):
         end = len(other)  # there, a stop token ends a row; here, it goes on
         print(f"{text}{tokenizer.decode(row[:end])}")

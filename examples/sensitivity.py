@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import re
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -61,7 +62,8 @@ def quantize_linears(
 ) -> list[Linear]:
     """Quantize every linear layer of the decoder; the model itself stays as it is."""
     linears = []
-    for path, module in nnx.iter_modules(model):
+    modules: list[tuple[Any, Any]] = list(nnx.iter_modules(model))
+    for path, module in modules:
         if "layers" not in path or not str(path[-1]).endswith("_proj"):
             continue
         if isinstance(module, jaxwna16.QuantDense):
@@ -113,8 +115,8 @@ def measure(name: str, model: nnx.Module, linears: list[Linear], windows: np.nda
     for linear in linears:
         modules[linear.path].weight.set_value(linear.weight)
     scores = [compare(model, version, jnp.asarray(window[None])) for window in windows]
-    loss, kl = np.mean(scores, axis=0, dtype=np.float64)
-    return Row(name, sum(linear.saved for linear in linears), float(np.exp(loss)), float(kl))
+    loss, kl = np.asarray(scores, np.float64).mean(axis=0).tolist()
+    return Row(name, sum(linear.saved for linear in linears), math.exp(loss), kl)
 
 
 def measure_parts(
