@@ -6,6 +6,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from pallas_kernels.errors import SpecError
@@ -56,15 +57,16 @@ def quantize(w: jax.Array, spec: QuantSpec, *, scale_dtype=jnp.bfloat16) -> dict
             f"scale_dtype must be one of {SCALE_DTYPES}, got {jnp.dtype(scale_dtype).name}"
         )
     least, most, finite = _find_ranges(w, spec)
-    scale, zero_point = _choose_parameters(least, most, spec, jnp.dtype(scale_dtype))
     try:
-        valid = bool(finite and jnp.isfinite(scale).all())
+        valid = bool(finite)
     except jax.errors.TracerBoolConversionError:
         raise SpecError(
             "quantize looks at the numbers of w, which a traced array does not have yet: "
             "call it outside jax.jit, jax.vmap and jax.eval_shape"
         ) from None
-    if not valid:
+    ranges = np.asarray(least), np.asarray(most)
+    scale, zero_point = _choose_parameters(*ranges, spec, jnp.dtype(scale_dtype))
+    if not (valid and np.isfinite(scale).all()):
         raise SpecError(
             f"w holds NaN or infinity, or a group's range overflows {jnp.dtype(scale_dtype).name}"
         )
@@ -80,25 +82,28 @@ def _find_ranges(w: jax.Array, spec: QuantSpec) -> tuple[jax.Array, jax.Array, j
 
 
 def _choose_parameters(
-    least: jax.Array, most: jax.Array, spec: QuantSpec, scale_dtype
-) -> tuple[jax.Array, jax.Array]:
-    """Scale in `scale_dtype` and zero point int8 (0 if symmetric), [N, G].
+    least: np.ndarray, most: np.ndarray, spec: QuantSpec, scale_dtype: np.dtype
+) -> tuple[np.ndarray, np.ndarray]:
+    """Scale in `scale_dtype` and zero point int8 (0 if symmetric), [N, G], of float32 ranges.
 
-    Not jitted, and divided by arrays: XLA would multiply by the reciprocal of a constant instead,
-    and may skip the rounding to bfloat16 where a float32 follows ("excess precision"). Either
-    changes integers.
+    By NumPy: XLA would multiply by the reciprocal of a constant, and may skip the rounding to
+    bfloat16 where a float32 follows ("excess precision"). Either changes integers.
     """
     low, steps = -spec.offset, 2**spec.bits - 1
-    if spec.symmetric:
-        scale = jnp.maximum(-least, most) / jnp.full_like(most, steps / 2)
-        zero_point = jnp.zeros(scale.shape, jnp.int8)
-    else:
-        scale = (most - least) / jnp.full_like(most, steps)
-        # an all-zero group has scale 0; any zero point serves it
-        exact = jnp.where(scale == 0, 0.0, low - least / jnp.where(scale == 0, 1.0, scale))
-        zero_point = jnp.round(jnp.clip(exact, low, low + steps)).astype(jnp.int8)
-    scale = scale.astype(scale_dtype)
-    return jnp.where(scale == 0, jnp.finfo(scale_dtype).eps, scale), zero_point
+    # what overflows is infinite, which the caller refuses
+    with np.errstate(over="ignore", invalid="ignore"):
+        if spec.symmetric:
+            scale = np.maximum(-least, most) / np.float32(steps / 2)
+            zero_point = np.zeros(scale.shape, np.int8)
+        else:
+            scale = (most - least) / np.float32(steps)
+            # an all-zero group has scale 0; any zero point serves it
+            divisor = np.where(scale == 0, np.float32(1), scale)
+            exact = np.where(scale == 0, np.float32(0), low - least / divisor)
+            zero_point = np.round(np.clip(exact, low, low + steps)).astype(np.int8)
+        scale = scale.astype(scale_dtype)
+    smallest = np.asarray(jnp.finfo(scale_dtype).eps, scale_dtype)
+    return np.where(scale == 0, smallest, scale), zero_point
 
 
 @functools.partial(jax.jit, static_argnames="spec")
