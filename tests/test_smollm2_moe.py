@@ -136,7 +136,7 @@ def test_packed_experts_give_logits_and_perplexity_of_their_floats(packed, token
     model = jaxwna16.load_model(packed)
     assert isinstance(model.model.layers[LAYERS - 1].mlp.experts, jaxwna16.QuantMoE)
     rows = jnp.asarray(tokens).reshape(-1, WINDOW)
-    ours = np.asarray(jax.jit(lambda model, x: model(x))(model, rows))
+    ours = np.array(jax.jit(lambda model, x: model(x))(model, rows))
     assert np.abs(ours - logits).max() <= 1e-4 * np.abs(logits).max()
     found = compute_perplexity(ours, tokens)
     assert found == pytest.approx(compute_perplexity(logits, tokens), rel=5e-5)

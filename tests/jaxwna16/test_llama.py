@@ -26,9 +26,20 @@ from tests.jaxwna16.hf_models import (
 )
 
 LENGTH = 24
+PACKED_TOO = (
+    "mixtral",
+    "qwen2_moe",
+    "qwen3_moe, 16 experts, top 4, tied",
+    "dots1, grouped",
+    "glm4_moe, grouped",
+)
+"""Always compared with packed experts, in `test_moe_models_quantized`; another of each type here."""
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family",
+    [pytest.param(f, marks=[pytest.mark.thorough] if f in PACKED_TOO else []) for f in FAMILIES],
+)
 def test_logits_equal_those_of_transformers(family):
     reference = make_reference(family)
     tokens = random_tokens(2, LENGTH)
