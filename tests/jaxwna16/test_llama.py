@@ -33,7 +33,7 @@ PACKED_TOO = (
     "dots1, grouped",
     "glm4_moe, grouped",
 )
-"""Always compared with packed experts, in `test_moe_models_quantized`; another of each type here."""
+"""Always compared with packed experts, in `test_moe_models_quantized`; here with floats."""
 
 
 @pytest.mark.parametrize(
