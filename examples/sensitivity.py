@@ -63,6 +63,8 @@ def quantize_linears(
     """Quantize every linear layer of the decoder; the model itself stays as it is."""
     linears = []
     modules: list[tuple[Any, Any]] = list(nnx.iter_modules(model))
+    if others := {"experts", "linear_attn"} & {path[-1] for path, _ in modules if path}:
+        raise SystemExit(f"this example is for dense models with attention, not for {others}")
     for path, module in modules:
         if "layers" not in path or not str(path[-1]).endswith("_proj"):
             continue

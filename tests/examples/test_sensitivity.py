@@ -48,6 +48,9 @@ def test_parts_are_layers_if_asked_and_kl_grows_with_what_is_quantized(floats):
     assert rows[3].saved == rows[1].saved + rows[2].saved
 
 
-def test_a_packed_checkpoint_is_refused(packed):
-    with pytest.raises(SystemExit, match="give the float one"):
-        sensitivity.main([str(packed)])
+@pytest.mark.parametrize(
+    ("name", "reason"), [("packed", "give the float one"), ("packed_moe", "not for {'experts'}")]
+)
+def test_what_the_table_would_not_be_right_for_is_refused(name, reason, request):
+    with pytest.raises(SystemExit, match=reason):
+        sensitivity.main([str(request.getfixturevalue(name))])
