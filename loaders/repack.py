@@ -108,18 +108,18 @@ def pack(
 
 
 def pack_expert(
-    stack: Mapping[str, jax.Array],
+    stack: Mapping[str, Any],
     tensors: Mapping[str, np.ndarray],
     spec: QuantSpec,
     expert: int,
     row: int,
     encoding: Encoding | None = None,
-) -> dict[str, jax.Array]:
+) -> dict[str, Any]:
     """Repack one expert's tensors into its rows of a stack, in place.
 
     Args:
-      stack: the leaf dict without a bias, the experts in front; it is donated, so use what is
-        returned. The rows to be filled hold zeros.
+      stack: the leaf dict without a bias, the experts in front. NumPy arrays are written to; JAX
+        arrays are donated, so use what is returned. The rows to be filled hold zeros.
       tensors: `weight_packed`, `weight_scale`, and `weight_zero_point` where asymmetric, of dtypes
         and shapes that fit `spec`.
       spec: of these tensors. The stack's may have more rows.
@@ -128,7 +128,16 @@ def pack_expert(
       encoding: as in `pack`; a `weight_g_idx` is not looked at.
     """
     words = {name: _view_uint32(array) for name, array in tensors.items()}
-    return _pack_expert(dict(stack), words, expert, spec, row, encoding or encode(spec))
+    encoding = encoding or encode(spec)
+    if not isinstance(stack["packed"], np.ndarray):
+        return _pack_expert(dict(stack), words, expert, spec, row, encoding)
+    for name, rows in _pack_rows(words, spec, row % TILE_N, encoding).items():
+        if name == "packed":
+            first = row // TILE_N
+            stack[name][expert, first : first + len(rows)] |= np.asarray(rows)
+        else:
+            stack[name][expert, :, row : row + spec.out_features] = np.asarray(rows)
+    return dict(stack)
 
 
 def unpack(weights: Mapping[str, jax.Array], spec: QuantSpec) -> dict[str, np.ndarray]:
@@ -183,28 +192,48 @@ def _pack_expert(
     row: int,
     encoding: Encoding,
 ) -> dict[str, jax.Array]:
-    shift = row % TILE_N
-    codes = _read_codes(tensors, spec, encoding)
-    shifted = dataclasses.replace(spec, out_features=shift + spec.out_features)
-    tiles = tiles_from_codes(jnp.pad(codes, ((shift, 0), (0, 0))), shifted)
+    rows = _pack_rows(tensors, spec, row % TILE_N, encoding)
+    tiles = rows.pop("packed")[None]
     start = (expert, row // TILE_N, 0, 0, 0)
-    # the first and the last tile may hold rows of gate and of up; those of the other are 0 here
-    held = lax.dynamic_slice(stack["packed"], start, (1, *tiles.shape))
-    filled = {"packed": lax.dynamic_update_slice(stack["packed"], held | tiles[None], start)}
-    grouped = {"scale": _read_scale(tensors, encoding)}
-    if not spec.symmetric:
-        grouped["zero_point"] = _read_zero_points(tensors, spec, encoding)
-    for name, values in grouped.items():
-        filled[name] = lax.dynamic_update_slice(stack[name], values.T[None], (expert, 0, row))
+    held = lax.dynamic_slice(stack["packed"], start, tiles.shape)
+    filled = {"packed": lax.dynamic_update_slice(stack["packed"], held | tiles, start)}
+    for name, values in rows.items():
+        filled[name] = lax.dynamic_update_slice(stack[name], values[None], (expert, 0, row))
     return filled
 
 
-@functools.partial(jax.jit, donate_argnames="stack")
-def write_rows(stack: jax.Array, rows: jax.Array, expert: jax.Array, first: jax.Array) -> jax.Array:
+@functools.partial(jax.jit, static_argnames=("spec", "shift", "encoding"))
+def _pack_rows(
+    tensors: dict[str, jax.Array], spec: QuantSpec, shift: int, encoding: Encoding
+) -> dict[str, jax.Array]:
+    """What one expert adds to a stack: tiles whose first `shift` rows are 0, and [G, N] of others.
+
+    The first and the last tile may hold rows of gate and of up: they are to be or-ed.
+    """
+    codes = _read_codes(tensors, spec, encoding)
+    shifted = dataclasses.replace(spec, out_features=shift + spec.out_features)
+    rows = {"packed": tiles_from_codes(jnp.pad(codes, ((shift, 0), (0, 0))), shifted)}
+    rows["scale"] = _read_scale(tensors, encoding).T
+    if not spec.symmetric:
+        rows["zero_point"] = _read_zero_points(tensors, spec, encoding).T
+    return rows
+
+
+def write_rows(stack: Any, rows: Any, expert: int, first: int) -> Any:
     """Write `rows` [n, ...] into `stack` [E, N, ...] from row `first` of an expert on, in place.
 
-    The stack is donated: use what is returned.
+    A NumPy stack is written to; a JAX array is donated: use what is returned.
     """
+    if isinstance(stack, np.ndarray):
+        stack[expert, first : first + len(rows)] = np.asarray(rows)
+        return stack
+    return _write_rows(stack, rows, expert, first)
+
+
+@functools.partial(jax.jit, donate_argnames="stack")
+def _write_rows(
+    stack: jax.Array, rows: jax.Array, expert: jax.Array, first: jax.Array
+) -> jax.Array:
     return lax.dynamic_update_slice(stack, rows[None], (expert, first, *[0] * (rows.ndim - 1)))
 
 

@@ -25,6 +25,7 @@ import ml_dtypes
 import numpy as np
 
 from loaders.errors import CheckpointError, Fault
+from loaders.host_memory import make_zeros
 
 MAX_HEADER_BYTES = 100_000_000
 DTYPES: dict[str, np.dtype] = {
@@ -48,8 +49,6 @@ _NAMES = {dtype: dtype.name for dtype in DTYPES.values()}
 _MAX_DIMENSIONS = 32  # NumPy's limit before version 2
 _AGAIN = "download it again, or save the model again"
 _MAX_NAME = 500  # each dot in it is a level of the params tree
-_ALIGNMENT = 64  # what XLA needs to take a host buffer without copying it
-_HUGE_PAGE = 1 << 21  # what Linux gives large buffers (NumPy asks for it), much faster than 4 KB
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -201,14 +200,11 @@ def read_tensors(infos: Iterable[TensorInfo]) -> list[np.ndarray]:
 
 
 def _read(file: io.FileIO, info: TensorInfo) -> np.ndarray:
-    alignment = _HUGE_PAGE if info.nbytes >= 2 * _HUGE_PAGE else _ALIGNMENT
     try:
-        raw = np.empty(info.nbytes + alignment, np.uint8)
+        buffer = make_zeros((info.nbytes,), np.uint8)
     except MemoryError:
         what, way_out = f"there is no memory for its {info.nbytes} bytes", "free some"
         raise _error(info.file, what, info.name, way_out) from None
-    first = -raw.ctypes.data % alignment
-    buffer = raw[first : first + info.nbytes]
     file.seek(info.start)
     view, done = buffer.data, 0
     while done < info.nbytes and (count := file.readinto(view[done:])):

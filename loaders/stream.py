@@ -10,7 +10,7 @@ of experts takes its own arrays and two experts, on a device the two experts alo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ import numpy as np
 from loaders.awq_gptq_modules import check_groups, check_zero_points, describe_zero_points
 from loaders.encoding import TRANSPOSED
 from loaders.errors import CheckpointError, Fault
-from loaders.experts import Stack
+from loaders.host_memory import make_zeros
 from loaders.memory import require_memory_for
 from loaders.modules import QuantizedModule
 from loaders.plan import Plan
@@ -61,7 +61,7 @@ def load_params(
     """
     require_memory_for(plan, dtype)
     params: dict[str, Any] = {}
-    stacks: dict[str, dict[str, jax.Array]] = {}
+    stacks: dict[str, dict[str, Any]] = {}
     faults: list[Fault] = []
     done, total = 0, plan.nbytes
     for part, arrays in read_parts(plan):
@@ -70,7 +70,7 @@ def load_params(
             faults += check_values(part, arrays, stacked=name in plan.places)
         if name in plan.places:
             path = plan.places[name]
-            leaves = stacks.get(path) or _make_zeros(plan.stacks[path], dtype)
+            leaves = stacks.get(path) or make_stack(plan.stacks[path].leaves, dtype)
             place = plan.stacks[path].places[name]
             stacks[path], overflows = _place_expert(leaves, part, arrays, dtype, *place)
         elif isinstance(part, TensorInfo):
@@ -86,7 +86,7 @@ def load_params(
             progress(done, total, name)
         del arrays
     for path, leaves in stacks.items():
-        _put_all(params, path, leaves)
+        _put_all(params, path, jax.block_until_ready(jax.device_put(leaves)))
     if faults:
         raise CheckpointError(plan.folder, faults)
     return params
@@ -253,22 +253,27 @@ def _place_module(
     return jax.block_until_ready(weights), faults
 
 
-def _make_zeros(stack: Stack, dtype: Any) -> dict[str, jax.Array]:
-    """The leaves of a stack before any expert is there; `dtype` is for floats and biases."""
+def make_stack(leaves: Mapping[str, jax.ShapeDtypeStruct], dtype: Any = None) -> dict[str, Any]:
+    """The leaves of a stack before any expert is there; `dtype` is for floats and biases.
+
+    NumPy arrays where they will be on the host, otherwise JAX arrays on the default device.
+    """
+    device = next(iter(jnp.zeros(()).devices()))
+    make = make_zeros if device.platform == "cpu" else jnp.zeros
     return {
-        name: jnp.zeros(leaf.shape, dtype if dtype and name in ("weight", "bias") else leaf.dtype)
-        for name, leaf in stack.leaves.items()
+        name: make(leaf.shape, dtype if dtype and name in ("weight", "bias") else leaf.dtype)
+        for name, leaf in leaves.items()
     }
 
 
 def _place_expert(
-    leaves: dict[str, jax.Array],
+    leaves: dict[str, Any],
     part: QuantizedModule | TensorInfo,
     arrays: dict[str, np.ndarray],
     dtype: Any,
     expert: int,
     row: int,
-) -> tuple[dict[str, jax.Array], list[Fault]]:
+) -> tuple[dict[str, Any], list[Fault]]:
     """The leaves of a stack with one more part in them; the ones given are used up."""
     leaves, infos = dict(leaves), {}
     if isinstance(part, TensorInfo):

@@ -31,6 +31,7 @@ from loaders.errors import Fault
 from loaders.modules import QuantizedModule
 from loaders.plan import Plan
 from loaders.repack import pack, pack_expert
+from loaders.stream import make_stack
 from pallas_kernels.dequantize import dequantize
 
 _VERSION = "0.20"
@@ -103,16 +104,17 @@ class Oracle:
     def _compare_expert(self, path: str, parts: list[_Part]) -> list[Fault]:
         stack = self._plan.stacks[path]
         assert stack.spec is not None  # that of floats has no modules
-        leaves = {
-            name: jnp.zeros((1, *leaf.shape[1:]), leaf.dtype)
+        one = {
+            name: jax.ShapeDtypeStruct((1, *leaf.shape[1:]), leaf.dtype)
             for name, leaf in stack.leaves.items()
             if name != "bias"
         }
+        leaves = make_stack(one)
         for module, arrays in parts:
             _, row = stack.places[module.path]
             words = {r: a for r, a in arrays.items() if r not in (*_APART, "weight_g_idx")}
             leaves = pack_expert(leaves, words, module.spec, 0, row, module.encoding)
-        ours = np.asarray(dequantize(jax.block_until_ready(leaves), stack.spec))[0]
+        ours = np.asarray(dequantize(jax.device_put(leaves), stack.spec))[0]
         faults: list[Fault] = []
         for module, arrays in parts:
             _, row = stack.places[module.path]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from loaders.errors import CheckpointError
+from loaders.host_memory import make_zeros
 from loaders.plan import make_plan
 from loaders.repack import _pack_expert, encode, pack, pack_expert, write_rows
 from loaders.stream import load_params
@@ -219,3 +221,28 @@ def test_stack_is_filled_where_it_lies():
     assert write_rows(floats, np.ones((40, 256), np.float32), 5, 40).unsafe_buffer_pointer() == (
         address
     )
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_stack_on_the_host_is_filled_as_one_on_a_device(symmetric):
+    """Rows 0 to 39 are gate's and 40 to 79 up's: they share a tile."""
+    spec = make_spec(4, 32, symmetric, 40, 256)
+    leaves = make_abstract(dataclasses.replace(spec, out_features=80), jnp.bfloat16, experts=3)
+    on_host = {name: make_zeros(leaf.shape, leaf.dtype) for name, leaf in leaves.items()}
+    on_device = {name: jnp.zeros(leaf.shape, leaf.dtype) for name, leaf in leaves.items()}
+    held = dict(on_host)
+    for seed, row in enumerate((0, 40)):
+        tensors = make_tensors(spec, scale_dtype=jnp.bfloat16, seed=seed)
+        del tensors["weight_shape"]
+        on_host = pack_expert(on_host, tensors, spec, 1, row)
+        on_device = pack_expert(on_device, tensors, spec, 1, row)
+    for name, leaf in on_device.items():
+        assert on_host[name] is held[name]
+        assert_same_bits(on_host[name], leaf)
+        assert on_host[name][1].any() and not on_host[name][[0, 2]].any()
+
+
+@pytest.mark.parametrize("size", [1000, 5_000_001])
+def test_zeros_of_the_host_are_taken_without_a_copy(size):
+    zeros = make_zeros((size,), np.int8)
+    assert jax.device_put(zeros).unsafe_buffer_pointer() == zeros.ctypes.data

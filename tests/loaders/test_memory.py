@@ -46,7 +46,7 @@ def test_a_tensor_that_finds_no_memory_is_named(tmp_path, monkeypatch):
     def fail(*_):
         raise MemoryError
 
-    monkeypatch.setattr("loaders.safetensors_file.np.empty", fail)
+    monkeypatch.setattr("loaders.host_memory.np.zeros", fail)
     with pytest.raises(CheckpointError, match=r"a: there is no memory for its 64 bytes"):
         read_tensor(plan.plain["a"])
 
