@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 
 from jaxwna16.language import plan_model
 from jaxwna16.models.causal_lm import CausalLM
-from loaders.plan import make_plan
+from loaders.plan import survey_folder
 
 SLOTS = 4096
 
@@ -28,9 +29,11 @@ def decode(model: CausalLM, token: jax.Array, start: jax.Array, cache: Any) -> t
     return model.logits(hidden[:, 0]), cache
 
 
-def describe_decode(folder: str) -> tuple:
+def describe_decode(folder: str | Path) -> tuple:
     """The arguments of `decode` for a checkpoint, as shapes: bfloat16, on the GPU's kernels."""
-    model = plan_model(make_plan(folder), dtype="bfloat16", backend="triton")
+    survey = survey_folder(folder, headers_only=True)
+    assert not survey.faults, survey.faults[:3]
+    model = plan_model(survey.plan, dtype="bfloat16", backend="triton")
     cache = jax.eval_shape(lambda: model.make_cache(1, SLOTS))
     token, start = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((1, 1), (1,)))
     return model, token, start, cache
