@@ -140,8 +140,8 @@ def compile(fn: Callable, *specs: Any, arch: str = "sm_90a") -> list[Kernel]:
     ):
         lowered = jax.jit(fn).trace(*placed).lower(lowering_platforms=("cuda",))
         lowered.compile(compiler_options={"xla_dump_to": folder, "xla_dump_emitter_re": ".*"})
-        # XLA writes one file per kernel, and empty ones
-        sources = [ptx for ptx in sorted(Path(folder).glob("*.ptx")) if ptx.stat().st_size]
+        # XLA writes one file per kernel, and some that are empty or hold constants alone
+        sources = [p for p in sorted(Path(folder).glob("*.ptx")) if ".entry" in p.read_text()]
         return [_assemble(ptx, arch) for ptx in sources]
 
 
