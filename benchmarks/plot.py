@@ -78,7 +78,9 @@ def draw_speed(result: dict[str, Any]) -> Figure:
 def draw_loading(result: dict[str, Any]) -> Figure:
     """Seconds and peak memory of each loader; the line is the bound that jaxwna16 promises."""
     checkpoints = result["checkpoints"]
-    figure, axes = plt.subplots(2, len(checkpoints), figsize=(12, 6), layout="constrained")
+    figure, axes = plt.subplots(
+        2, len(checkpoints), figsize=(3 * len(checkpoints), 6), layout="constrained"
+    )
     for column, (name, checkpoint) in enumerate(checkpoints.items()):
         loaders = checkpoint["loaders"]
         seconds = {n: [s["seconds"] for s in row["samples"]] for n, row in loaders.items()}
@@ -87,7 +89,9 @@ def draw_loading(result: dict[str, Any]) -> Figure:
         draw_bars(axes[1][column], memory, "{:.0f}")
         bound = checkpoint["memory_bound_bytes"] / 1e6
         axes[1][column].axhline(bound, color=BOUND_COLOR, linewidth=1)
-        axes[0][column].set_title(f"{name}\n{checkpoint['bytes'] / 1e6:.0f} MB", fontsize=10)
+        axes[1][column].set_ylim(top=max(axes[1][column].get_ylim()[1], 1.1 * bound))
+        title = name.replace(", ", "\n", name.count(", ") - 1)
+        axes[0][column].set_title(f"{title}\n{checkpoint['bytes'] / 1e6:.0f} MB", fontsize=10)
     axes[0][0].set_ylabel("seconds")
     axes[1][0].set_ylabel("peak memory, MB")
     bound_line = Line2D([], [], color=BOUND_COLOR, label="bound that jaxwna16 promises")
