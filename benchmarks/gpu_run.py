@@ -1,11 +1,12 @@
-"""Everything that needs a GPU, in three stages of less than 10 minutes each.
+"""Everything that needs a GPU, in four stages of less than 10 minutes each.
 
-    make gpu [PYTHON=python3]        or: python benchmarks/gpu_run.py [measure] [tune] [again]
+    make gpu [PYTHON=python3]        or: python benchmarks/gpu_run.py [STAGE ...]
 
 * measure: the tests marked `gpu`, then the bench of linear layers and of experts, with every peer
   that is installed.
 * tune: the tuner for both.
 * again: the bench for both with the tiles that were tuned, without peers.
+* models: tokens per second of whole models, with those tiles, and a profile of their decode steps.
 
 Without arguments all of them, in this order, the most important first; one by one where a command
 may only run for minutes. A step that fails does not stop the next. Needs jax with CUDA, pytest and
@@ -17,6 +18,7 @@ may only run for minutes. A step that fails does not stop the next. Needs jax wi
     tuning.json, .md             candidates and winners; moe-tuning.… likewise of experts
     nvidia-….json                the table of tiles
     tuned/                       kernels.… and moe.… again, with that table
+    models.json, .md             tokens per second; trace/ are the profiles
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-STAGE_SECONDS = {"measure": 560, "tune": 500, "again": 360}
+STAGE_SECONDS = {"measure": 540, "tune": 420, "again": 360, "models": 380}
 TEST_SECONDS, PEER_SECONDS, MOE_PEER_SECONDS = 120, 60, 100
 STARTING_SECONDS, MOE_STARTING_SECONDS = 25, 60
 """What a step may take besides: imports, the limits, what was begun before its time was over."""
@@ -99,6 +101,10 @@ def run_stage(stage: str, folder: Path, end: float) -> list[Step]:
             bench("tune", 0.45, "--tune", *here),
             bench("tune moe", 1, "--tune", "--moe", *here),
         ]
+    if stage == "models":
+        speed = ["benchmarks/model_speed.py", "--output", str(folder), "--trace"]
+        tiles = {"JAXWNA16_TILES": str(folder)}
+        return [run_step("models", [*speed, str(folder / "trace")], end - time.monotonic(), tiles)]
     return [bench("bench again", 0.45, *again), bench("bench moe again", 1, "--moe", *again)]
 
 

@@ -70,6 +70,7 @@ def test_every_step_runs_and_the_summary_says_how_each_went(tmp_path, pretended,
         "tune moe",
         "bench again",
         "bench moe again",
+        "models",
     ]
     for name, (arguments, _, _) in pretended.items():
         assert ("--moe" in arguments) == ("moe" in name)
@@ -95,15 +96,15 @@ def test_figures_with_tuned_tiles_are_kept_beside_those_without(tmp_path, preten
         place = folder / "tuned" if "again" in name else folder
         assert arguments[arguments.index("--output") + 1] == str(place)
         # only those after the tuner find the table, which it writes there
-        tuned = "tune" in name or "again" in name
+        tuned = "bench" not in name or "again" in name
         assert environment == ({"JAXWNA16_TILES": str(folder)} if tuned else None)
 
 
 @pytest.mark.parametrize("stage", gpu_run.STAGE_SECONDS)
 def test_a_stage_alone_takes_less_than_ten_minutes(pretended, stage):
-    assert gpu_run.main([stage]) == (stage != "again")
+    assert gpu_run.main([stage]) == (stage in ("measure", "tune"))
     assert gpu_run.STAGE_SECONDS[stage] < 600
-    assert sum(gpu_run.STAGE_SECONDS.values()) < 1500
+    assert sum(gpu_run.STAGE_SECONDS.values()) <= 1700
     left = gpu_run.STAGE_SECONDS[stage]
     for name, (arguments, seconds, _) in pretended.items():
         assert seconds <= left
@@ -120,7 +121,7 @@ def test_a_stage_alone_takes_less_than_ten_minutes(pretended, stage):
 def test_a_stage_that_does_not_exist_is_refused(pretended, capsys):
     with pytest.raises(SystemExit):
         gpu_run.main(["bench"])
-    assert "no stage 'bench': there are measure, tune, again" in capsys.readouterr().err
+    assert "no stage 'bench': there are measure, tune, again, models" in capsys.readouterr().err
     assert pretended == {}
 
 
