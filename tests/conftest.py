@@ -28,3 +28,5 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         left_out = [item for item in items if item.get_closest_marker("thorough")]
         items[:] = [item for item in items if item not in left_out]
         config.hook.pytest_deselected(items=left_out)
+    # The files of real models take longest: begun last, they would keep one worker busy alone.
+    items.sort(key=lambda item: len(item.path.parts))

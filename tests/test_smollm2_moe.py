@@ -128,6 +128,7 @@ def test_perplexity_of_perturbed_experts_agrees_to_four_digits(perturbed, tokens
     assert abs(other / expected - 1) > 0.01
 
 
+@pytest.mark.thorough  # half a minute; small models of every family are always compared
 def test_packed_experts_give_logits_and_perplexity_of_their_floats(packed, tokens):
     reference = decompress_mixtral(packed)
     logits = run_transformers(reference, tokens)

@@ -36,9 +36,8 @@ def model():
     [
         "llama",
         "llama, dynamic rope past its length",
-        "mistral, window of 5",
         "qwen2, second layer sliding",
-        "qwen3",
+        *(pytest.param(f, marks=pytest.mark.thorough) for f in ("mistral, window of 5", "qwen3")),
     ],
 )
 def test_greedy_tokens_of_a_batch_equal_those_of_transformers_row_by_row(family):

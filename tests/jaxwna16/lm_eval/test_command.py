@@ -178,11 +178,11 @@ def test_a_faulty_input_is_an_error_and_no_traceback(monkeypatch, capsys, tmp_pa
 def test_a_missing_harness_is_named_with_its_extra(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "lm_eval.__main__", None)
     assert main(["lm-eval", "--tasks", "a"]) == 1
-    assert 'pip install "jaxwna16[eval]"' in capsys.readouterr().err
+    assert 'pip install "jaxwna16[eval]"' in " ".join(capsys.readouterr().err.split())
 
 
 def test_the_harness_judges_its_own_arguments(capsys):
     assert main(["lm-eval", "--no-such-option", "1"]) == 2
-    assert "--no-such-option" in capsys.readouterr().err
+    assert "--no-such-option" in " ".join(capsys.readouterr().err.split())
     assert main(["lm-eval", "run", "--help"]) == 0
     assert "--num_fewshot" in capsys.readouterr().out
