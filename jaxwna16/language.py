@@ -18,7 +18,7 @@ from jaxwna16.errors import InputError
 from jaxwna16.generation import GenerationResult, generate_tokens
 from jaxwna16.models.causal_lm import CausalLM
 from jaxwna16.models.families import find_family
-from jaxwna16.models.names import rename_parts
+from jaxwna16.models.names import rename, rename_all
 from jaxwna16.models.params import check_leaves, list_leaves, load_params
 from jaxwna16.models.skipped import drop_skipped
 from jaxwna16.models.zero_biases import drop_zero_biases
@@ -68,17 +68,18 @@ def load_model(
         unexpected or of another shape.
     """
     opened = open_plan(resolve_folder(path_or_hub_id))
+    names = find_family(opened.config).names
     model, plan = _fit(opened, dtype=dtype, backend=backend)
-    check_leaves(model, _describe_leaves(plan), f"{plan.folder}: tensors")
     model.warnings = plan.warnings
     leaves = list_leaves(model)
-    kept = {path for path in leaves if leaves[path].dtype == jnp.float32 != model.dtype}
+    wide = {path for path in leaves if leaves[path].dtype == jnp.float32 != model.dtype}
+    kept = {name for name in plan.describe_leaves() if rename(name, names) in wide}
     params = read_plan(plan, dtype=model.dtype, kept=kept, progress=progress).params
     for path in list_embeddings(plan):
         *parents, name = path.split(".")
         tree = functools.reduce(operator.getitem, parents, params)
         tree[name] = {"weight": dequantize(tree[name], plan.specs[path], model.dtype)}
-    return load_params(model, params)
+    return load_params(model, params, names)
 
 
 def plan_model(plan: Plan, *, dtype: Any = None, backend: str | None = None) -> CausalLM:
@@ -87,9 +88,7 @@ def plan_model(plan: Plan, *, dtype: Any = None, backend: str | None = None) -> 
     Raises:
       ModelError: as `load_model`; no weight has been read by then.
     """
-    model, plan = _fit(plan, dtype=dtype, backend=backend)
-    check_leaves(model, _describe_leaves(plan), f"{plan.folder}: tensors")
-    return model
+    return _fit(plan, dtype=dtype, backend=backend)[0]
 
 
 def list_embeddings(plan: Plan) -> list[str]:
@@ -100,26 +99,33 @@ def list_embeddings(plan: Plan) -> list[str]:
 def _fit(plan: Plan, *, dtype: Any, backend: str | None) -> tuple[CausalLM, Plan]:
     """The model of a checkpoint without its arrays, and the plan of the parts that are for it.
 
-    They are under the model's names; the plan's warnings say what was left out.
+    The plan's warnings say what was left out.
 
     Raises:
-      ModelError: if the architecture is not supported, or quantized modules have no place in it.
+      ModelError: if the architecture is not supported, if quantized modules have no place in it, or
+        if tensors do not fit it.
       CheckpointError: if a file ends early.
     """
     family = find_family(plan.config)
     config = family.read(plan.config)
-    plan = rename_parts(drop_skipped(plan, config), family.names)
+    plan = drop_skipped(plan, config)
     embeddings = list_embeddings(plan)
     specs = {path: spec for path, spec in plan.specs.items() if path not in embeddings}
+    reordered = {path for path, module in plan.quantized.items() if module.encoding.reordered}
+    specs = rename_all(specs, family.names)
     facts = {
         "dtype": dtype or config.dtype or "float32",
         "backend": backend,
-        "reordered": {p for p, module in plan.quantized.items() if module.encoding.reordered},
+        "reordered": {rename(path, family.names) for path in reordered},
     }
     make = family.open_class()
     model = nnx.eval_shape(lambda: make(config, specs, **facts))
     model.folder = str(plan.folder)
-    return model, drop_zero_biases(plan, list_leaves(model))
+    places = list_leaves(model)
+    plan = drop_zero_biases(plan, lambda name: rename(name, family.names) in places)
+    found = rename_all(_describe_leaves(plan), family.names)
+    check_leaves(model, found, f"{plan.folder}: tensors")
+    return model, plan
 
 
 def _describe_leaves(plan: Plan) -> dict[str, jax.ShapeDtypeStruct]:

@@ -12,6 +12,7 @@ from flax import nnx
 from jaxwna16.dense import QuantDense
 from jaxwna16.errors import ModelError
 from jaxwna16.models.causal_lm import CausalLM
+from jaxwna16.models.names import rename_all
 from jaxwna16.moe import ExpertStack
 
 _PACKED_MODULES = (QuantDense, ExpertStack)
@@ -19,7 +20,9 @@ _PACKED_MODULES = (QuantDense, ExpertStack)
 Model = TypeVar("Model", bound=CausalLM)
 
 
-def load_params(model: Model, params: Mapping[str, Any]) -> Model:
+def load_params(
+    model: Model, params: Mapping[str, Any], names: Mapping[str, str] | None = None
+) -> Model:
     """Give a model, usually an abstract one of `nnx.eval_shape`, the arrays of a params tree.
 
     Plain weights, norms and biases are cast to the dtype that the model has them in (that which it
@@ -30,11 +33,12 @@ def load_params(model: Model, params: Mapping[str, Any]) -> Model:
     Args:
       model: what to fill.
       params: nested dict under the checkpoint's module paths, keys strings.
+      names: how those differ from the model's, see `rename`; None is not at all.
 
     Raises:
-      ModelError: as `check_leaves`.
+      ModelError: as `check_leaves`, and listing leaves that have one place.
     """
-    found = dict(_flatten(params, ""))
+    found = rename_all(dict(_flatten(params, "")), names or {})
     check_leaves(model, found)
     graph, state = nnx.split(model)
     packed = {p for p, module in nnx.iter_modules(model) if isinstance(module, _PACKED_MODULES)}

@@ -7,21 +7,21 @@ Where the model has no place for one and all of it is 0, leaving it out changes 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection
+from collections.abc import Callable
 
 from loaders.modules import QuantizedModule
 from loaders.plan import Plan
 from loaders.safetensors_file import read_tensors
 
 
-def drop_zero_biases(plan: Plan, leaves: Collection[str]) -> Plan:
+def drop_zero_biases(plan: Plan, has_place: Callable[[str], bool]) -> Plan:
     """The plan without them, with a warning; any other bias stays, and is an error later.
 
     Only biases that the model has no place for are read.
 
     Args:
-      plan: of the checkpoint, under the model's names.
-      leaves: paths of the model's leaves.
+      plan: of the checkpoint.
+      has_place: whether the model has a leaf for a tensor of that name.
 
     Raises:
       CheckpointError: if a file ends early.
@@ -29,7 +29,7 @@ def drop_zero_biases(plan: Plan, leaves: Collection[str]) -> Plan:
     extra = {
         path: module.tensors["bias"]
         for path, module in plan.quantized.items()
-        if "bias" in module.tensors and path not in plan.places and f"{path}.bias" not in leaves
+        if "bias" in module.tensors and path not in plan.places and not has_place(f"{path}.bias")
     }
     read = dict(zip(extra, read_tensors(extra.values()), strict=True))
     zeros = [path for path, bias in read.items() if not bias.any()]

@@ -184,6 +184,19 @@ def test_parts_of_one_name_in_the_model_are_refused_by_name(load, tmp_path):
     assert "model.language_model.norm.weight" in reason
 
 
+def test_a_fault_names_the_tensor_as_the_file_does(load, tmp_path):
+    _, _, folders = load("dense beside a tower")
+    tensors = read_files(folders.packed)
+    name = next(n for n in tensors if n.endswith("mlp.up_proj.weight_scale"))
+    assert name.startswith("model.language_model.layers.")
+    tensors[name][0, 0] = float("nan")
+    save_file(tensors, tmp_path / "model.safetensors")
+    shutil.copy(folders.packed / "config.json", tmp_path)
+    with pytest.raises(jaxwna16.CheckpointError) as raised:
+        jaxwna16.load_model(tmp_path)
+    assert [fault.tensor for fault in raised.value.faults] == [name]
+
+
 def test_in_decoding_every_quantized_linear_is_in_a_kernel(load):
     """Four projections of the same input are one call, as are q/k/v and gate/up."""
     _, _, folders = load("dense")
