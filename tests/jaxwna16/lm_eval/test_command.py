@@ -65,7 +65,7 @@ def run_harness(
     }
     script = WITHOUT.replace("{missing}", repr(missing)).replace("{own_tasks}", repr(own_tasks))
     command = [sys.executable, "-c", script, "lm-eval", *arguments]
-    command += ["--include_path", "examples/lm_eval", "--tasks", ",".join(TASKS)]
+    command += ["--include_path", "examples/lm_eval_tasks", "--tasks", ",".join(TASKS)]
     command += ["--limit", str(LIMIT), "--batch_size", "8", "--device", "cpu"]
     command += ["--output_path", str(tmp_path), "--log_samples"]
     done = subprocess.run(
