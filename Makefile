@@ -53,11 +53,11 @@ $(VENV)/.demo: pyproject.toml | $(BIN)/python
 	$(BIN)/pip install -q -e '.[demo]'
 	touch $@
 
-# torch goes first, so that nothing else chooses a larger build of it. gpu-check holds the CUDA compiler,
+# torch goes first, so that nothing else chooses a larger build of it. Most of what comes is never imported: not compiled. gpu-check holds the CUDA compiler,
 # which shows a kernel's machine code on a machine without a GPU; jax must not find it otherwise.
 $(VENV)/.test: pyproject.toml | $(BIN)/python
-	$(BIN)/pip install -q 'torch==2.13.0'
-	$(BIN)/pip install -q -e '.[test]'
+	$(BIN)/pip install -q --no-compile 'torch==2.13.0'
+	$(BIN)/pip install -q --no-compile -e '.[test]'
 	$(BIN)/pip install -q --no-deps --upgrade --target $(VENV)/gpu-check \
 	  $$($(BIN)/python -c 'import jax; print(*(f"jax-cuda13-{p}=={jax.__version__}" for p in ("plugin", "pjrt")))') \
 	  nvidia-cuda-nvcc nvidia-nvvm nvidia-cuda-nvdisasm
