@@ -53,8 +53,9 @@ $(VENV)/.demo: pyproject.toml | $(BIN)/python
 	$(BIN)/pip install -q -e '.[demo]'
 	touch $@
 
-# torch goes first, so that nothing else chooses a larger build of it. Most of what comes is never imported: not compiled. gpu-check holds the CUDA compiler,
-# which shows a kernel's machine code on a machine without a GPU; jax must not find it otherwise.
+# torch goes first, so that nothing else chooses a larger build of it. Most of what comes is never imported, so it is
+# not compiled. gpu-check holds the CUDA compiler, which shows a kernel's machine code on a machine without a GPU; jax
+# must not find it otherwise.
 $(VENV)/.test: pyproject.toml | $(BIN)/python
 	$(BIN)/pip install -q --no-compile 'torch==2.13.0'
 	$(BIN)/pip install -q --no-compile -e '.[test]'
