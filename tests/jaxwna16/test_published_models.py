@@ -18,11 +18,10 @@ from tests.jaxprs import find_kernels
 from tests.jaxwna16.published_decode import decode, describe_decode
 from tests.jaxwna16.published_models import NAMES, read_bytes, read_published, write_headers
 
-SMALL = ("qwen3.6-27b",)
-"""Those whose headers are few: no experts."""
+DENSE = "qwen3.6-27b"
 BLOCK = 4
 """Layers of one block of the hybrid pattern."""
-KERNELS = {"qwen3.6-27b": 3 * 2 + 4, "qwen3.5-122b-a10b": 3 * 4 + 6, "qwen3-30b-a3b": 4 * 4}
+KERNELS = {DENSE: 3 * 2 + 4, "qwen3.5-122b-a10b": 3 * 4 + 6, "qwen3-30b-a3b": 4 * 4}
 """In a block: gate and up, and down; of experts both products, and of shared ones the former two;
 q/k/v and o in layers of attention. Delta nets are ignored by these checkpoints, as heads are."""
 _ROOT = Path(__file__).parents[2]
@@ -46,10 +45,7 @@ def inspect(folder: Path, capsys) -> dict:
     return json.loads(capsys.readouterr().out)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(n, marks=[] if n in SMALL else [pytest.mark.thorough]) for n in NAMES],
-)
+@pytest.mark.parametrize("name", NAMES)
 def test_a_model_of_full_size_is_planned_and_inspected_from_headers(name, tmp_path, capsys):
     folder = write_headers(tmp_path / "c", read_published(name))
     report = inspect(folder, capsys)
@@ -75,8 +71,10 @@ def test_the_decode_step_of_a_block_has_the_kernels_when_lowered_for_a_gpu(name,
     assert "__gpu$xla.gpu.triton" in lowered.as_text()
 
 
-@pytest.mark.thorough
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[] if n == DENSE else [pytest.mark.thorough]) for n in NAMES],
+)
 def test_the_decode_step_of_a_block_compiles_for_an_h200(name, block):
     """In a process of its own, since it loads the CUDA plugin."""
     if not _PLUGIN.is_dir() and importlib.util.find_spec("jax_cuda13_plugin") is None:
@@ -87,5 +85,5 @@ def test_the_decode_step_of_a_block_compiles_for_an_h200(name, block):
     done = subprocess.run(command, cwd=_ROOT, env=environment, capture_output=True, text=True)
     assert done.stdout, done.stderr[-3000:]
     kernels = json.loads(done.stdout)[folder]
-    wanted = {"_multiply_tile"} | (set() if name in SMALL else {"_multiply_block"})
+    wanted = {"_multiply_tile"} | (set() if name == DENSE else {"_multiply_block"})
     assert {re.sub(r"__\d+$", "", kernel) for kernel in kernels} >= wanted
