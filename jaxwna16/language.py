@@ -187,11 +187,48 @@ def generate(
         if model.folder is None:
             raise InputError("the model was not loaded from a folder: pass tokenizer=")
         tokenizer = Tokenizer.from_folder(model.folder)
-    stop_tokens = tokenizer.stop_tokens | find_stop_tokens(tokenizer, stop)
     if chat:
         encoded = [tokenizer.encode_chat([{"role": "user", "content": p}]) for p in prompts]
     else:
         encoded = [tokenizer.encode(prompt) for prompt in prompts]
+    return continue_tokens(
+        model,
+        tokenizer,
+        encoded,
+        stop=stop,
+        stream=stream,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        logprobs=logprobs,
+        prefill_chunk=prefill_chunk,
+    )
+
+
+def continue_tokens(
+    model: CausalLM,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Sequence[int]],
+    *,
+    stop: Sequence[str] = (),
+    stream: Callable[[list[str]], None] | None = None,
+    **options: Any,
+) -> Generation:
+    """Continue each prompt, given as tokens; otherwise as `generate`.
+
+    Args:
+      model: from `load_model`.
+      tokenizer: what the prompts were encoded with.
+      prompts: the ids of each.
+      stop, stream: as in `generate`.
+      options: all others of `generate_tokens`.
+
+    Raises:
+      InputError: as `generate`.
+    """
+    stop_tokens = tokenizer.stop_tokens | find_stop_tokens(tokenizer, stop)
     rows = [StoppingText(tokenizer, stop) for _ in prompts]
 
     def push(new: list[list[int]]) -> dict[int, int]:
@@ -203,16 +240,10 @@ def generate(
 
     result = generate_tokens(
         model,
-        encoded,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        seed=seed,
+        prompts,
         stop_tokens=sorted(stop_tokens),
-        logprobs=logprobs,
-        prefill_chunk=prefill_chunk,
         stream=push if stop or stream is not None else None,
+        **options,
     )
     rests = [row.flush() for row in rows]
     if stream is not None:

@@ -19,9 +19,9 @@ from tqdm import tqdm
 from jaxwna16.cli.model import choose_dtype
 from jaxwna16.errors import InputError
 from jaxwna16.evaluation import find_prefix
-from jaxwna16.language import load_model
+from jaxwna16.language import continue_tokens, load_model
 from jaxwna16.lm_eval.batches import BatchSize, read_batch_size
-from jaxwna16.lm_eval.generation import Options, generate_batch, read_options
+from jaxwna16.lm_eval.options import Options, read_options
 from jaxwna16.lm_eval.scoring import Request, Scored, score_requests
 from jaxwna16.text import Tokenizer
 
@@ -249,10 +249,11 @@ class JaxWNA16LM(TemplateLM):
                     rows += rows[-1:] * (batch.rows - len(rows))
                     # the same seed again would draw the same numbers for the same row
                     self._batches += 1
-                    found = generate_batch(
-                        self.model, self.tokenizer, rows, options, self.seed + self._batches
+                    seed = self.seed + self._batches
+                    found = continue_tokens(
+                        self.model, self.tokenizer, rows, seed=seed, **options._asdict()
                     )
-                    for n, text in zip(chunk, found, strict=False):
+                    for n, text in zip(chunk, found.texts, strict=False):
                         texts[n] = text
                         self.cache_hook.add_partial("generate_until", asked[n], text)
                     bar.update(len(chunk))
