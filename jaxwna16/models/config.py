@@ -8,14 +8,16 @@ from typing import Any
 
 from jaxwna16.errors import ModelError
 from jaxwna16.models.config_reader import ConfigReader
-from jaxwna16.models.moe_config import MOE_TYPES, MoeConfig, read_moe
-from jaxwna16.models.rope import RopeConfig
+from jaxwna16.models.language_config import (
+    MAX_LAYERS,
+    LanguageConfig,
+    check_activation,
+    read_dtype,
+    read_eos,
+)
+from jaxwna16.models.moe_config import MOE_TYPES, read_moe
 from jaxwna16.models.rope_config import read_rope, read_rotary_dim
 from jaxwna16.models.windows import read_windows
-
-ACTIVATIONS = ("silu", "swish")
-DTYPES = ("float32", "bfloat16", "float16")
-MAX_LAYERS = 1000  # each is made, abstractly, before it is looked for in the files
 
 Rule = bool | tuple[str, bool]
 """A fact of a family, or the key of `config.json` that states it and its default."""
@@ -66,57 +68,20 @@ MODEL_TYPES = tuple(_FAMILIES)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ModelConfig:
+class ModelConfig(LanguageConfig):
     """Everything the one definition in `jaxwna16.models.llama` needs to know; hashable.
 
     Attributes:
-      model_type: one of `MODEL_TYPES` (SmolLM2 calls itself "llama").
-      max_position_embeddings: tokens the model was made for; see `max_length`.
-      rotary_dim: features of a head that are rotated, from the first on; head_dim but for GLM.
       qkv_bias, out_bias, mlp_bias: which linears have a bias.
       qk_norm: whether queries and keys are normalised per head (Qwen3).
       windows: per layer, how many tokens a query sees (itself included), or None for all before it.
-      dtype: the dtype the checkpoint says it was saved in, or None.
-      eos_token_ids: tokens that end a text, possibly none.
-      moe: experts and routing; None in a model without.
-      prediction_layers: how many layers may stand past the last in the files, for predicting
-        several tokens at once.
     """
 
-    model_type: str
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    rotary_dim: int
-    max_position_embeddings: int
-    rms_norm_eps: float
-    tie_word_embeddings: bool
     qkv_bias: bool
     out_bias: bool
     mlp_bias: bool
     qk_norm: bool
     windows: tuple[int | None, ...]
-    rope: RopeConfig
-    dtype: str | None
-    eos_token_ids: tuple[int, ...]
-    moe: MoeConfig | None
-    prediction_layers: int
-
-    @property
-    def max_length(self) -> int:
-        """Tokens of prompt and answer together; dynamic rope stretches it by its factor."""
-        if self.rope.rope_type == "dynamic":
-            return int(self.max_position_embeddings * self.rope.factor)
-        return self.max_position_embeddings
-
-    @property
-    def whole_prompts(self) -> bool:
-        """Whether prompts must be run in one piece: dynamic rope turns all of it by its length."""
-        return self.rope.rope_type == "dynamic"
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> ModelConfig:
@@ -132,7 +97,7 @@ class ModelConfig:
         if model_type is None:
             raise ModelError("this model is not supported", reader.reasons)
         family = _FAMILIES[model_type]
-        reader.choose("hidden_act", "silu", ACTIVATIONS)
+        check_activation(reader)
         if not config.get("is_causal", True):
             reader.refuse("is_causal", False, "only causal attention")
         hidden = reader.count("hidden_size")
@@ -167,7 +132,7 @@ class ModelConfig:
             qk_norm=_decide(reader, family.qk_norm),
             windows=read_windows(reader, model_type, layers),
             rope=read_rope(reader, max_positions, family.rope_theta),
-            dtype=reader.choose("dtype" if config.get("dtype") else "torch_dtype", None, DTYPES),
+            dtype=read_dtype(reader),
             eos_token_ids=read_eos(reader),
             moe=read_moe(reader, model_type, layers) if model_type in MOE_TYPES else None,
             prediction_layers=reader.count(
@@ -181,12 +146,3 @@ class ModelConfig:
 
 def _decide(reader: ConfigReader, rule: Rule) -> bool:
     return rule if isinstance(rule, bool) else reader.flag(*rule)
-
-
-def read_eos(reader: ConfigReader) -> tuple[int, ...]:
-    """`eos_token_id`, one token or several."""
-    value = reader.config.get("eos_token_id", [])
-    ids = value if isinstance(value, list) else [value]
-    if not all(isinstance(i, int) and i >= 0 for i in ids):
-        reader.refuse("eos_token_id", value, "a token or a list of tokens")
-    return tuple(ids)

@@ -7,10 +7,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxwna16.errors import ModelError
-from jaxwna16.models.config import ACTIVATIONS, DTYPES, MAX_LAYERS, read_eos
 from jaxwna16.models.config_reader import ConfigReader
+from jaxwna16.models.language_config import (
+    MAX_LAYERS,
+    LanguageConfig,
+    check_activation,
+    read_dtype,
+    read_eos,
+)
 from jaxwna16.models.moe_config import MoeConfig, check_choice
-from jaxwna16.models.rope import RopeConfig
 from jaxwna16.models.rope_config import read_rope, read_rotary_dim
 from pallas_kernels.routing import Routing
 
@@ -55,54 +60,20 @@ class DeltaNetConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Qwen35Config:
+class Qwen35Config(LanguageConfig):
     """Everything the definition in `jaxwna16.models.qwen3_5` needs to know; hashable.
+
+    Layers that predict several tokens at once do not stand among the others: they are called `mtp`.
 
     Attributes:
       model_type: one of `MODEL_TYPES`; those without "_text" hold the text model beside others.
       intermediate_size: of the MLPs; 0 with experts.
-      rotary_dim: features of a head that are rotated, from the first on.
-      max_position_embeddings: tokens the model was made for; see `max_length`.
       is_full: per layer, whether it is full attention; the others are gated delta nets.
-      dtype: the dtype the checkpoint says it was saved in, or None.
-      eos_token_ids: tokens that end a text, possibly none.
-      moe: experts and routing; None in a model without.
     """
 
-    model_type: str
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    rotary_dim: int
-    max_position_embeddings: int
-    rms_norm_eps: float
-    tie_word_embeddings: bool
     attention_bias: bool
     is_full: tuple[bool, ...]
     delta: DeltaNetConfig
-    rope: RopeConfig
-    dtype: str | None
-    eos_token_ids: tuple[int, ...]
-    moe: MoeConfig | None
-
-    @property
-    def max_length(self) -> int:
-        """Tokens of prompt and answer together."""
-        return self.max_position_embeddings
-
-    @property
-    def whole_prompts(self) -> bool:
-        """Prompts can be run in pieces."""
-        return False
-
-    @property
-    def prediction_layers(self) -> int:
-        """None stand among the layers: those of Qwen3.5 are called `mtp`."""
-        return 0
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> Qwen35Config:
@@ -145,7 +116,7 @@ def _read_text(config: Mapping[str, Any]) -> ConfigReader:
 
 def _read(reader: ConfigReader, model_type: str) -> Qwen35Config:
     sparse = "moe" in model_type
-    reader.choose("hidden_act", "silu", ACTIVATIONS)
+    check_activation(reader)
     if not reader.flag("attn_output_gate", True):
         reader.refuse("attn_output_gate", False, "true")
     heads = reader.count("num_attention_heads", 16)
@@ -177,7 +148,7 @@ def _read(reader: ConfigReader, model_type: str) -> Qwen35Config:
         is_full=_read_types(reader, layers),
         delta=_read_delta(reader),
         rope=rope,
-        dtype=reader.choose("dtype" if "dtype" in reader.config else "torch_dtype", None, DTYPES),
+        dtype=read_dtype(reader),
         eos_token_ids=read_eos(reader),
         moe=_read_experts(reader, layers) if sparse else None,
     )
