@@ -55,7 +55,8 @@ def quantize_checkpoint(
 
     Writes a compressed-tensors `pack-quantized` checkpoint, which compressed-tensors, transformers
     and vLLM read. Linear weights are the 2-D tensors named `*.weight`, and experts also where they
-    are stacked, but for embeddings and what `ignore` names. Scales have the dtype of the weights.
+    are stacked, but for embeddings, a head tied to one, and what `ignore` names. Scales have the
+    dtype of the weights.
 
     Args:
       source: folder with config.json and safetensors files that are not quantized.
@@ -74,7 +75,8 @@ def quantize_checkpoint(
       InputError: if nothing would be quantized, or not all the experts that are one array.
     """
     plan = plan_original(source)
-    ignore = tuple(ignore)
+    is_tied = bool(plan.config.get("tie_word_embeddings"))
+    ignore = (*ignore, "lm_head") if is_tied else tuple(ignore)  # the head is an embedding then
     if plan.quantized:
         fault = Fault(
             f"{len(plan.quantized)} modules are quantized already", way_out="dequantize it first"
@@ -95,7 +97,7 @@ def quantize_checkpoint(
     specs = _make_specs(plan, linears, bits, group_size, symmetric)
     kept = dict.fromkeys(_name_module(i.name) for n, i in matrices.items() if n not in linears)
     modules = [name for name in kept if not _EMBEDDINGS.fullmatch(name)]
-    if plan.config.get("tie_word_embeddings") and "lm_head" not in modules:
+    if is_tied and "lm_head" not in modules:
         modules.append("lm_head")  # a Linear to those who read the config, though it has no tensor
     config = dict(plan.config) | {
         "quantization_config": describe_quantization(bits, group_size, symmetric, modules)

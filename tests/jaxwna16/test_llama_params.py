@@ -64,9 +64,19 @@ def test_leftovers_of_old_checkpoints_are_left_out(reference):
     params["model"]["layers"]["0"]["self_attn"]["rotary_emb"] = {
         "inv_freq": np.zeros(8, np.float32)
     }
+    params["lm_head"]["weight"] = params["model"]["embed_tokens"]["weight"].copy()
     model = load_params(make_abstract(reference, tie_word_embeddings=True), params)
     assert model.lm_head is None
     assert forward(model, jnp.asarray(random_tokens(1, 3))).shape == (1, 3, 128)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_head_that_is_not_the_embedding_it_is_tied_to_is_refused(reference, dtype):
+    params = copy.deepcopy(nest_params(reference))
+    params["lm_head"]["weight"] = params["model"]["embed_tokens"]["weight"].copy()
+    params["lm_head"]["weight"][127, 63] += 1
+    with pytest.raises(ModelError, match=r"lm_head.weight differs .* `tie_word_embeddings` to fal"):
+        load_params(make_abstract(reference, dtype=dtype, tie_word_embeddings=True), params)
 
 
 def test_a_tied_model_refuses_an_lm_head_of_another_shape(reference):
