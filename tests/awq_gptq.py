@@ -8,10 +8,18 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
+
+from loaders.errors import CheckpointError, Fault
+from loaders.plan import make_plan
+from loaders.stream import load_params
+from tests.fault_kinds import find_kind
+from tests.folders import describe_linears
 
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 """Which of eight output features lies at bits 4 i of a word."""
@@ -183,12 +191,15 @@ def describe_pack_quantized(linear: Linear, *, symmetric: bool = False) -> dict[
         "strategy": "group" if count > 1 else "channel",
         "group_size": linear.codes.shape[1] // count if count > 1 else None,
     }
-    return {
-        "quant_method": "compressed-tensors",
-        "format": "pack-quantized",
-        "version": "0.20.0",
-        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
-    }
+    return describe_linears(weights)
+
+
+def list_faults(folder: Path) -> list[Fault]:
+    """What is wrong with a folder in these formats, each of a kind that they can have."""
+    with pytest.raises(CheckpointError) as caught:
+        load_params(make_plan(folder))
+    assert all(find_kind(fault) in (6, 7, 9, 10, 11, 13) for fault in caught.value.faults)
+    return list(caught.value.faults)
 
 
 def _pack_rows(values: np.ndarray, bits: int) -> np.ndarray:

@@ -75,14 +75,22 @@ def make_config(
         f"group_{i}": {"targets": list(names), "weights": describe_weights(spec)}
         for i, (spec, names) in enumerate(zip(specs, targets, strict=True))
     }
+    return {"quantization_config": describe_groups(groups) | {"ignore": []} | changes}
+
+
+def describe_groups(groups: Mapping[str, Any], *, version: str | None = "0.20.0") -> dict[str, Any]:
+    """The `quantization_config` of these `config_groups`; a version of None is not stated."""
     quantization = {
         "quant_method": "compressed-tensors",
         "format": "pack-quantized",
-        "version": "0.20.0",
         "config_groups": groups,
-        "ignore": [],
     }
-    return {"quantization_config": quantization | changes}
+    return quantization | ({} if version is None else {"version": version})
+
+
+def describe_linears(weights: Mapping[str, Any], **facts: Any) -> dict[str, Any]:
+    """The `quantization_config` that packs every Linear alike; `facts` as in `describe_groups`."""
+    return describe_groups({"group_0": {"targets": ["Linear"], "weights": weights}}, **facts)
 
 
 def describe_weights(spec: QuantSpec) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 import jaxwna16
 from jaxwna16.generation import generate_tokens
 from tests.checkpoints import compress, decompress, make_scheme
+from tests.folders import describe_groups
 from tests.jaxwna16.hf_models import (
     forward,
     list_tensors,
@@ -93,13 +94,7 @@ def loaded(tmp_path_factory):
         groups[path] = make_scheme(args, path).model_dump(mode="json")
         with torch.no_grad():
             tensor.copy_(floats.float())
-    quantization = {
-        "quant_method": "compressed-tensors",
-        "format": "pack-quantized",
-        "version": "0.20.0",
-        "config_groups": groups,
-    }
-    config = reference.config.to_dict() | {"quantization_config": quantization}
+    config = reference.config.to_dict() | {"quantization_config": describe_groups(groups)}
     (folder / "config.json").write_text(json.dumps(config))
     save_file(tensors, folder / "model.safetensors")
     return reference, jaxwna16.load_model(folder, dtype="float32"), folder

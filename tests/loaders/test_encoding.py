@@ -24,7 +24,14 @@ from pallas_kernels.layout import codes_from_words
 from pallas_kernels.matmul import quant_matmul
 from pallas_kernels.spec import QuantSpec
 from tests.checkpoints import assert_same_bits, compress, decompress, make_weight, to_numpy
-from tests.folders import make_config, make_tensors, prefix_names, write_bit_stream, write_folder
+from tests.folders import (
+    describe_linears,
+    make_config,
+    make_tensors,
+    prefix_names,
+    write_bit_stream,
+    write_folder,
+)
 from tests.grids import sample
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -91,13 +98,7 @@ def test_every_width_equals_decompress(tmp_path, bits, shape, group_size, symmet
     args = _make_args(bits, group_size, symmetric, dtype)
     tensors = compress(make_weight(shape, seed=bits), args)
     arrays = {role: to_numpy(tensor) for role, tensor in tensors.items()}
-    weights = args.model_dump(mode="json")
-    config = {
-        "quant_method": "compressed-tensors",
-        "format": "pack-quantized",
-        "version": "0.20.0",
-        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
-    }
+    config = describe_linears(args.model_dump(mode="json"))
     folder = write_folder(
         tmp_path / "c", {"quantization_config": config}, [prefix_names("m", arrays)]
     )
@@ -160,12 +161,7 @@ def _make_odd(k: int, n: int, words: str, bits: int = 3) -> tuple[dict, np.ndarr
 
 def _write_odd(folder: Path, tensors: dict, version: str | None, bits: int = 3) -> Path:
     weights = {"num_bits": bits, "symmetric": False, "strategy": "channel"}
-    config = {
-        "quant_method": "compressed-tensors",
-        "format": "pack-quantized",
-        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
-    }
-    config |= {} if version is None else {"version": version}
+    config = describe_linears(weights, version=version)
     return write_folder(folder, {"quantization_config": config}, [prefix_names("m", tensors)])
 
 

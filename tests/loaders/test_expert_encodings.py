@@ -16,7 +16,7 @@ from loaders.stream import load_params
 from pallas_kernels.dequantize import dequantize
 from pallas_kernels.spec import QuantSpec
 from tests.checkpoints import assert_same_bits, compress, decompress, make_weight, to_numpy
-from tests.folders import make_config, make_tensors, prefix_names, write_folder
+from tests.folders import describe_linears, make_config, make_tensors, prefix_names, write_folder
 
 EXPERTS, INNER, HIDDEN = 3, 40, 64
 PATH = "model.layers.0.mlp.experts"
@@ -45,13 +45,7 @@ def _compress_all(args: QuantizationArgs) -> tuple[dict[str, np.ndarray], dict[s
 
 
 def _write(folder: Path, tensors: dict[str, np.ndarray], args: QuantizationArgs) -> Path:
-    weights = args.model_dump(mode="json")
-    config = {
-        "quant_method": "compressed-tensors",
-        "format": "pack-quantized",
-        "version": "0.20.0",
-        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
-    }
+    config = describe_linears(args.model_dump(mode="json"))
     return write_folder(folder, {"quantization_config": config, "num_experts": EXPERTS}, [tensors])
 
 
