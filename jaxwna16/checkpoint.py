@@ -8,6 +8,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from jaxwna16.dtypes import read_dtype
 from jaxwna16.errors import InputError
 from jaxwna16.extras import import_extra
 from jaxwna16.progress import show_bytes
@@ -81,8 +82,10 @@ def load_checkpoint(
 
     Raises:
       CheckpointError: listing every fault of the files, the config and the modules.
-      InputError: if there is no such folder and the name cannot be fetched.
+      InputError: if there is no such folder and the name cannot be fetched, or `dtype` is another
+        than float32, bfloat16 and float16.
     """
+    dtype = read_dtype(dtype)
     return read_plan(open_plan(resolve_folder(path_or_hub_id)), dtype=dtype, progress=progress)
 
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxwna16.checkpoint import read_plan, resolve_folder
+from jaxwna16.dtypes import read_dtype
 from jaxwna16.errors import InputError
 from jaxwna16.generation import GenerationResult, generate_tokens
 from jaxwna16.models.causal_lm import CausalLM
@@ -21,11 +22,13 @@ from jaxwna16.models.families import find_family
 from jaxwna16.models.names import rename, rename_all
 from jaxwna16.models.params import check_leaves, list_leaves, load_params
 from jaxwna16.models.skipped import drop_skipped
+from jaxwna16.models.tied_head import drop_tied_head
 from jaxwna16.models.zero_biases import drop_zero_biases
 from jaxwna16.stop_strings import StoppingText, find_stop_tokens
 from jaxwna16.text import Tokenizer
 from loaders.converted import open_plan
 from loaders.plan import Plan
+from pallas_kernels.backends import check_backend
 from pallas_kernels.dequantize import dequantize
 
 
@@ -63,10 +66,14 @@ def load_model(
       An NNX module: `model(tokens)` maps int32 [B, S] to float32 logits [B, S, V].
 
     Raises:
-      CheckpointError: listing every fault of the checkpoint.
+      CheckpointError: listing every fault of the checkpoint; a head that differs from the embedding
+        which it is tied to is one.
       ModelError: if the architecture is not supported, or listing every tensor that is missing,
         unexpected or of another shape.
+      InputError: if `dtype` is another than float32, bfloat16 and float16.
+      BackendError: if the backend is none, or not for this dtype.
     """
+    dtype = read_dtype(dtype)
     opened = open_plan(resolve_folder(path_or_hub_id))
     names = find_family(opened.config).names
     model, plan = _fit(opened, dtype=dtype, backend=backend)
@@ -86,9 +93,10 @@ def plan_model(plan: Plan, *, dtype: Any = None, backend: str | None = None) -> 
     """Make the model of a checkpoint without its arrays, and check that every tensor has its place.
 
     Raises:
-      ModelError: as `load_model`; no weight has been read by then.
+      CheckpointError, ModelError, InputError, BackendError: as `load_model`; of the weights only
+        biases without a place and a tied head have been read by then.
     """
-    return _fit(plan, dtype=dtype, backend=backend)[0]
+    return _fit(plan, dtype=read_dtype(dtype), backend=backend)[0]
 
 
 def list_embeddings(plan: Plan) -> list[str]:
@@ -104,7 +112,8 @@ def _fit(plan: Plan, *, dtype: Any, backend: str | None) -> tuple[CausalLM, Plan
     Raises:
       ModelError: if the architecture is not supported, if quantized modules have no place in it, or
         if tensors do not fit it.
-      CheckpointError: if a file ends early.
+      CheckpointError: if a file ends early, or a tied head differs from the embedding.
+      BackendError: if the backend is none, or not for this dtype.
     """
     family = find_family(plan.config)
     config = family.read(plan.config)
@@ -113,8 +122,10 @@ def _fit(plan: Plan, *, dtype: Any, backend: str | None) -> tuple[CausalLM, Plan
     specs = {path: spec for path, spec in plan.specs.items() if path not in embeddings}
     reordered = {path for path, module in plan.quantized.items() if module.encoding.reordered}
     specs = rename_all(specs, family.names)
+    dtype = dtype or config.dtype or "float32"
+    check_backend(backend, dtype)
     facts = {
-        "dtype": dtype or config.dtype or "float32",
+        "dtype": dtype,
         "backend": backend,
         "reordered": {rename(path, family.names) for path in reordered},
     }
@@ -123,6 +134,8 @@ def _fit(plan: Plan, *, dtype: Any, backend: str | None) -> tuple[CausalLM, Plan
     model.folder = str(plan.folder)
     places = list_leaves(model)
     plan = drop_zero_biases(plan, lambda name: rename(name, family.names) in places)
+    if config.tie_word_embeddings:
+        plan = drop_tied_head(plan, family.names)
     found = rename_all(_describe_leaves(plan), family.names)
     check_leaves(model, found, f"{plan.folder}: tensors")
     return model, plan

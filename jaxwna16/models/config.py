@@ -11,9 +11,9 @@ from jaxwna16.models.config_reader import ConfigReader
 from jaxwna16.models.language_config import (
     MAX_LAYERS,
     LanguageConfig,
-    check_activation,
     read_dtype,
     read_eos,
+    refuse_others,
 )
 from jaxwna16.models.moe_config import MOE_TYPES, read_moe
 from jaxwna16.models.rope_config import read_rope, read_rotary_dim
@@ -87,7 +87,8 @@ class ModelConfig(LanguageConfig):
     def from_dict(cls, config: Mapping[str, Any]) -> ModelConfig:
         """Read a `config.json`, in the spelling of transformers 5 or an older one.
 
-        Absent keys take the defaults of transformers' configuration classes for that model type.
+        Absent keys take the defaults of transformers' configuration classes for that model type,
+        but for sizes and end tokens, whose defaults are those of one model: sizes must be stated.
 
         Raises:
           ModelError: listing every key that is missing, malformed or asks for the unsupported.
@@ -97,22 +98,25 @@ class ModelConfig(LanguageConfig):
         if model_type is None:
             raise ModelError("this model is not supported", reader.reasons)
         family = _FAMILIES[model_type]
-        check_activation(reader)
+        refuse_others(reader)
         if not config.get("is_causal", True):
             reader.refuse("is_causal", False, "only causal attention")
+        noted = len(reader.reasons)
         hidden = reader.count("hidden_size")
         heads = reader.count("num_attention_heads")
         layers = reader.count("num_hidden_layers", most=MAX_LAYERS)
         kv_default = heads if model_type == "llama" or "num_key_value_heads" in config else None
         kv_heads = reader.count("num_key_value_heads", kv_default)
-        head_dim = reader.count("head_dim", family.head_dim or hidden // heads)
+        head_dim = reader.count("head_dim", family.head_dim or max(hidden // heads, 1))
         max_positions = reader.count("max_position_embeddings")
-        if config.get("head_dim") is None and family.head_dim is None and hidden % heads:
-            reader.refuse("hidden_size", hidden, f"a multiple of num_attention_heads = {heads}")
-        if heads % kv_heads:
-            reader.refuse("num_attention_heads", heads, f"a multiple of kv heads = {kv_heads}")
-        if head_dim % 2:
-            reader.refuse("head_dim", head_dim, "an even number")
+        if len(reader.reasons) == noted:  # else one of these is not what the file says
+            if config.get("head_dim") is None and family.head_dim is None and hidden % heads:
+                expected = f"a multiple of num_attention_heads = {heads}"
+                reader.refuse("hidden_size", hidden, expected)
+            if heads % kv_heads:
+                reader.refuse("num_attention_heads", heads, f"a multiple of kv heads = {kv_heads}")
+            if head_dim % 2:
+                reader.refuse("head_dim", head_dim, "an even number")
         parsed = cls(
             model_type=model_type,
             vocab_size=reader.count("vocab_size"),

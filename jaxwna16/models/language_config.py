@@ -50,9 +50,12 @@ class LanguageConfig:
 
     @property
     def max_length(self) -> int:
-        """Tokens of prompt and answer together; dynamic rope stretches it by its factor."""
-        if self.rope.rope_type == "dynamic":
+        """Tokens of prompt and answer together: as many as rope is stretched to (as in vLLM)."""
+        if self.rope.rope_type in ("linear", "dynamic"):
             return int(self.max_position_embeddings * self.rope.factor)
+        if self.rope.rope_type == "yarn":  # the number in config.json is of before or of after it
+            stretched = int(self.rope.original_max_positions * self.rope.factor)
+            return max(self.max_position_embeddings, stretched)
         return self.max_position_embeddings
 
     @property
@@ -61,9 +64,11 @@ class LanguageConfig:
         return self.rope.rope_type == "dynamic"
 
 
-def check_activation(reader: ConfigReader) -> None:
-    """Refuse an MLP of another activation than SiLU."""
+def refuse_others(reader: ConfigReader) -> None:
+    """Refuse what no definition here has: another activation than SiLU, keys of single layers."""
     reader.choose("hidden_act", "silu", _ACTIVATIONS)
+    if layers := reader.config.get("per_layer_config"):
+        reader.refuse("per_layer_config", layers, "none")
 
 
 def read_dtype(reader: ConfigReader) -> str | None:

@@ -16,7 +16,6 @@ from jaxwna16.models.names import rename_all
 from jaxwna16.moe import ExpertStack
 
 _PACKED_MODULES = (QuantDense, ExpertStack)
-_HEAD = "lm_head.weight"
 
 Model = TypeVar("Model", bound=CausalLM)
 
@@ -37,12 +36,10 @@ def load_params(
       names: how those differ from the model's, see `rename`; None is not at all.
 
     Raises:
-      ModelError: as `check_leaves`, listing leaves that have one place, and if a model of tied
-        embeddings is given a head of its own.
+      ModelError: as `check_leaves`, and listing leaves that have one place.
     """
     found = rename_all(dict(_flatten(params, "")), names or {})
     check_leaves(model, found)
-    _check_tied_head(model, found)
     graph, state = nnx.split(model)
     packed = {p for p, module in nnx.iter_modules(model) if isinstance(module, _PACKED_MODULES)}
     leaves = []
@@ -56,8 +53,7 @@ def load_params(
 def check_leaves(model: CausalLM, found: Mapping[str, Any], source: str = "parameters") -> None:
     """Check that leaves (arrays, or only their shapes and dtypes) are those of a model.
 
-    Two things of old checkpoints are let pass: `rotary_emb.inv_freq`, and a tensor of a tied
-    embedding's shape under `lm_head.weight`; `load_params` checks that it is a copy.
+    `rotary_emb.inv_freq` of old checkpoints is let pass: the model knows it.
 
     Args:
       model: the model, possibly abstract.
@@ -76,7 +72,7 @@ def check_leaves(model: CausalLM, found: Mapping[str, Any], source: str = "param
     faults += [
         f"{name}: expected nothing, found {_describe(leaf)}"
         for name, leaf in unexpected.items()
-        if not _is_leftover(name, leaf, model)
+        if not name.endswith("rotary_emb.inv_freq")
     ]
     if faults:
         raise ModelError(f"{source} do not fit the model", faults)
@@ -94,31 +90,6 @@ def _flatten(tree: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
             yield from _flatten(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
-
-
-def _check_tied_head(model: CausalLM, found: Mapping[str, Any]) -> None:
-    """Refuse a head that is not the embedding, though config.json says that it is.
-
-    What it means is not agreed on: transformers 5 computes with the head, vLLM with the embedding.
-    """
-    if model.lm_head is not None or _HEAD not in found:
-        return
-    name, dtype = "model.embed_tokens.weight", model.model.embed_tokens.weight.get_value().dtype
-    embedding, head = (jnp.asarray(found[leaf], dtype) for leaf in (name, _HEAD))
-    if not jnp.array_equal(embedding, head):
-        raise ModelError(
-            f"{model.folder or 'parameters'}: {_HEAD} differs from {name}, though config.json ties "
-            "them: set `tie_word_embeddings` to false there if the head is to be used, else "
-            "remove the tensor"
-        )
-
-
-def _is_leftover(name: str, array: Any, model: CausalLM) -> bool:
-    """Whether a leaf without a place can repeat what the model knows anyway."""
-    if name.endswith("rotary_emb.inv_freq"):
-        return True
-    embedding = model.model.embed_tokens.weight.get_value()
-    return model.lm_head is None and name == _HEAD and array.shape == embedding.shape
 
 
 def _same_kind(array: Any, wanted: jax.ShapeDtypeStruct) -> bool:

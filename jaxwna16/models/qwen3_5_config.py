@@ -11,9 +11,9 @@ from jaxwna16.models.config_reader import ConfigReader
 from jaxwna16.models.language_config import (
     MAX_LAYERS,
     LanguageConfig,
-    check_activation,
     read_dtype,
     read_eos,
+    refuse_others,
 )
 from jaxwna16.models.moe_config import MoeConfig, check_choice
 from jaxwna16.models.rope_config import read_rope, read_rotary_dim
@@ -116,7 +116,7 @@ def _read_text(config: Mapping[str, Any]) -> ConfigReader:
 
 def _read(reader: ConfigReader, model_type: str) -> Qwen35Config:
     sparse = "moe" in model_type
-    check_activation(reader)
+    refuse_others(reader)
     if not reader.flag("attn_output_gate", True):
         reader.refuse("attn_output_gate", False, "true")
     heads = reader.count("num_attention_heads", 16)

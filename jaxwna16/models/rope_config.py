@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from jaxwna16.models.config_reader import ConfigReader, is_positive
 from jaxwna16.models.rope import ROPE_TYPES, RopeConfig
@@ -15,7 +16,7 @@ def read_rotary_dim(reader: ConfigReader, head_dim: int, default: float) -> int:
       default: the factor of the family; one that rotates whole heads knows no other.
     """
     factor = reader.config.get("partial_rotary_factor", default)
-    values = reader.config.get("rope_parameters") or reader.config.get("rope_scaling")
+    _, values = _find_rope(reader)
     if isinstance(values, Mapping) and values.get("partial_rotary_factor") is not None:
         factor = values["partial_rotary_factor"]
     if default == 1.0:
@@ -36,8 +37,7 @@ def read_rope(reader: ConfigReader, max_positions: int, theta: float) -> RopeCon
       theta: `rope_theta` of the family where it is absent.
     """
     config = reader.config
-    given = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    where = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
+    where, given = _find_rope(reader)
     if not isinstance(given, Mapping) or any(isinstance(v, Mapping) for v in given.values()):
         reader.refuse(where, given, "one flat set of parameters for all layers")
         return RopeConfig(rope_type="default", theta=1e4, original_max_positions=max_positions)
@@ -59,17 +59,41 @@ def read_rope(reader: ConfigReader, max_positions: int, theta: float) -> RopeCon
         "yarn": ("factor",),
         "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
     }
-    numbers = {"rope_theta": theta, "original_max_position_embeddings": original}
+    if not is_positive(theta) or theta <= 1:
+        key = f"{where}.rope_theta" if "rope_theta" in values else "rope_theta"
+        reader.refuse(key, theta, "a number above 1")
+        theta = 1e4
+    numbers = {"original_max_position_embeddings": original}
     numbers |= {key: values.get(key) for key in needed.get(rope_type, ())}
     optional = ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
     numbers |= {key: values[key] for key in optional if key in values}
     for key, value in numbers.items():
         if not is_positive(value):
             reader.refuse(f"{where}.{key}", value, "a positive number")
+    truncate = given.get("truncate", True)
+    if not isinstance(truncate, bool | None):
+        reader.refuse(f"{where}.truncate", truncate, "true or false")
     return RopeConfig(
         rope_type=rope_type,
         theta=theta,
         original_max_positions=original,
-        truncate=values.get("truncate", True),
+        truncate=truncate is True,  # null is off, as in transformers
         **{key: values[key] for key in (*optional, *needed.get(rope_type, ())) if key in values},
     )
+
+
+def _find_rope(reader: ConfigReader) -> tuple[str, Any]:
+    """The key that has the rope parameters, and these.
+
+    transformers 5 writes `rope_parameters`, and reads `rope_scaling` alone where both are given.
+    """
+    new, old = (reader.config.get(key) or {} for key in ("rope_parameters", "rope_scaling"))
+    if not new:
+        return "rope_scaling", old
+    if old and not (isinstance(old, Mapping) and isinstance(new, Mapping)):
+        reader.refuse("rope_scaling", old, "nothing beside rope_parameters")
+    elif old:
+        same = {"rope_type" if key == "type" else key: value for key, value in old.items()}
+        if any(new.get(key) != value for key, value in same.items()):
+            reader.refuse("rope_scaling", old, f"the same as rope_parameters = {new!r}, or nothing")
+    return "rope_parameters", new

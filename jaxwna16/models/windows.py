@@ -33,21 +33,19 @@ def read_windows(reader: ConfigReader, model_type: str, layers: int) -> tuple[in
         reader.refuse("layer_types", types, f"{layers} entries, each {_FULL} or {_SLIDING}")
         return full
     if _SLIDING in types and window is None:
-        switch = (
-            "there is no sliding_window" if model_type == "dots1" else "use_sliding_window is off"
-        )
-        reader.refuse("layer_types", types, f"no sliding_attention while {switch}")
+        switch = "" if model_type == "dots1" else ", or use_sliding_window is off"
+        reader.refuse("layer_types", types, f"full_attention: there is no sliding_window{switch}")
     return tuple(window if kind == _SLIDING else None for kind in types)
 
 
 def _read_window(reader: ConfigReader, model_type: str) -> int | None:
     """How many tokens a sliding layer sees; None if there is no such layer."""
+    # absent is the default, null is off
+    on = "sliding_window" in reader.config or "sliding_window" not in reader.given
     if model_type.startswith("qwen"):
-        on = reader.flag("use_sliding_window")
+        on = reader.flag("use_sliding_window") and on
     elif model_type == "mixtral":
         on = "sliding_window" in reader.config
-    else:  # absent is the default, null is off
-        on = "sliding_window" in reader.config or "sliding_window" not in reader.given
     return reader.count("sliding_window", 4096) if on else None
 
 

@@ -46,6 +46,8 @@ def test_windows_follow_the_rules_of_each_family():
     assert parse(model_type="mistral", sliding_window=8).windows == (8, 8)
     assert parse(model_type="qwen2", **window).windows == (None, None)
     assert parse(model_type="qwen2", use_sliding_window=True, **window).windows == (None, 8)
+    off = {**window, "sliding_window": None}
+    assert parse(model_type="qwen2", use_sliding_window=True, **off).windows == (None, None)
     types = ["sliding_attention", "full_attention"]
     explicit = parse(model_type="qwen3", use_sliding_window=True, layer_types=types, **window)
     assert explicit.windows == (8, None)
@@ -78,9 +80,38 @@ def test_end_tokens_are_none_one_or_several():
     assert parse(eos_token_id=[2, 7]).eos_token_ids == (2, 7)
 
 
-def test_dynamic_rope_stretches_the_length_by_its_factor():
-    assert parse().max_length == 128
-    assert parse(rope_scaling={"type": "dynamic", "factor": 2.0}).max_length == 256
+def test_rope_stretches_the_length():
+    llama3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    lengths = [
+        parse(rope_scaling=scaling).max_length
+        for scaling in (
+            None,
+            {"type": "dynamic", "factor": 2.0},
+            {"type": "linear", "factor": 2.0},
+            {"type": "yarn", **YARN},  # 128 is what 32 is stretched to
+            {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128},
+            {"type": "llama3", "original_max_position_embeddings": 16, **llama3},
+        )
+    ]
+    assert lengths == [128, 256, 256, 128, 512, 128]
+
+
+def test_both_spellings_of_rope_may_say_the_same():
+    new = {"rope_type": "yarn", "rope_theta": 5e5, **YARN}
+    alone, both = (
+        parse(rope_parameters=new, **more)
+        for more in ({}, {"rope_scaling": {"type": "yarn", **YARN}})
+    )
+    assert alone == both
+
+
+def test_yarn_that_is_told_null_does_not_truncate():
+    """As in transformers, where null is falsy and absent is true."""
+    for truncate, expected in ((None, False), (False, False), (True, True)):
+        assert parse(rope_scaling={"type": "yarn", "truncate": truncate, **YARN}).rope.truncate is (
+            expected
+        )
+    assert parse(rope_scaling={"type": "yarn", **YARN}).rope.truncate
 
 
 def test_a_configuration_is_hashable():
@@ -119,7 +150,14 @@ def test_frequencies_equal_those_of_transformers_to_the_last_bits(family):
         ({"rope_scaling": {"type": "linear"}}, "rope_scaling.factor: expected a positive number"),
         ({"rope_scaling": {"type": "llama3", "factor": 8.0}}, "rope_scaling.low_freq_factor"),
         ({"rope_parameters": {"full_attention": {}}}, "one flat set of parameters"),
-        ({"rope_theta": "big"}, "rope_theta: expected a positive number, found 'big'"),
+        (
+            {"rope_parameters": {"rope_type": "default"}, "rope_scaling": {"type": "yarn", **YARN}},
+            "rope_scaling: expected the same as rope_parameters",
+        ),
+        ({"rope_theta": 1.0}, "\n  - rope_theta: expected a number above 1, found 1.0"),
+        ({"rope_scaling": {"type": "yarn", "truncate": "no", **YARN}}, "rope_scaling.truncate"),
+        ({"per_layer_config": {"1": {"sliding_window": 5}}}, "per_layer_config: expected none"),
+        ({"rope_theta": "big"}, "rope_theta: expected a number above 1, found 'big'"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor: expected 1.0, found 0.5"),
         ({"model_type": "mistral", "layer_types": ["full_attention"] * 2}, "layer_types"),
         ({"model_type": "qwen2", "layer_types": ["linear_attention"] * 2}, "layer_types"),
@@ -136,6 +174,12 @@ def test_what_is_not_supported_is_refused_with_the_key_and_the_choices(changes, 
     with pytest.raises(ModelError) as raised:
         parse(**changes)
     assert reason in str(raised.value)
+
+
+def test_a_fault_is_not_listed_again_as_what_follows_from_it():
+    with pytest.raises(ModelError) as raised:
+        parse(hidden_size="64")
+    assert len(raised.value.reasons) == 1
 
 
 def test_every_reason_is_listed_at_once():
