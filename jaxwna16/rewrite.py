@@ -8,21 +8,23 @@ vLLM have them. All others stay as they are: stacked ones are stacked again when
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
+from jaxwna16.dtypes import read_dtype
 from jaxwna16.errors import InputError
 from jaxwna16.progress import show_bytes
 from loaders.converted import plan_original
 from loaders.errors import CheckpointError, Fault
 from loaders.experts import name_separately
 from loaders.modules import QuantizedModule
+from loaders.patterns import compile_pattern
 from loaders.plan import Plan
+from loaders.quantization_config import SUBCONFIGS, are_tied, drop_quantization, name_classes
 from loaders.repack import pack, unpack
 from loaders.safetensors_file import TensorInfo, read_tensor, read_tensors
 from loaders.stream import check_cast, check_scales
@@ -37,7 +39,7 @@ from pallas_kernels.weights import SCALE_DTYPES
 DEFAULT_IGNORE = ("lm_head", r"re:(.*\.)?(gate|router|shared_expert_gate)$")
 # the compressed-tensors version whose format is written; 4 and 8 bits are the same in all of them
 FORMAT_VERSION = "0.20.0"
-_EMBEDDINGS = re.compile(r"(.*\.)?(embed_tokens|embed_positions|embeddings?|wte|wpe)")
+_HEAD = "lm_head"
 
 
 def quantize_checkpoint(
@@ -72,23 +74,26 @@ def quantize_checkpoint(
     Raises:
       CheckpointError: listing every fault of the source, or every weight that the group size does
         not divide; naming a tensor with values too large for `dtype`; or if the destination exists.
-      InputError: if nothing would be quantized, or not all the experts that are one array.
+      InputError: if an argument is out of range, an entry of `ignore` names nothing, nothing would
+        be quantized, or not all the experts that are one array.
     """
+    dtype = read_dtype(dtype)
+    _check_numbers(bits, group_size)
     plan = plan_original(source)
-    is_tied = bool(plan.config.get("tie_word_embeddings"))
-    ignore = (*ignore, "lm_head") if is_tied else tuple(ignore)  # the head is an embedding then
     if plan.quantized:
         fault = Fault(
             f"{len(plan.quantized)} modules are quantized already", way_out="dequantize it first"
         )
         raise CheckpointError(plan.folder, [fault])
+    tensors = {name: i for i in plan.plain.values() for name in name_separately(i.name)}
     matrices = {
         name: info
-        for info in plan.plain.values()
-        for name in name_separately(info.name)
+        for name, info in tensors.items()
         if name.endswith(".weight") and len(info.shape) == 2 and info.dtype.name in SCALE_DTYPES
     }
-    linears = {name: i for name, i in matrices.items() if not _is_ignored(name, i, ignore)}
+    left_alone = _find_ignored(ignore, tensors)
+    left_alone |= {name for name in matrices if _is_embedding(_name_module(name), plan.config)}
+    linears = {name: info for name, info in matrices.items() if name not in left_alone}
     if not linears:
         raise InputError(
             f"{plan.folder}: no linear weight is left to quantize", ["loosen `ignore`"]
@@ -96,10 +101,10 @@ def quantize_checkpoint(
     _check_experts(plan, linears)
     specs = _make_specs(plan, linears, bits, group_size, symmetric)
     kept = dict.fromkeys(_name_module(i.name) for n, i in matrices.items() if n not in linears)
-    modules = [name for name in kept if not _EMBEDDINGS.fullmatch(name)]
-    if is_tied and "lm_head" not in modules:
-        modules.append("lm_head")  # a Linear to those who read the config, though it has no tensor
-    config = dict(plan.config) | {
+    modules = [name for name in kept if "Embedding" not in name_classes(name)]
+    if _HEAD not in modules and f"{_HEAD}.weight" not in tensors:
+        modules.append(_HEAD)  # tied: a Linear to those who read the config, though without tensor
+    config = drop_quantization(plan.config) | {
         "quantization_config": describe_quantization(bits, group_size, symmetric, modules)
     }
     _write(plan, destination, config, dtype, "quantizing", progress, specs)
@@ -126,15 +131,15 @@ def dequantize_checkpoint(
     Raises:
       CheckpointError: listing every fault of the source, bad scales included; naming a tensor with
         values too large for `dtype`; or if the destination exists.
-      InputError: if nothing in it is quantized.
+      InputError: if nothing in it is quantized, or `dtype` is none of these.
     """
+    dtype = read_dtype(dtype)
     plan = plan_original(source)
     if not plan.quantized:
         raise InputError(f"{plan.folder}: no module is quantized")
     if faults := check_scales(plan):
         raise CheckpointError(plan.folder, faults)
-    dropped = ("quantization_config", "compression_config")
-    config = {key: value for key, value in plan.config.items() if key not in dropped}
+    config = drop_quantization(plan.config)
     _write(plan, destination, config, dtype, "dequantizing", progress, {})
 
 
@@ -142,13 +147,16 @@ def _write(
     plan: Plan,
     destination: str | os.PathLike[str],
     config: dict[str, Any],
-    dtype: Any,
+    dtype: np.dtype | None,
     verb: str,
     progress: bool | None,
     specs: dict[str, QuantSpec],
 ) -> None:
     if dtype is not None:
-        config |= {key: jnp.dtype(dtype).name for key in ("dtype", "torch_dtype") if key in config}
+        for section in [config, *(config.get(name) for name in SUBCONFIGS)]:
+            if isinstance(section, dict):
+                stated = [key for key in ("dtype", "torch_dtype") if key in section]
+                section |= dict.fromkeys(stated, dtype.name)
     with show_bytes(f"{verb} {plan.folder.name}", visible=progress) as report:
 
         def list_tensors() -> Iterator[tuple[str, np.ndarray]]:
@@ -229,14 +237,46 @@ def _cast(array: np.ndarray, dtype: Any, file: Path, name: str) -> np.ndarray:
     return cast
 
 
-def _is_ignored(name: str, info: TensorInfo, ignore: tuple[str, ...]) -> bool:
-    paths = {_name_module(name), _name_module(info.name)}
-    ignored = any(
-        re.match(i.removeprefix("re:"), path) if i.startswith("re:") else i == path
-        for i in ignore
-        for path in paths
-    )
-    return ignored or _EMBEDDINGS.fullmatch(_name_module(name)) is not None
+def _find_ignored(ignore: Iterable[str], tensors: Mapping[str, TensorInfo]) -> set[str]:
+    """The names among the tensors' that entries of `ignore` name.
+
+    Raises:
+      InputError: listing the entries that are no patterns, or name nothing.
+    """
+    if isinstance(ignore, str):
+        raise InputError(f"ignore: expected a list of modules, got the text {ignore!r}")
+    paths = {name: {_name_module(name), _name_module(i.name)} for name, i in tensors.items()}
+    found, reasons = set(), []
+    for entry in ignore:
+        try:
+            matches = _compile(entry)
+        except ValueError as error:
+            reasons.append(f"{entry!r} {error}")
+            continue
+        named = {name for name, held in paths.items() if any(map(matches, held))}
+        found |= named
+        # the head may be tied, and so without a tensor
+        if not named and entry not in DEFAULT_IGNORE and not matches(_HEAD):
+            reasons.append(f"{entry!r} names no module: give its whole path, or re: and a pattern")
+    if reasons:
+        raise InputError("ignore: not all of it can be followed", reasons)
+    return found
+
+
+def _compile(entry: str) -> Callable[[str], Any]:
+    """What is true of the paths that an entry of `ignore` names.
+
+    Raises:
+      ValueError: if its pattern is none.
+    """
+    if not entry.startswith("re:"):
+        return entry.__eq__
+    return compile_pattern(entry.removeprefix("re:")).match
+
+
+def _is_embedding(path: str, config: Mapping[str, Any]) -> bool:
+    """Whether rows are looked up in it, also if it is a product, as the head, elsewhere."""
+    return are_tied(config) is True if path == _HEAD else "Embedding" in name_classes(path)
 
 
 def _name_module(tensor: str) -> str:
@@ -258,6 +298,25 @@ def _check_experts(plan: Plan, linears: Collection[str]) -> None:
     if reasons:
         summary = f"{plan.folder}: experts are quantized all or none: mend `ignore`, which leaves"
         raise InputError(summary, reasons)
+
+
+def _check_numbers(bits: int, group_size: int) -> None:
+    """Refuse what is wrong with every weight before they are looked at.
+
+    Raises:
+      InputError: naming the argument.
+    """
+    features = group_size if isinstance(group_size, int) and group_size > 0 else 1
+    try:
+        QuantSpec(
+            bits=bits,
+            group_size=group_size,
+            symmetric=True,
+            in_features=features,
+            out_features=1,
+        )
+    except SpecError as error:
+        raise InputError(str(error)) from None
 
 
 def _make_specs(

@@ -1,7 +1,8 @@
 """One group of `config_groups`: which scheme its weights have, or why they cannot be read.
 
 The fields and their defaults are those of compressed-tensors' `QuantizationScheme` and
-`QuantizationArgs`; a field that is null is one that is left out.
+`QuantizationArgs`; a field that is null is one that is left out, but for `symmetric` and
+`num_bits`.
 """
 
 from __future__ import annotations

@@ -157,6 +157,11 @@ def scan_tensors(folder: Path) -> Scan:
             for name in sorted(header.keys() - expected)
         ]
         tensors |= header
+    if SINGLE not in names and os.path.lexists(folder / SINGLE):
+        # transformers reads the one file, vLLM the shards
+        what = f"{SINGLE} is there too, which the index does not name: one is of another model"
+        way_out = f"remove {INDEX} if {SINGLE} is the model, else {SINGLE}"
+        faults.insert(0, Fault(what, INDEX, way_out=way_out))
     absent = {name: shard for name, shard in weight_map.items() if name not in tensors}
     return Scan(tensors, tuple(faults), absent, frozenset(unsound))
 

@@ -14,8 +14,9 @@ import warnings
 _MAX_REPEATS, _MAX_CHOICES = 4, 12
 _REPEAT, _CHOICE = "\0", "\1"  # stand for many repeats, and for more than one way
 _OPENING = r"\(\?(?:P?<\w+>|<?[=!]|[:>]|[a-zA-Z-]+:?)"
-# what is one character; digits and the dot behind them can be read in one way alone
-_ATOM = r"\\d\+\\\.|\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|[^()|*+?{}^$]"
+# what is one character; a run without a dot and the dot behind it can be read in one way alone
+_RUN = r"(?:\\d|\[(?:\w(?:-\w)?)+\]|\[\^\\?\.\])[+*]\\\."
+_ATOM = _RUN + r"|\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|[^()|*+?{}^$]"
 _TOKENS = re.compile(rf"(?P<kept>{_OPENING}|\{{\d*,?\d*\}})|{_ATOM}", re.DOTALL)
 _MANY = re.compile(r"x(?:[*+]|\{\d*,\d*\})[?+]?")
 _FEW = re.compile(r"x(?:\?|\{\d+\})[?+]?")
@@ -34,26 +35,31 @@ def compile_pattern(pattern: str) -> re.Pattern[str]:
             compiled = re.compile(pattern)
     except (re.error, OverflowError, RecursionError) as error:
         raise ValueError(f"is not a regular expression: {error}") from None
-    if _is_slow(pattern):
-        raise ValueError("repeats what repeats itself, which could take for ever to match")
+    if reason := _find_slowness(pattern):
+        raise ValueError(f"{reason}, which could take for ever to match")
     return compiled
 
 
-def _is_slow(pattern: str) -> bool:
-    """Whether some name could need time far beyond its length to the power of `_MAX_REPEATS`."""
+def _find_slowness(pattern: str) -> str:
+    """Why some name could need time beyond its length to the power of `_MAX_REPEATS`, or ""."""
+    many = f"repeats more than {_MAX_REPEATS} parts one after the other (write [^.]+ between dots)"
     text = _TOKENS.sub(lambda token: token["kept"] or "x", pattern)
     text = _FEW.sub(_CHOICE, _MANY.sub(_REPEAT, text))
     while group := _GROUP.search(text):
         body, again = group["body"], group["again"]
         repeats, choices = _count(body, _REPEAT), _count(body, _CHOICE) + ("|" in body)
         is_repeated = again not in (None, "?")
-        if repeats > _MAX_REPEATS or (is_repeated and (repeats or choices)):
-            return True
+        if is_repeated and (repeats or choices):
+            return "repeats what repeats itself"
+        if repeats > _MAX_REPEATS:
+            return many
         short = _REPEAT if is_repeated else _REPEAT * repeats + _CHOICE * (choices + bool(again))
         if group["opening"].endswith(("=", "!")):
             short = ""  # what is only looked at is not tried in another way
         text = text[: group.start()] + short + text[group.end() :]
-    return _count(text, _REPEAT) > _MAX_REPEATS or _count(text, _CHOICE) > _MAX_CHOICES
+    if _count(text, _REPEAT) > _MAX_REPEATS:
+        return many
+    return "leaves too many choices" if _count(text, _CHOICE) > _MAX_CHOICES else ""
 
 
 def _count(text: str, mark: str) -> int:

@@ -21,7 +21,7 @@ from loaders.errors import CheckpointError, Fault, suggest
 from loaders.experts import Member, Stack, are_stacked, name_slices, plan_stacks, split_name
 from loaders.folder import Scan, list_remarks, read_config, scan_tensors
 from loaders.modules import ROLES, QuantizedModule, plan_modules, split_experts
-from loaders.quantization_config import Scheme, list_prefixes, parse_quantization
+from loaders.quantization_config import Scheme, are_tied, list_prefixes, parse_quantization
 from loaders.safetensors_file import TensorInfo
 from loaders.sizes import find_sizes
 from pallas_kernels.spec import QuantSpec
@@ -165,7 +165,9 @@ def survey_folder(folder: str | Path, *, headers_only: bool = False) -> Survey:
         if not isinstance(member, QuantizedModule)
         for info in member.values()
     }
-    modules = {*by_module, *torn, *(["lm_head"] if config.get("tie_word_embeddings") else [])}
+    # a tied head is a module without tensors, and some classes tie it unless told otherwise
+    head = [] if are_tied(config) is False else ["lm_head"]
+    modules = {*by_module, *torn, *head}
     warnings = [*remarks, *quantization.describe_unused(modules)]
     warnings += list_remarks(folder, config, {info.file for info in scan.tensors.values()})
     warnings += _list_absent_zero_points(quantized)

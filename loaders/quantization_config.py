@@ -22,7 +22,9 @@ from loaders.patterns import compile_pattern
 from loaders.safetensors_file import TensorInfo
 
 _FLOATS = ("float16", "bfloat16", "float32", "float64")
-_SUBCONFIGS = ("text_config", "llm_config", "language_config")
+_SECTIONS = ("quantization_config", "compression_config")
+SUBCONFIGS = ("text_config", "llm_config", "language_config")
+"""Keys under which config.json may describe the language model of several."""
 # the last name of an embedding's path; all other modules with a weight count as Linear
 _EMBEDDING = re.compile(
     r"embed|embeddings?|embed_in|embed_tokens(_\w+)?|embed_positions|wte|wpe|pos_embed"
@@ -73,7 +75,7 @@ class QuantizationConfig:
         """The same as warnings; names that differ in numbers alone are in one."""
         alike: dict[str, list[str]] = defaultdict(list)
         for name in self.list_unused(modules):
-            alike[name if name.startswith("re:") else _star_numbers(name)].append(name)
+            alike[name if name.startswith("re:") else star_numbers(name)].append(name)
         return [
             f"{FILE}: pattern {names[0]!r} matches no module"
             if len(names) == 1
@@ -166,12 +168,12 @@ def parse_quantization(
       What it says; and the faults that hold whatever the files are. Groups that cannot be read are
       faults only if modules are in them (`QuantizationConfig.check_groups`).
     """
-    places = [("quantization_config", config.get("quantization_config"))]
-    for name in _SUBCONFIGS:
+    first, last = _SECTIONS
+    places = [(first, config.get(first))]
+    for name in SUBCONFIGS:
         if isinstance(config.get(name), dict):
-            field = f"{name}.quantization_config"
-            places.append((field, config[name].get("quantization_config")))
-    places.append(("compression_config", config.get("compression_config")))
+            places.append((f"{name}.{first}", config[name].get(first)))
+    places.append((last, config.get(last)))
     places = [(field, raw) for field, raw in places if raw not in (None, {})]
     if not places:
         return QuantizationConfig(), []
@@ -183,6 +185,24 @@ def parse_quantization(
         if its != raw and _parse(its, field)[0] != parsed
     )
     return dataclasses.replace(parsed, remarks=(*parsed.remarks, *remarks)), faults
+
+
+def are_tied(config: Mapping[str, Any]) -> bool | None:
+    """Whether config.json says that the head is the embedding; None where it does not say."""
+    for name in (None, *SUBCONFIGS):
+        section = config if name is None else config.get(name)
+        if isinstance(section, Mapping) and section.get("tie_word_embeddings") is not None:
+            return bool(section["tie_word_embeddings"])
+    return None
+
+
+def drop_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config.json without what it says of quantization, wherever it stands there."""
+    left = {key: value for key, value in config.items() if key not in _SECTIONS}
+    for name in SUBCONFIGS:
+        if isinstance(config.get(name), dict):
+            left[name] = {k: v for k, v in config[name].items() if k != _SECTIONS[0]}
+    return left
 
 
 def _parse(raw: Any, field: str) -> tuple[QuantizationConfig | AwqGptqConfig, list[Fault]]:
@@ -297,7 +317,7 @@ def name_classes(path: str) -> tuple[str, ...]:
 
 def describe_modules(paths: Collection[str]) -> str:
     """How many, and which in short: "32 modules, model.layers.*.mlp.up_proj, …"."""
-    names = list(dict.fromkeys(map(_star_numbers, paths)))
+    names = list(dict.fromkeys(map(star_numbers, paths)))
     count = f"{len(paths)} modules" if len(paths) > 1 else "1 module"
     return ", ".join([count, *names[:_LISTED], *(["…"] if len(names) > _LISTED else [])])
 
@@ -309,7 +329,8 @@ def list_prefixes(path: str) -> Iterator[str]:
         path = path.rpartition(".")[0]
 
 
-def _star_numbers(path: str) -> str:
+def star_numbers(path: str) -> str:
+    """Replace the numbers in a dotted name: "layers.3.mlp" -> "layers.*.mlp"."""
     return ".".join("*" if part.isdecimal() else part for part in path.split("."))
 
 

@@ -22,10 +22,12 @@ from safetensors.numpy import save_file
 
 from loaders.errors import CheckpointError, Fault
 from loaders.folder import INDEX, check_file
+from loaders.plan import make_plan
 
 SHARD_BYTES = 2_000_000_000
 _STEM = "model"  # of what transformers and vLLM look for
 _COPIED = (".json", ".txt", ".model", ".jinja")
+_TEMPLATES = "additional_chat_templates"  # named ones, beside that of chat_template.jinja
 # the last two say how AutoGPTQ and AutoAWQ packed the weights that are not there any more
 _NOT_COPIED = ("config.json", INDEX, "quantize_config.json", "quant_config.json")
 
@@ -49,7 +51,8 @@ def write_checkpoint(
       shard_bytes: a shard is closed when it holds this much.
 
     Raises:
-      CheckpointError: if the destination exists or cannot be written.
+      CheckpointError: if the destination exists or cannot be written, or if the result could not
+        be read.
     """
     with build_folder(destination) as folder:
         copy_companions(beside, folder)
@@ -58,6 +61,16 @@ def write_checkpoint(
             index = {"metadata": {"total_size": size}, "weight_map": weight_map}
             write_json(folder / INDEX, index)
         write_json(folder / "config.json", config)
+        _check_readable(folder, destination)
+
+
+def _check_readable(folder: Path, destination: Path) -> None:
+    """Refuse to name what `make_plan` cannot read: the model holds something unexpected."""
+    try:
+        make_plan(folder)
+    except CheckpointError as error:
+        what = "what was to be written could not be read again, and is removed"
+        raise CheckpointError(destination, [Fault(what), *error.faults]) from None
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
@@ -71,10 +84,14 @@ def copy_companions(source: Path, folder: Path) -> None:
     Raises:
       CheckpointError: if one of them is a link that leaves the checkpoint.
     """
-    for path in sorted(source.iterdir()):
+    templates = source / _TEMPLATES
+    if templates.is_dir():
+        (folder / _TEMPLATES).mkdir()
+    for path in sorted([*source.iterdir(), *templates.glob("*.jinja")]):
         wanted = path.suffix in _COPIED or path.stem.upper().startswith("LICENSE")
         if wanted and path.is_file() and path.name not in _NOT_COPIED:
-            shutil.copyfile(check_file(source, path.name), folder / path.name)
+            name = str(path.relative_to(source))
+            shutil.copyfile(check_file(source, name), folder / name)
 
 
 def write_shards(

@@ -4,18 +4,11 @@ from __future__ import annotations
 
 import itertools
 import math
-import re
 from collections import defaultdict
 from collections.abc import Iterable
 
 from loaders.errors import write_ranges
-
-_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
-
-
-def star_numbers(name: str) -> str:
-    """Replace the numbers in a dotted name: "layers.3.mlp" -> "layers.*.mlp"."""
-    return _NUMBER.sub("*", name)
+from loaders.quantization_config import star_numbers
 
 
 def fold_names(names: Iterable[str]) -> list[str]:

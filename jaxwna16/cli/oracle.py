@@ -237,14 +237,8 @@ class _Reader:
         convert = import_extra(name, "oracle").AutoAWQConverter(
             group_size=module.spec.group_size, zero_point=not module.spec.symmetric, ignore=()
         )
-        names = {
-            "weight_packed": "qweight",
-            "weight_scale": "scales",
-            "weight_zero_point": "qzeros",
-        }
-        found = convert.process({f"m.{names[role]}": tensor for role, tensor in tensors.items()})
-        roles = ("weight_packed", "weight_scale", "weight_zero_point")
-        return {role: found[f"m.{role}"] for role in roles if f"m.{role}" in found}
+        found = convert.process({f"m.{_AWQ_NAMES[role]}": t for role, t in tensors.items()})
+        return {role: found[f"m.{role}"] for role in _AWQ_NAMES if f"m.{role}" in found}
 
     def _read_gptq_zeros(self, module: QuantizedModule, words: Any) -> Any:
         """int8 [N, G] with a sign; None where the weight is symmetric."""

@@ -42,7 +42,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="MODULE",
         action="append",
         help="module to leave as it is: its path, or re: and a pattern that matches from the start "
-        "of the path; repeat it for more (default: lm_head and routers)",
+        "of the path, or '' for none; repeat it for more (default: lm_head and routers)",
     )
     add_json(parser, sys.modules[__name__])
 
@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         bits=args.bits,
         group_size=-1 if args.group_size == _CHANNEL else args.group_size,
         symmetric=args.symmetric,
-        ignore=DEFAULT_IGNORE if args.ignore is None else args.ignore,
+        ignore=DEFAULT_IGNORE if args.ignore is None else filter(None, args.ignore),
         dtype=args.dtype,
     )
     return compare(source, destination, time.perf_counter() - started) | {

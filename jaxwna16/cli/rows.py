@@ -7,10 +7,10 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from jaxwna16.cli.names import star_numbers
 from loaders.experts import split_name
 from loaders.modules import QuantizedModule
 from loaders.plan import Plan, Survey
+from loaders.quantization_config import star_numbers
 from loaders.safetensors_file import TensorInfo
 from pallas_kernels.backends import explain
 

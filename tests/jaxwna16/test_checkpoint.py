@@ -56,7 +56,7 @@ def test_params_multiply_where_they_stand(tmp_path):
 
 def test_warnings_and_config_come_along(tmp_path):
     spec = _make_spec()
-    config = make_config(spec, ignore=["lm_head"]) | {"model_type": "x"}
+    config = make_config(spec, ignore=["lm_head"]) | {"tie_word_embeddings": False}
     folder = write_raw_folder(tmp_path / "c", config, [prefix_names("m", make_tensors(spec))])
     checkpoint = jaxwna16.load_checkpoint(folder)
     assert checkpoint.config == config

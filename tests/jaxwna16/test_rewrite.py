@@ -236,3 +236,54 @@ def test_what_cannot_be_quantized_is_refused(tmp_path):
         jaxwna16.quantize_checkpoint(source, tmp_path / "q", group_size=32)
     with pytest.raises(InputError, match="no module is quantized"):
         jaxwna16.dequantize_checkpoint(source, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"ignore": "lm_head"}, "ignore: expected a list of modules, got the text 'lm_head'"),
+        ({"ignore": ["lm_hed"]}, "'lm_hed' names no module"),
+        ({"ignore": ["re:q_proj"]}, "'re:q_proj' names no module"),
+        ({"ignore": ["re:("]}, "'re:.' is not a regular expression"),
+        ({"bits": 3}, "bits must be one of"),
+        ({"group_size": 0}, "group_size"),
+        ({"dtype": "float64"}, "dtype: expected one of float32, bfloat16, float16, got 'float64'"),
+        ({"dtype": "nonsense"}, "dtype: expected one of"),
+    ],
+)
+def test_arguments_that_cannot_be_followed_are_refused(tmp_path, options, reason):
+    source = _write_source(tmp_path / "source")
+    with pytest.raises(InputError, match=reason):
+        jaxwna16.quantize_checkpoint(source, tmp_path / "out", **{"group_size": 32} | options)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["pos_embed", "embeddings.token_type_embeddings", "embed_in"])
+def test_every_embedding_is_left_alone(tmp_path, name):
+    tensors = {f"{path}.weight": make_weight((64, 64)).numpy() for path in (name, "a.up_proj")}
+    source = write_raw_folder(tmp_path / "source", {}, [tensors])
+    jaxwna16.quantize_checkpoint(source, tmp_path / "out", group_size=32)
+    assert jaxwna16.load_checkpoint(tmp_path / "out").specs.keys() == {"a.up_proj"}
+
+
+def test_a_head_without_a_tensor_is_ignored_whatever_ties_it(tmp_path):
+    """The default of transformers' class does it for some models."""
+    tensors = {"a.up_proj.weight": make_weight((64, 64)).numpy()}
+    source = write_raw_folder(tmp_path / "source", {}, [tensors])
+    jaxwna16.quantize_checkpoint(source, tmp_path / "out", group_size=32, ignore=())
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["quantization_config"]["ignore"] == ["lm_head"]
+
+
+def test_parts_of_a_config_change_as_the_whole_does(tmp_path):
+    """A model beside a vision tower says in `text_config` how it is quantized, and its dtype."""
+    spec = QuantSpec(bits=4, group_size=32, symmetric=True, in_features=64, out_features=9)
+    text = make_config(spec) | {"dtype": "float32", "hidden_size": 64}
+    tensors = prefix_names("m", make_tensors(spec))
+    source = write_raw_folder(tmp_path / "q", {"text_config": text, "vision_config": {}}, [tensors])
+    jaxwna16.dequantize_checkpoint(source, tmp_path / "floats", dtype="bfloat16")
+    config = json.loads((tmp_path / "floats" / "config.json").read_text())
+    expected = {"dtype": "bfloat16", "hidden_size": 64}
+    assert config == {"text_config": expected, "vision_config": {}}
+    jaxwna16.quantize_checkpoint(tmp_path / "floats", tmp_path / "again", group_size=32)
+    assert not jaxwna16.load_checkpoint(tmp_path / "again").warnings

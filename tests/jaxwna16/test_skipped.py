@@ -77,8 +77,8 @@ def plain(tmp_path_factory):
     drawn = {name: np.ones(shape, np.float32) for name, shape in BESIDE.items()}
     drawn["mtp.layers.0.mlp.up_proj.weight"] = np.ones((32, 32), np.float32)
     edit_tensors(folder / "float beside", lambda tensors: tensors.update(drawn))
-    for name in ("", " beside"):
-        ignore = ["lm_head", "re:.*visual", "re:.*tower"]
+    for name, beside in (("", []), (" beside", ["re:.*visual", "re:.*tower"])):
+        ignore = ["lm_head", *beside]
         source, destination = folder / f"float{name}", folder / f"packed{name}"
         quantize_checkpoint(source, destination, group_size=32, ignore=ignore)
     return folder

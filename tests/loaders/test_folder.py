@@ -75,6 +75,16 @@ def test_shard_name_that_no_file_can_have_is_an_error_of_ours(tmp_path, name):
     str(caught.value).encode()  # printable
 
 
+def test_a_single_file_beside_the_index_of_others_is_refused(tmp_path):
+    """transformers reads the one, vLLM the others."""
+    _write_shards(tmp_path)
+    save_file({"a": np.ones(2, np.float32)}, tmp_path / SINGLE)
+    with pytest.raises(CheckpointError, match=rf"{INDEX}: {SINGLE} is there too.* .remove {INDEX}"):
+        list_tensors(tmp_path)
+    (tmp_path / INDEX).unlink()
+    assert list_tensors(tmp_path).keys() == {"a"}
+
+
 @pytest.mark.parametrize("target", ["../outside.safetensors", "absolute"])
 @pytest.mark.parametrize("indexed", [True, False])
 def test_link_that_leaves_the_folder_is_refused(tmp_path, target, indexed):

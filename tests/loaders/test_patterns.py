@@ -28,6 +28,7 @@ REAL = (
     "(?P<part>[^.]*\\.)mlp.*[qk]_proj",
     "(ab){2,3}c",
     "model\\.(layers|blocks)\\.[0-9]+\\.(?:mlp|self_attn)\\.[a-z_]+",
+    "model\\.layers\\.[0-9]+\\.[a-z_]+\\.[a-z_]+\\.[0-9]+\\.[^.]+\\.weight",
 )
 ENDLESS = (
     *("(a+)+$", "(.*.*)*x", "(\\w+\\.?)*!", "(.|m)*!", "(.*)(.*)(.*)(.*)(.*)!", "(.+)+!"),
@@ -56,6 +57,11 @@ def test_patterns_that_could_take_for_ever_are_refused(pattern):
         compile_pattern(pattern)
 
 
+def test_too_many_repeats_are_called_that():
+    with pytest.raises(ValueError, match=r"repeats more than 4 parts .* .write \[\^\.\]\+ between"):
+        compile_pattern(".*model.*layers.*mlp.*experts.*down_proj.*")
+
+
 @pytest.mark.parametrize("pattern", ["(", "[", "*", "a{99999999999}", "(" * 3000, "(?P<x>", "\\"])
 def test_what_is_no_pattern_is_refused(pattern):
     with pytest.raises(ValueError, match="not a regular expression"):
@@ -63,7 +69,10 @@ def test_what_is_no_pattern_is_refused(pattern):
 
 
 PARTS = st.sampled_from(
-    [*("a", "b", ".", "\\.", "[ab]", "(", "(?:", ")", "|", "*", "+", "?", "{2}", "{1,9}", ".*")]
+    [
+        *("a", "b", ".", "\\.", "[ab]", "[ab]+\\.", "[^.]*\\.", ".*", "(", "(?:", ")", "|"),
+        *("*", "+", "?", "{2}", "{1,9}"),
+    ]
 )
 
 

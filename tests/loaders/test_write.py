@@ -40,7 +40,9 @@ def source(tmp_path) -> Path:
         (folder / name).write_text("of the source")
     for name in ("tokenizer.json", "merges.txt", "tokenizer.model", "chat_template.jinja"):
         (folder / name).write_text("copied")
-    (folder / "onnx").mkdir()
+    for name in ("onnx", "additional_chat_templates"):
+        (folder / name).mkdir()
+        (folder / name / "tool_use.jinja").write_text("copied")
     return folder
 
 
@@ -84,7 +86,9 @@ def test_small_files_come_along_and_weights_code_and_config_do_not(tmp_path, sou
     out = tmp_path / "out"
     write_checkpoint(out, TENSORS.items(), {}, beside=source)
     copied = {"tokenizer.json", "merges.txt", "tokenizer.model", "chat_template.jinja", "LICENSE"}
-    assert {path.name for path in out.iterdir()} == copied | {"config.json", "model.safetensors"}
+    written = {"config.json", "model.safetensors", "additional_chat_templates"}
+    assert {path.name for path in out.iterdir()} == copied | written
+    assert (out / "additional_chat_templates" / "tool_use.jinja").read_text() == "copied"
     assert os.stat(out / "model.safetensors").st_mode & 0o777 == 0o644
 
 
@@ -96,6 +100,14 @@ def test_existing_destination_is_refused_and_left_alone(tmp_path, source, kind):
         write_checkpoint(out, TENSORS.items(), {}, beside=source)
     assert _list_leftovers(tmp_path) == ["out"]
     assert list(out.iterdir()) == [] if kind == "folder" else out.read_text() == "mine"
+
+
+def test_what_could_not_be_read_again_gets_no_name(tmp_path, source):
+    tensors = {"m.weight_packed": np.zeros((8, 4), np.int32)}
+    with pytest.raises(CheckpointError, match="could not be read again, and is removed") as caught:
+        write_checkpoint(tmp_path / "out", tensors.items(), {}, beside=source)
+    assert len(caught.value.faults) > 1  # with what is wrong with it
+    assert _list_leftovers(tmp_path) == []
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, MemoryError])
@@ -217,7 +229,7 @@ def test_everything_is_on_the_disk_before_it_has_its_name(tmp_path, source, monk
 
     monkeypatch.setattr(os, "fsync", note)
     write_checkpoint(out, TENSORS.items(), {}, beside=source, shard_bytes=60)
-    assert flushed == {path.stat().st_ino for path in out.iterdir()}
+    assert flushed == {path.stat().st_ino for path in out.rglob("*") if path.is_file()}
 
 
 def test_jax_arrays_are_written_too(tmp_path, source):

@@ -30,6 +30,7 @@ def remove_the_weights(folder):
 def remove_a_shard(folder):
     tensors = load_file(folder / "model.safetensors")
     names = sorted(tensors)
+    (folder / "model.safetensors").unlink()
     save_file({name: tensors[name] for name in names[:9]}, folder / "a.safetensors")
     weight_map = {
         name: "a.safetensors" if i < 9 else "b.safetensors" for i, name in enumerate(names)
