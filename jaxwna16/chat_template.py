@@ -19,6 +19,9 @@ from jaxwna16.extras import import_extra
 if TYPE_CHECKING:
     import jinja2
 
+_REASONING = ("reasoning_content", "thinking", "reasoning")
+_TAG = "CONTINUE_FINAL_MESSAGE_TAG "
+
 
 def read_chat_templates(folder: Path, tokenizer_config: Mapping[str, Any]) -> dict[str, str]:
     """Find the Jinja sources by name: chat_template.jinja, or `chat_template` of the config.
@@ -34,7 +37,7 @@ def read_chat_templates(folder: Path, tokenizer_config: Mapping[str, Any]) -> di
             return {"default": path.read_text(encoding="utf-8")}
         except UnicodeDecodeError as error:
             raise InputError(f"{path}: not UTF-8: {error}") from error
-    found = tokenizer_config.get("chat_template", [])
+    found = tokenizer_config.get("chat_template") or []
     entries = found if isinstance(found, list) else [{"name": "default", "template": found}]
     templates = {}
     for entry in entries:
@@ -65,6 +68,8 @@ def compile_chat_template(source: str) -> jinja2.Template:
 def copy_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Copy messages into fresh dicts of JSON values; keys whose value is None are left out.
 
+    Reasoning, which has three names, gets the two that templates read beside its own.
+
     Raises:
       InputError: if there is no message, or one is not a dict of JSON values with a role.
     """
@@ -77,7 +82,53 @@ def copy_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]
     for index, message in enumerate(plain):
         if not isinstance(message.get("role"), str):
             raise InputError(f"message {index} needs a role (a string), found {message}")
-    return [{k: v for k, v in message.items() if v is not None} for message in plain]
+    return [
+        _name_reasoning({k: v for k, v in message.items() if v is not None}) for message in plain
+    ]
+
+
+def _name_reasoning(message: dict[str, Any]) -> dict[str, Any]:
+    found = [message[name] for name in _REASONING if name in message]
+    if not found:
+        return message
+    # in the order of keys that transformers makes, as a template may print the whole message
+    return {"thinking": found[0]} | message | {"reasoning_content": found[0]}
+
+
+def mark_end(message: dict[str, Any]) -> str:
+    """Put a mark behind the text of a message, for `cut_at_mark`; returns the text without it.
+
+    Of a content in several blocks it is the last text.
+
+    Raises:
+      InputError: if there is no text.
+    """
+    content = message.get("content")
+    blocks = content if isinstance(content, list) else [message]
+    key = "text" if isinstance(content, list) else "content"
+    texts = [block for block in blocks if isinstance(block, dict) and key in block]
+    if not texts or not isinstance(text := texts[-1][key], str):
+        raise InputError(f"the last message has no text to continue, its content is {content!r}")
+    texts[-1][key] = text + _TAG
+    return text
+
+
+def cut_at_mark(chat: str, text: str) -> str:
+    """A rendered chat up to the mark behind its last message's text.
+
+    Where the template has trimmed the text, and so the space that ends the mark, the chat ends
+    without space.
+
+    Raises:
+      InputError: if the template has left out the text or its end.
+    """
+    start = chat.rfind(_TAG.strip())
+    if start < 0 or text.strip() not in chat:
+        raise InputError(
+            "the chat template leaves out a part of the last message, which therefore cannot be "
+            f"continued: {text[:80]!r}"
+        )
+    return chat[:start] if chat.startswith(_TAG, start) else chat[:start].rstrip()
 
 
 @functools.cache

@@ -15,7 +15,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jaxwna16.chat_template import compile_chat_template, copy_messages, read_chat_templates
+from jaxwna16.chat_template import (
+    compile_chat_template,
+    copy_messages,
+    cut_at_mark,
+    mark_end,
+    read_chat_templates,
+)
 from jaxwna16.errors import InputError
 from jaxwna16.extras import import_extra
 
@@ -112,7 +118,11 @@ class Tokenizer:
         return "default" in self.chat_templates
 
     def render_chat(
-        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = True,
+        *,
+        continue_final_message: bool = False,
     ) -> str:
         """Write a conversation as the one text that the model was trained to read.
 
@@ -120,12 +130,29 @@ class Tokenizer:
           messages: [{"role": "user", "content": "…"}, …], plain JSON values. Which roles there are,
             and in which order, is the template's own business.
           add_generation_prompt: whether to end with the beginning of the assistant's answer.
+          continue_final_message: whether to end with the text of the last message, for the model to
+            go on with; without `add_generation_prompt`.
 
         Raises:
           InputError: if there is no template, it is broken or refuses the messages, or a message is
-            not of this form.
+            not of this form; or if the last message cannot be continued.
         """
         plain = copy_messages(messages)
+        if not continue_final_message:
+            return self._render(plain, add_generation_prompt)
+        if add_generation_prompt:
+            raise InputError(
+                "continue_final_message leaves the last message open, so that no answer begins: "
+                "pass add_generation_prompt=False"
+            )
+        text = mark_end(plain[-1])
+        chat = self._render(plain, False)
+        try:
+            return cut_at_mark(chat, text)
+        except InputError as error:
+            raise InputError(f"{self.source}: {error}") from error
+
+    def _render(self, plain: list[dict[str, Any]], add_generation_prompt: bool) -> str:
         template = self._template
         try:
             return template.render(

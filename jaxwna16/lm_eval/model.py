@@ -176,13 +176,9 @@ class JaxWNA16LM(TemplateLM):
             return self._render(others, add_generation_prompt)
 
     def _render(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
-        text = self.tokenizer.render_chat(messages, add_generation_prompt)
-        if add_generation_prompt:
-            return text
-        # what follows the last message only closes it
-        last = messages[-1]["content"].strip()
-        end = text.rindex(last) + len(last)
-        return text[:end]
+        return self.tokenizer.render_chat(
+            messages, add_generation_prompt, continue_final_message=not add_generation_prompt
+        )
 
     def loglikelihood_rolling(
         self, requests: list[Instance], disable_tqdm: bool = False

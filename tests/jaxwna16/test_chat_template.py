@@ -105,10 +105,11 @@ def read_with(folder: Path, **config) -> Tokenizer:
     return Tokenizer.from_folder(folder)
 
 
-def render_with_transformers(folder: Path, messages, prompt: bool = True) -> str:
+def render_with_transformers(folder: Path, messages, prompt: bool = True, **options) -> str:
     transformers = pytest.importorskip("transformers")
     reference = transformers.PreTrainedTokenizerFast.from_pretrained(str(folder))
-    return reference.apply_chat_template(messages, add_generation_prompt=prompt, tokenize=False)
+    options |= {"add_generation_prompt": prompt, "tokenize": False}
+    return reference.apply_chat_template(messages, **options)
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
@@ -132,6 +133,48 @@ def test_a_rendered_chat_is_that_of_transformers(folder, name, messages, prompt)
         assert tokenizer.render_chat(messages, prompt) == expected
         ids = tokenizer.encode_chat(messages, prompt)
         assert tokenizer.decode(ids, skip_special_tokens=False) == expected
+
+
+TRIMMED = "{% for m in messages %}<{{ m.role }}>{{ m.content | trim }}</s>{% endfor %}"
+BLOCKS = "{% for m in messages %}{% for b in m.content %}{{ b.text }}|{% endfor %}</s>{% endfor %}"
+CUT = "{% for m in messages %}{{ m.content.split('|')[0] }}</s>{% endfor %}"
+
+
+@pytest.mark.parametrize("template", [CHATML, TRIMMED, BLOCKS, CUT], ids=range(4))
+@pytest.mark.parametrize(
+    "content", ["It is ", "s", "", " \n", "a|b", None, [{"text": "no"}, {"text": "yes "}, {"n": 1}]]
+)
+def test_an_open_message_ends_as_in_transformers(folder, template, content):
+    tokenizer = read_with(folder, chat_template=template)
+    messages = [{"role": "user", "content": "s"}, {"role": "assistant", "content": content}]
+    options = {"continue_final_message": True}
+    try:
+        expected = render_with_transformers(folder, messages, False, **options)
+    except Exception:
+        with pytest.raises(InputError, match=r"last message|refused the messages"):
+            tokenizer.render_chat(messages, False, **options)
+    else:
+        assert tokenizer.render_chat(messages, False, **options) == expected
+
+
+def test_an_open_message_and_a_beginning_answer_exclude_each_other(folder):
+    with pytest.raises(InputError, match="pass add_generation_prompt=False"):
+        read_with(folder, chat_template="x").render_chat([USER], continue_final_message=True)
+
+
+@pytest.mark.parametrize(
+    "reasoning",
+    [
+        {"reasoning": "r"},
+        {"thinking": "t"},
+        {"reasoning_content": "c", "thinking": "t"},
+        {"reasoning": "r", "thinking": None},
+    ],
+)
+def test_reasoning_has_the_names_that_transformers_gives_it(folder, reasoning):
+    tokenizer = read_with(folder, chat_template="{{ messages | tojson }}")
+    messages = [USER, {"role": "assistant", **reasoning, "content": "5"}]
+    assert tokenizer.render_chat(messages) == render_with_transformers(folder, messages)
 
 
 def test_a_template_that_refuses_a_role_says_which_roles_there_were(folder):
@@ -166,7 +209,9 @@ def test_the_special_tokens_map_counts_only_without_added_tokens(folder, added, 
     assert tokenizer.render_chat([USER]) == bos == render_with_transformers(folder, [USER])
 
 
-@pytest.mark.parametrize("config", [{}, {"chat_template": [{"name": "rag", "template": "r"}]}])
+@pytest.mark.parametrize(
+    "config", [{}, {"chat_template": None}, {"chat_template": [{"name": "rag", "template": "r"}]}]
+)
 def test_without_a_template_the_way_out_is_named(folder, config):
     tokenizer = read_with(folder, **config)
     assert not tokenizer.has_chat_template

@@ -81,13 +81,14 @@ def test_a_bos_is_added_where_the_tokenizer_itself_adds_none(make_model, folder,
     assert model.tok_encode("Sir Walter") == make_hf(folder).tok_encode("Sir Walter")
 
 
+@pytest.mark.parametrize("answer", ["Anne</s>Anne", "x ", "x\n", "s", ""])
 @pytest.mark.parametrize("add_generation_prompt", [True, False])
-def test_chats_become_the_text_of_hf(make_model, folder, add_generation_prompt):
+def test_chats_become_the_text_of_hf(make_model, folder, add_generation_prompt, answer):
     model, twin = make_model(), make_hf(folder)
     chat = [
         {"role": "system", "content": "Be brief."},  # which the template refuses
         {"role": "user", "content": "Who?"},
-        {"role": "assistant", "content": "Anne</s>Anne"},
+        {"role": "assistant", "content": answer},
     ]
     found = model.apply_chat_template(chat, add_generation_prompt)
     assert found == twin.apply_chat_template(chat, add_generation_prompt)
