@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     import tokenizers
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+_FLAGS = ("lstrip", "rstrip", "single_word", "normalized")
 _CONFIGS_WITH_EOS = ("generation_config.json", "config.json", "tokenizer_config.json")
 
 
@@ -58,9 +59,9 @@ class Tokenizer:
 
         As in transformers, chat_template.jinja goes before the `chat_template` of
         tokenizer_config.json, special_tokens_map.json counts only if that config has no
-        `added_tokens_decoder`, and truncation and padding in tokenizer.json are switched off.
-        Unlike there, a special token that is only named is not added to the vocabulary: the model
-        has no embedding of it.
+        `added_tokens_decoder`, and truncation and padding in tokenizer.json are switched off,
+        and what these files name a special token is one. Unlike there, one that is not in the
+        vocabulary is not added to it: the model has no embedding of it.
 
         Raises:
           InputError: if there is no tokenizer.json, a file is not what its name says, or the files
@@ -74,11 +75,14 @@ class Tokenizer:
             named = config
         else:
             named = {**config, **_read_json(folder / "special_tokens_map.json")}
+        if isinstance(extra := named.get("extra_special_tokens"), dict):
+            named = {**named, **extra}
         special_tokens = {
             name: text
             for name, token in named.items()
             if name.endswith("_token") and (text := _read_token(token)) is not None
         }
+        _add_special_tokens(backend, named)
         stop_tokens = {i for name in _CONFIGS_WITH_EOS for i in _read_eos_ids(folder / name)}
         # A token that is not in the vocabulary is never generated, so it stops nothing either.
         if (eos := backend.token_to_id(special_tokens.get("eos_token", ""))) is not None:
@@ -290,6 +294,21 @@ def _add_tokens(backend: tokenizers.Tokenizer, added: Any, path: Path) -> None:
         raise InputError(
             f"{path}: `added_tokens_decoder` contradicts tokenizer.json, where {'; '.join(wrong)}"
         )
+
+
+def _add_special_tokens(backend: tokenizers.Tokenizer, named: Mapping[str, Any]) -> None:
+    """Make special what is named so and is no more than a word of the vocabulary."""
+    package = import_extra("tokenizers", "text")
+    extra = named.get("extra_special_tokens") or named.get("additional_special_tokens")
+    tokens = [token for name, token in named.items() if name.endswith("_token")]
+    tokens += extra if isinstance(extra, list) else []
+    added = {token.content for token in backend.get_added_tokens_decoder().values()}
+    for token in tokens:
+        text = _read_token(token)
+        if text is None or text in added or backend.token_to_id(text) is None:
+            continue
+        flags = {n: bool(token[n]) for n in _FLAGS if n in token} if isinstance(token, dict) else {}
+        backend.add_special_tokens([package.AddedToken(text, special=True, **flags)])
 
 
 def _read_eos_ids(path: Path) -> list[int]:

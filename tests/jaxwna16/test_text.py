@@ -174,6 +174,23 @@ class TestTokenizer:
             tokenizer.decode(ids) == reference.decode(ids, skip_special_tokens=True) == "ab<tool>c"
         )
 
+    @pytest.mark.parametrize(
+        ("special", "files"),
+        [
+            ("[INST]", {"tokenizer_config": {"additional_special_tokens": ["[INST]"]}}),
+            ("[INST]", {"tokenizer_config": {"extra_special_tokens": ["[INST]", "<none>"]}}),
+            ("</s>", {"tokenizer_config": {"extra_special_tokens": {"image_token": "</s>"}}}),
+            ("</s>", {"special_tokens_map": {"eos_token": {"content": "</s>", "lstrip": True}}}),
+        ],
+    )
+    def test_a_word_that_is_named_special_is_as_in_transformers(self, tmp_path, special, files):
+        content = json.loads(BACKENDS["byte_level"].to_str()) | {"added_tokens": []}
+        write_folder(tmp_path, tokenizers.Tokenizer.from_str(json.dumps(content)), **files)
+        tokenizer, reference = Tokenizer.from_folder(tmp_path), read_with_transformers(tmp_path)
+        ids = tokenizer.encode("a [INST]b </s>")
+        assert SPECIAL.index(special) in ids and ids == reference.encode("a [INST]b </s>")
+        assert tokenizer.decode(ids) == reference.decode(ids, skip_special_tokens=True)
+
     def test_stop_tokens_are_the_union_of_all_files(self, tmp_path):
         write_folder(
             tmp_path,
