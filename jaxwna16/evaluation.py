@@ -180,9 +180,8 @@ def find_prefix(tokenizer: Tokenizer) -> int | None:
 
     None where the tokenizer names neither. lm-evaluation-harness chooses likewise.
     """
-    names = (tokenizer.special_tokens.get(name, "") for name in ("bos_token", "eos_token"))
-    ids = (tokenizer.backend.token_to_id(name) for name in names)
-    return next((token for token in ids if token is not None), None)
+    bos = tokenizer.find_special("bos_token")
+    return tokenizer.find_special("eos_token") if bos is None else bos
 
 
 @functools.partial(jax.jit, static_argnums=0)

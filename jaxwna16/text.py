@@ -116,6 +116,10 @@ class Tokenizer:
         """
         return self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
+    def find_special(self, name: str) -> int | None:
+        """The id of "bos_token", "eos_token", …; None if there is none, or not in the vocabulary."""
+        return self.backend.token_to_id(self.special_tokens.get(name, ""))
+
     @property
     def has_chat_template(self) -> bool:
         """Whether `render_chat` has a template to work with."""

@@ -16,14 +16,17 @@ from lm_eval.api.registry import register_model
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
+from jaxwna16.checkpoint import resolve_folder
 from jaxwna16.cli.model import choose_dtype
 from jaxwna16.errors import InputError
 from jaxwna16.evaluation import find_prefix
 from jaxwna16.language import continue_tokens, load_model
 from jaxwna16.lm_eval.batches import BatchSize, read_batch_size
-from jaxwna16.lm_eval.options import Options, read_options
+from jaxwna16.lm_eval.options import Options, read_number, read_options
 from jaxwna16.lm_eval.scoring import Request, Scored, score_requests
+from jaxwna16.models.families import read_config
 from jaxwna16.text import Tokenizer
+from loaders.converted import open_plan
 
 _log = logging.getLogger(__name__)
 
@@ -41,7 +44,8 @@ class JaxWNA16LM(TemplateLM):
       backend: of the quantized layers, as in `load_model`.
       batch_size: rows at once; "auto" is as many as have logits of 512 MiB, 64 at most.
       max_batch_size: an upper bound for "auto".
-      max_length: tokens that the model reads at most; None is what config.json says.
+      max_length: tokens that the model reads at most; None is what config.json says, which is also
+        the most it can be.
       max_gen_toks: new tokens of a request that does not say how many.
       add_bos_token: whether a text begins with the tokenizer's special tokens; None is as
         tokenizer.json says. True puts a BOS there also if tokenizer.json does not.
@@ -74,26 +78,34 @@ class JaxWNA16LM(TemplateLM):
         del device
         if unknown:
             raise InputError(f"model_args: the model jaxwna16 has no {', '.join(sorted(unknown))}")
-        self.model = load_model(pretrained, dtype=choose_dtype(dtype), backend=backend)
-        self.tokenizer = Tokenizer.from_folder(str(self.model.folder))
-        self.max_length = int(max_length or self.model.config.max_length)
-        self.max_gen_toks = int(max_gen_toks)
+        if add_bos_token not in (None, True, False):
+            raise InputError(f"model_args: add_bos_token: expected a bool, got {add_bos_token!r}")
+        folder = resolve_folder(pretrained)
+        config = read_config(open_plan(folder).config)
+        limit, vocab_size = config.max_length, config.vocab_size
+        if max_length is None:
+            max_length = limit
+        if prefix_token_id is not None:
+            prefix_token_id = read_number("prefix_token_id", prefix_token_id, 0, vocab_size - 1)
+        self.max_length = read_number("max_length", max_length, 1, limit)
+        self.max_gen_toks = read_number("max_gen_toks", max_gen_toks, 1)
         self.add_bos_token = add_bos_token
-        self.seed = int(seed)
+        self.seed = read_number("seed", seed, 0, 2**31 - 1)
         self._batch_size = BatchSize(
             rows=read_batch_size(batch_size),
-            most=int(max_batch_size or 64),
-            vocab_size=self.model.config.vocab_size,
+            most=read_number("max_batch_size", 64 if max_batch_size is None else max_batch_size, 1),
+            vocab_size=vocab_size,
             slots=self.max_length,
         )
         self._batches = 0
+        self.tokenizer = Tokenizer.from_folder(folder)
         self._prefix = find_prefix(self.tokenizer) if prefix_token_id is None else prefix_token_id
+        self.model = load_model(folder, dtype=choose_dtype(dtype), backend=backend)
 
     @property
     def eot_token_id(self) -> int:
         """The tokenizer's `eos_token`."""
-        name = self.tokenizer.special_tokens.get("eos_token", "")
-        token = self.tokenizer.backend.token_to_id(name)
+        token = self.tokenizer.find_special("eos_token")
         if token is None:
             raise InputError(f"{self.tokenizer.source}: the tokenizer has no `eos_token`")
         return token
@@ -138,8 +150,8 @@ class JaxWNA16LM(TemplateLM):
             special = self.add_bos_token
         tokens = self.tokenizer.encode(string, add_special_tokens=special is not False)
         if special and self.add_bos_token:
-            bos = self.tokenizer.backend.token_to_id(self.tokenizer.special_tokens["bos_token"])
-            tokens = tokens if tokens[:1] == [bos] else [bos, *tokens]
+            bos = self.tokenizer.find_special("bos_token")
+            tokens = tokens if bos is None or tokens[:1] == [bos] else [bos, *tokens]
         return tokens
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:

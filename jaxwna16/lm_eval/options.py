@@ -1,4 +1,4 @@
-"""How a task of the harness wants its texts generated: its `generation_kwargs`."""
+"""What the harness asks for: numbers of `model_args`, and a task's `generation_kwargs`."""
 
 from __future__ import annotations
 
@@ -42,3 +42,18 @@ def read_options(gen_kwargs: Mapping[str, Any], max_gen_toks: int) -> Options:
         top_k=int(given.get("top_k") or 0),
         top_p=float(given.get("top_p") or 1.0),
     )
+
+
+def read_number(name: str, value: Any, lowest: int, highest: int | None = None) -> int:
+    """Read a number of `model_args`, which may come as its digits.
+
+    Raises:
+      InputError: if it is no integer, or not in `lowest` .. `highest`.
+    """
+    number = int(value) if isinstance(value, str) and value.isdecimal() else value
+    if type(number) is not int or number < lowest or (highest is not None and number > highest):
+        limits = f"of at least {lowest}" if highest is None else f"from {lowest} to {highest}"
+        raise InputError(
+            f"model_args: {name}: expected an integer {limits}, got {value!r}; or leave it out"
+        )
+    return number

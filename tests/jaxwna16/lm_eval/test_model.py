@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import transformers
 from lm_eval.api.instance import Instance
@@ -75,10 +77,12 @@ def test_texts_become_the_tokens_of_hf(make_model, folder, options):
         assert model._encode_pair(*pair) == twin._encode_pair(*pair), pair
 
 
-def test_a_bos_is_added_where_the_tokenizer_itself_adds_none(make_model, folder, tmp_path):
+def test_a_bos_is_added_where_the_tokenizer_itself_adds_none(make_model, folder):
     model = make_model(add_bos_token=True)
     model.tokenizer.backend.post_processor = None
     assert model.tok_encode("Sir Walter") == make_hf(folder).tok_encode("Sir Walter")
+    model.tokenizer = dataclasses.replace(model.tokenizer, special_tokens={"bos_token": "<none>"})
+    assert model.tok_encode("Sir Walter") == make_hf(folder).tok_encode("Sir Walter")[1:]
 
 
 @pytest.mark.parametrize("answer", ["Anne</s>Anne", "x ", "x\n", "s", ""])
@@ -167,9 +171,33 @@ def test_draws_differ_between_repeats_and_are_the_same_in_another_run(make_model
     assert runs[0][0] != runs[0][1]
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_length": "abc"}, "from 1 to 256, got 'abc'"),
+        ({"max_length": -5}, "from 1 to 256, got -5"),
+        ({"max_length": 257}, "from 1 to 256, got 257; or leave it out"),
+        ({"max_gen_toks": "x"}, "of at least 1"),
+        ({"prefix_token_id": "x"}, "from 0 to 399"),
+        ({"prefix_token_id": 400}, "from 0 to 399"),
+        ({"max_batch_size": -1}, "of at least 1"),
+        ({"seed": 1.5}, "from 0 to 2147483647"),
+        ({"add_bos_token": "maybe"}, "expected a bool"),
+    ],
+)
+def test_model_args_out_of_range_are_refused_before_the_weights_are_read(
+    folder, monkeypatch, options, message
+):
+    monkeypatch.setattr("jaxwna16.lm_eval.model.load_model", None)
+    with pytest.raises(InputError, match=f"model_args: {next(iter(options))}: .*{message}"):
+        JaxWNA16LM(str(folder), **options)
+
+
 def test_what_we_do_not_have_is_refused_by_name(make_model, folder):
     with pytest.raises(InputError, match="has no peft, quantized"):
         JaxWNA16LM(str(folder), quantized=True, peft="x")
+    with pytest.raises(InputError, match="dtype: expected one of"):
+        JaxWNA16LM(str(folder), dtype="fp16")
     model = make_model()
     with pytest.raises(InputError, match="has no num_beams"):
         model.generate_until([ask("Sir", {"num_beams": 4})], disable_tqdm=True)
