@@ -264,6 +264,9 @@ def _list_prompt_faults(
     if prefill_chunk is not None and not (_is_integer(prefill_chunk) and prefill_chunk > 0):
         yield f"prefill_chunk: expected an integer of at least 1, or None, got {prefill_chunk!r}"
         prefill_chunk = None
+    if not _is_row(prompts) or not all(map(_is_row, prompts)):
+        yield f"prompts: expected a list of tokens for each, [[1, 2], [3]], got {prompts!r:.60}"
+        return
     if len(prompts) == 0:
         yield "prompts: expected at least one, got none"
     longest = max(map(len, prompts), default=0)
@@ -305,6 +308,14 @@ def _list_logprobs_faults(model: CausalLM, logprobs: int | None) -> Iterator[str
     vocab = model.config.vocab_size
     if logprobs is not None and not (_is_integer(logprobs) and 0 <= logprobs <= vocab):
         yield f"logprobs: expected an integer from 0 to {vocab}, or None, got {logprobs!r}"
+
+
+def _is_row(value: Any) -> bool:
+    try:
+        len(value)
+    except TypeError:
+        return False
+    return not isinstance(value, str | Mapping)
 
 
 def _is_integer(value: object) -> bool:

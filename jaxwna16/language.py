@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import operator
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -192,8 +192,12 @@ def generate(
     Raises:
       InputError: listing what is wrong with the prompts or the options.
     """
-    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-    stop = [stop] if isinstance(stop, str) else list(stop)
+    prompts, stop = _list_items(prompts), _list_items(stop)
+    if strays := [prompt for prompt in prompts if not isinstance(prompt, str)]:
+        raise InputError(
+            f"prompts: expected texts, got {strays[0]!r:.60}: for tokens there is generate_tokens, "
+            "for messages tokenizer.encode_chat, which makes tokens of them"
+        )
     if empty := [i for i, prompt in enumerate(prompts) if not prompt]:
         raise InputError(f"prompts {empty} are empty: give each at least one character")
     if tokenizer is None:
@@ -223,6 +227,12 @@ def generate(
 def continue_tokens(
     model: CausalLM,
     tokenizer: Tokenizer,
+def _list_items(value: Any) -> list[Any]:
+    """What is in a list or the like; anything else is one item."""
+    several = isinstance(value, Iterable) and not isinstance(value, str | Mapping)
+    return list(value) if several else [value]
+
+
     prompts: Sequence[Sequence[int]],
     *,
     stop: Sequence[str] = (),

@@ -220,6 +220,9 @@ def test_lengths_are_rounded_up_by_at_most_a_quarter():
     ("prompts", "options", "reason"),
     [
         ([], {}, "prompts: expected at least one, got none"),
+        ([1, 2], {}, "prompts: expected a list of tokens for each, [[1, 2], [3]], got [1, 2]"),
+        (["ab"], {}, "prompts: expected a list of tokens for each, [[1, 2], [3]], got ['ab']"),
+        (None, {}, "prompts: expected a list of tokens for each, [[1, 2], [3]], got None"),
         ([[1], []], {}, "prompt 1: empty, a model needs at least one token to continue"),
         ([[1, 128]], {}, "prompt 0: expected tokens 0 .. 127, got 128"),
         ([[-1]], {}, "prompt 0: expected tokens 0 .. 127, got -1"),
