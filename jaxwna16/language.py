@@ -255,6 +255,7 @@ def _list_items(value: Any) -> list[Any]:
     rows = [StoppingText(tokenizer, stop) for _ in prompts]
 
     def push(new: list[list[int]]) -> dict[int, int]:
+    stop_tokens |= set(model.config.eos_token_ids)  # which a text_config can state alone
         running = [i for i, row in enumerate(rows) if not row.stopped]
         texts = [row.push(ids) for row, ids in zip(rows, new, strict=True)]
         if stream is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from typing import Any
 
@@ -134,9 +135,27 @@ def test_a_stop_string_that_is_a_special_token_ends_the_text_too(model, folder):
     assert found.result.finish_reasons == ["stop"]
 
 
-def test_an_empty_stop_string_is_refused(model):
+def test_a_token_that_ends_texts_in_the_models_config_alone_ends_them(model, monkeypatch):
+    """As the `text_config` of a model beside others, which no tokenizer reads."""
+    plain = generate(model, PROMPTS[:1], max_new_tokens=8).result.tokens[0]
+    config = dataclasses.replace(model.config, eos_token_ids=(plain[4],))
+    monkeypatch.setattr(model, "config", config)
+    found = generate(model, PROMPTS[:1], max_new_tokens=8).result
+    assert found.tokens[0] == plain[: plain.index(plain[4])]
+
+
+@pytest.mark.parametrize("stop", [["a", ""], None, [3]])
+def test_what_is_no_stop_string_is_refused(model, stop):
     with pytest.raises(InputError, match="stop: expected strings of at least one character"):
-        generate(model, "Hi", stop=["a", ""])
+        generate(model, "Hi", stop=stop)
+
+
+@pytest.mark.parametrize(
+    "prompts", [[1, 2, 3], [[1, 2]], [{"role": "user", "content": "Hi"}], {"role": "user"}, None]
+)
+def test_what_is_no_text_is_refused_with_the_way_out(model, prompts):
+    with pytest.raises(InputError, match=r"prompts: expected texts.*generate_tokens.*encode_chat"):
+        generate(model, prompts)
 
 
 def test_a_numpy_row_of_tokens_is_a_row(tokenizer):
