@@ -17,6 +17,7 @@ from jaxwna16.checkpoint import read_plan, resolve_folder
 from jaxwna16.dtypes import read_dtype
 from jaxwna16.errors import InputError
 from jaxwna16.generation import GenerationResult, generate_tokens
+from jaxwna16.generation_config import describe_unapplied
 from jaxwna16.models.causal_lm import CausalLM
 from jaxwna16.models.families import find_family
 from jaxwna16.models.names import rename, rename_all
@@ -53,7 +54,8 @@ def load_model(
     """Load a language model of one of `families.MODEL_TYPES`, with packed weights or without.
 
     What some checkpoints hold beside it (a vision tower, layers that predict several tokens at
-    once) is left out by the rules in `jaxwna16.models.skipped`; the model's `warnings` list it.
+    once) is left out by the rules in `jaxwna16.models.skipped`; the model's `warnings` list it, and
+    what generation_config.json asks for and `generate` does not do.
 
     Args:
       path_or_hub_id: a checkpoint folder, or a name on the Hugging Face hub.
@@ -70,14 +72,15 @@ def load_model(
         which it is tied to is one.
       ModelError: if the architecture is not supported, or listing every tensor that is missing,
         unexpected or of another shape.
-      InputError: if `dtype` is another than float32, bfloat16 and float16.
+      InputError: if `dtype` is another than float32, bfloat16 and float16, or if
+        generation_config.json is not a JSON object.
       BackendError: if the backend is none, or not for this dtype.
     """
     dtype = read_dtype(dtype)
     opened = open_plan(resolve_folder(path_or_hub_id))
     names = find_family(opened.config).names
     model, plan = _fit(opened, dtype=dtype, backend=backend)
-    model.warnings = plan.warnings
+    model.warnings = (*plan.warnings, *describe_unapplied(plan.folder))
     leaves = list_leaves(model)
     wide = {path for path in leaves if leaves[path].dtype == jnp.float32 != model.dtype}
     kept = {name for name in plan.describe_leaves() if rename(name, names) in wide}
@@ -224,15 +227,15 @@ def generate(
     )
 
 
-def continue_tokens(
-    model: CausalLM,
-    tokenizer: Tokenizer,
 def _list_items(value: Any) -> list[Any]:
     """What is in a list or the like; anything else is one item."""
     several = isinstance(value, Iterable) and not isinstance(value, str | Mapping)
     return list(value) if several else [value]
 
 
+def continue_tokens(
+    model: CausalLM,
+    tokenizer: Tokenizer,
     prompts: Sequence[Sequence[int]],
     *,
     stop: Sequence[str] = (),
@@ -252,10 +255,10 @@ def _list_items(value: Any) -> list[Any]:
       InputError: as `generate`.
     """
     stop_tokens = tokenizer.stop_tokens | find_stop_tokens(tokenizer, stop)
+    stop_tokens |= set(model.config.eos_token_ids)  # which a text_config can state alone
     rows = [StoppingText(tokenizer, stop) for _ in prompts]
 
     def push(new: list[list[int]]) -> dict[int, int]:
-    stop_tokens |= set(model.config.eos_token_ids)  # which a text_config can state alone
         running = [i for i, row in enumerate(rows) if not row.stopped]
         texts = [row.push(ids) for row, ids in zip(rows, new, strict=True)]
         if stream is not None:

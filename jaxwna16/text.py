@@ -69,12 +69,12 @@ class Tokenizer:
         """
         folder = Path(path)
         backend = _read_backend(folder / "tokenizer.json")
-        config = _read_json(folder / "tokenizer_config.json")
+        config = read_json(folder / "tokenizer_config.json")
         if "added_tokens_decoder" in config:
             _add_tokens(backend, config["added_tokens_decoder"], folder / "tokenizer_config.json")
             named = config
         else:
-            named = {**config, **_read_json(folder / "special_tokens_map.json")}
+            named = {**config, **read_json(folder / "special_tokens_map.json")}
         if isinstance(extra := named.get("extra_special_tokens"), dict):
             named = {**named, **extra}
         special_tokens = {
@@ -117,7 +117,7 @@ class Tokenizer:
         return self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
     def find_special(self, name: str) -> int | None:
-        """The id of "bos_token", "eos_token", …; None if there is none, or not in the vocabulary."""
+        """The id of "bos_token", "eos_token", …; None if it has no name or no id."""
         return self.backend.token_to_id(self.special_tokens.get(name, ""))
 
     @property
@@ -268,8 +268,12 @@ def _read_backend(path: Path) -> tokenizers.Tokenizer:
     return backend
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file, {} if there is no such file."""
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file, {} if there is no such file.
+
+    Raises:
+      InputError: if there is anything else in it.
+    """
     if not path.is_file():
         return {}
     try:
@@ -316,7 +320,7 @@ def _add_special_tokens(backend: tokenizers.Tokenizer, named: Mapping[str, Any])
 
 
 def _read_eos_ids(path: Path) -> list[int]:
-    found = _read_json(path).get("eos_token_id")
+    found = read_json(path).get("eos_token_id")
     ids = found if isinstance(found, list) else [] if found is None else [found]
     if not all(type(token) is int and token >= 0 for token in ids):
         raise InputError(f"{path}: `eos_token_id` must be an id or a list of ids, found {found!r}")

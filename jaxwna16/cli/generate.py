@@ -128,6 +128,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "logprobs": _describe_logprobs(result, tokenizer),
         "finish_reasons": result.finish_reasons,
         "timings": timings,
+        "warnings": list(model.warnings),
     }
 
 
@@ -171,7 +172,10 @@ def show(report: dict[str, Any], console: Console) -> None:
             console.print(escape_controls(f"> {prompt}"), style="bold")
             print(text)
     times = report["timings"]
-    make_console(stderr=True).print(
+    stderr = make_console(stderr=True)
+    for warning in report["warnings"]:
+        stderr.print(escape_controls(f"warning: {warning}"))
+    stderr.print(
         f"prefill {times['prompt_tokens']} tokens, {times['prefill_tokens_per_second']:.1f}/s; "
         f"decode {times['decoded_tokens']} tokens, {times['decode_tokens_per_second']:.1f}/s; "
         f"load {times['load_seconds']:.1f} s, compile {times['compile_seconds']:.1f} s; "

@@ -101,6 +101,8 @@ class JaxWNA16LM(TemplateLM):
         self.tokenizer = Tokenizer.from_folder(folder)
         self._prefix = find_prefix(self.tokenizer) if prefix_token_id is None else prefix_token_id
         self.model = load_model(folder, dtype=choose_dtype(dtype), backend=backend)
+        for warning in self.model.warnings:
+            _log.warning("%s: %s", folder, warning)
 
     @property
     def eot_token_id(self) -> int:

@@ -23,12 +23,14 @@ def expected(packed_folder) -> list[str]:
     return generate(load_model(packed_folder), PROMPTS, max_new_tokens=12).texts
 
 
-def test_one_prompt_prints_its_text_and_nothing_else(call, packed_folder, expected):
+def test_one_prompt_prints_its_text_and_nothing_else(call, packed_folder, expected, monkeypatch):
+    monkeypatch.setattr("jaxwna16.language.describe_unapplied", lambda _: ("num_beams is not",))
     outcome = call("generate", packed_folder, "--prompt", PROMPTS[0], "--max-new-tokens", 12)
     assert outcome.code == 0
     assert outcome.out == expected[0] + "\n"
     assert "prefill 12 tokens" in outcome.err
     assert "decode 11 tokens" in outcome.err
+    assert "warning: num_beams is not\n" in outcome.err
 
 
 def test_several_prompts_print_a_text_under_each(call, packed_folder, expected):
@@ -123,11 +125,13 @@ def test_no_folder_is_made_where_the_user_has_chosen(monkeypatch, tmp_path, on, 
 
 def test_the_chat_template_is_used_where_there_is_one(call, broken):
     (broken / "chat_template.jinja").write_text(CHAT)
+    (broken / "generation_config.json").write_text('{"repetition_penalty": 1.05}')
     counts = {}
     for choice in ("--chat", "--no-chat", None):
         argv = ["--prompt", "Hello", "--max-new-tokens", 1, *([choice] if choice else []), "--json"]
         report = call("generate", broken, *argv).report
         counts[choice] = report["timings"]["prompt_tokens"], report["chat"]
+        assert "repetition_penalty 1.05 is not applied" in report["warnings"][0]
     assert counts == {"--chat": (7, True), "--no-chat": (5, False), None: (7, True)}
 
 

@@ -138,6 +138,12 @@ def test_requests_that_differ_in_the_last_token_alone_are_read_once(make_model, 
     assert len(set(scores)) == len(scores)
 
 
+def test_the_models_warnings_are_logged(make_model, folder, monkeypatch, caplog):
+    monkeypatch.setattr(make_model().model, "warnings", ("repetition_penalty is not applied",))
+    make_model()
+    assert f"{folder}: repetition_penalty is not applied" in caplog.text
+
+
 def test_what_is_greedy_is_said(make_model):
     model = make_model()
     prompt = model.tok_encode("Sir")
