@@ -63,6 +63,7 @@ def make_moe(
             size += sum(tensor.nbytes for tensor in tensors.values())
     index = {"metadata": {"total_size": size}, "weight_map": weight_map}
     write_json(destination / "model.safetensors.index.json", index)
+    fill_defaults(config)
     config |= {"architectures": ["MixtralForCausalLM"], "model_type": "mixtral"}
     config |= {"num_local_experts": experts, "num_experts_per_tok": top_k}
     write_json(destination / "config.json", config | {"num_hidden_layers": kept})
@@ -70,6 +71,16 @@ def make_moe(
         if path.name not in ("config.json", "model.safetensors"):
             shutil.copyfile(path, destination / path.name)
     return destination
+
+
+def fill_defaults(config: dict) -> None:
+    """State what a Llama's config.json may leave out and a Mixtral's default is another for."""
+    defaults = {"rms_norm_eps": 1e-6, "num_key_value_heads": config["num_attention_heads"]}
+    if "rope_theta" not in (config.get("rope_parameters") or {}):
+        defaults["rope_theta"] = 1e4
+    for name, value in defaults.items():
+        if config.get(name) is None:
+            config[name] = value
 
 
 def find_layer(name: str) -> int | None:
