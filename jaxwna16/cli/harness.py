@@ -11,7 +11,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 _COMMANDS = ("run", "ls", "validate")
-_MODEL_OPTIONS = ("--model", "-M")
+_NAMING = ("--model", "--config")  # a file of the harness names its model
+_NAMING_SHORT = ("-M", "-C")
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -47,7 +48,9 @@ def _complete(arguments: list[str]) -> list[str]:
     command, rest = "run", arguments
     if arguments and arguments[0] in _COMMANDS:
         command, *rest = arguments
-    names_model = any(argument.split("=")[0] in _MODEL_OPTIONS for argument in rest)
+    names_model = any(
+        argument.split("=")[0] in _NAMING or argument.startswith(_NAMING_SHORT) for argument in rest
+    )
     return [command, *([] if names_model or command != "run" else ["--model", "jaxwna16"]), *rest]
 
 
