@@ -127,9 +127,10 @@ def _diverge(
     expected = jax.nn.log_softmax(reference, axis=-1)
     ratios = expected - jax.nn.log_softmax(model, axis=-1)
     # 0 log 0 is 0, also where the other model's logarithm is -inf as well
-    terms = jnp.where(expected > -jnp.inf, jnp.exp(expected) * ratios, 0.0)
+    terms = jnp.where(expected == -jnp.inf, 0.0, jnp.exp(expected) * ratios)
     agreement = jnp.argmax(reference, axis=-1) == jnp.argmax(model, axis=-1)
-    return terms.sum(axis=-1), agreement
+    # rounding can leave a sum just below 0
+    return jnp.maximum(terms.sum(axis=-1), 0.0), agreement
 
 
 def open_plans(names: Sequence[str | os.PathLike[str]], text: str) -> list[Plan]:

@@ -58,6 +58,22 @@ def test_a_model_agrees_with_itself():
     assert (found.kl_divergence, found.top1_agreement) == (0.0, 1.0)
 
 
+def test_logits_that_are_no_numbers_are_refused_in_either_model():
+    sound, broken = Bigram(0), Bigram(0)
+    broken.table[...] = broken.table[...].at[3].set(jnp.nan)
+    for pair in ((sound, broken), (broken, sound), (broken, broken)):
+        with pytest.raises(ModelError, match="divergences are not finite"):
+            measure_divergence(*pair, TOKENS, window=16)
+
+
+def test_no_divergence_is_negative():
+    first, other = Bigram(0), Bigram(0)
+    other.table[...] = other.table[...] * np.float32(1 + 3e-7)
+    for begin in range(0, len(TOKENS) - 2):
+        found = measure_divergence(first, other, TOKENS[begin : begin + 2], window=2)
+        assert 0.0 <= found.kl_divergence < 1e-6
+
+
 def test_an_impossible_token_diverges_only_where_the_first_finds_it_possible():
     first, other = Bigram(0), Bigram(0)
     other.table[...] = other.table[...].at[:, 3].set(-jnp.inf)
