@@ -137,7 +137,8 @@ def _read_prompts(path: str) -> list[str]:
     from jaxwna16.errors import InputError
     from jaxwna16.evaluation import read_text
 
-    prompts = [line for line in read_text(path).splitlines() if line.strip()]
+    # splitlines() would cut at U+2028, form feeds and the like, which a prompt may hold
+    prompts = [line for line in read_text(path).split("\n") if line.strip()]
     if not prompts:
         raise InputError(f"{path}: there is no prompt in it, all lines are blank")
     return prompts

@@ -73,11 +73,12 @@ def test_logprobs_have_no_place_but_the_report(call, packed_folder):
 
 
 def test_a_file_of_prompts_is_a_batch(call, packed_folder, expected, tmp_path):
-    (tmp_path / "prompts.txt").write_text(f"{PROMPTS[0]}\n\n{PROMPTS[1]}\n")
+    prompts = (PROMPTS[0], "a\u2028b\x0c\x85c")
+    (tmp_path / "prompts.txt").write_text(f"{prompts[0]}\r\n\n{prompts[1]}\n", newline="")
     argv = ["--prompts", tmp_path / "prompts.txt", "--max-new-tokens", 12, "--prefill-chunk", 5]
     report = call("generate", packed_folder, *argv, "--json").report
-    assert report["prompts"] == list(PROMPTS)
-    assert report["texts"] == expected
+    assert report["prompts"] == list(prompts)
+    assert report["texts"][0] == expected[0]
 
 
 def test_the_text_ends_before_a_stop_string(call, packed_folder, expected):
