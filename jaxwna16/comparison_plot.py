@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,7 +23,8 @@ def check_target(path: str) -> None:
     """Check before the work is done that its plot can be drawn and written.
 
     Raises:
-      InputError: if matplotlib is not installed, the ending is no format's, or there is no folder.
+      InputError: if matplotlib is not installed, the ending is no format's, there is no folder, or
+        it cannot be written.
     """
     import_extra("matplotlib", "plot")
     target = Path(path)
@@ -30,10 +32,18 @@ def check_target(path: str) -> None:
         raise InputError(f"--plot {path}: the name must end in one of {', '.join(_SUFFIXES)}")
     if not target.parent.is_dir():
         raise InputError(f"--plot {path}: there is no folder {target.parent}")
+    if target.is_dir():
+        raise InputError(f"--plot {path}: this is a folder, give the name of a file")
+    if not os.access(target if target.exists() else target.parent, os.W_OK):
+        raise InputError(f"--plot {path}: cannot be written")
 
 
 def draw(rows: Sequence[Mapping[str, Any]], path: str | Path, title: str = "") -> None:
-    """Draw rows of a comparison (docs/cli.md); the first is a line that the others are held to."""
+    """Draw rows of a comparison (docs/cli.md); the first is a line that the others are held to.
+
+    Raises:
+      InputError: if matplotlib is not installed, or the file cannot be written.
+    """
     matplotlib: Any = import_extra("matplotlib", "plot")
     matplotlib.use("Agg")
     pyplot: Any = import_extra("matplotlib.pyplot", "plot")
@@ -42,8 +52,13 @@ def draw(rows: Sequence[Mapping[str, Any]], path: str | Path, title: str = "") -
     _draw_panel(axes[0], rows, "perplexity", "perplexity")
     _draw_panel(axes[1], rows, "kl_divergence", "KL divergence from the first, nats per token")
     figure.suptitle(title or f"{first} and other checkpoints of it: lower is better")
-    figure.savefig(path, dpi=150, metadata={"Date": None} if str(path).endswith(".svg") else None)
-    pyplot.close(figure)
+    metadata = {"Date": None} if str(path).endswith(".svg") else None
+    try:
+        figure.savefig(path, dpi=150, metadata=metadata)
+    except OSError as error:
+        raise InputError(f"{path}: the plot cannot be written: {error}") from error
+    finally:
+        pyplot.close(figure)
 
 
 def _draw_panel(axis: Any, rows: Sequence[Mapping[str, Any]], key: str, label: str) -> None:
@@ -62,6 +77,13 @@ def _draw_panel(axis: Any, rows: Sequence[Mapping[str, Any]], key: str, label: s
             axis.axhline(row[key], **style, label=text, zorder=1)
         else:  # a line so far below would squeeze the points: only the legend has it
             axis.plot([], [], **style, label=f"{text} (below)")
+    axis.set_xlabel("checkpoint, MB")
+    axis.set_ylabel(label)
+    axis.grid(axis="y", color="#eeeeee", zorder=0)
+    axis.spines[["top", "right"]].set_visible(False)
+    if not any(row[key] for row in rows):  # of equal checkpoints
+        axis.text(0.5, 0.5, "none above 0", transform=axis.transAxes, ha="center")
+        return
     axis.set_yscale("log")
     low, high = axis.get_ylim()
     ticks = [tick * 10.0**power for power in range(-9, 10) for tick in _TICKS]
@@ -69,10 +91,6 @@ def _draw_panel(axis: Any, rows: Sequence[Mapping[str, Any]], key: str, label: s
     axis.minorticks_off()
     axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axis.margins(x=0.16, y=0.1)
-    axis.set_xlabel("checkpoint, MB")
-    axis.set_ylabel(label)
-    axis.grid(axis="y", color="#eeeeee", zorder=0)
-    axis.spines[["top", "right"]].set_visible(False)
     axis.legend(frameon=False, fontsize=9, loc="upper right")
 
 

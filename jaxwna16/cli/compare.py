@@ -36,9 +36,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     from jaxwna16.cli.compiled import keep_compiled
+    from jaxwna16.cli.faults import describe_error
     from jaxwna16.cli.model import choose_dtype, read_windows
     from jaxwna16.comparison import compare_checkpoints, open_plans
     from jaxwna16.comparison_plot import check_target, draw
+    from jaxwna16.errors import InputError
     from jaxwna16.evaluation import read_text
     from jaxwna16.text import Tokenizer
 
@@ -46,7 +48,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         check_target(args.plot)
     keep_compiled()
     plans = open_plans(args.checkpoints, read_text(args.text))
-    _, tokens = read_windows(args, Tokenizer.from_folder(plans[0].folder))
+    _, tokens = read_windows(args, Tokenizer.from_folder(plans[0].folder), plans)
     compared = compare_checkpoints(
         plans,
         tokens,
@@ -71,7 +73,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "plot": args.plot,
     }
     if args.plot is not None:
-        draw(rows, args.plot)
+        try:
+            draw(rows, args.plot)
+        except InputError as error:  # the figures have taken long to make
+            report |= {"plot": None, "error": describe_error(error)}
     return report
 
 

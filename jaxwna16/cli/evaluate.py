@@ -33,19 +33,16 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    from jaxwna16.cli.model import open_model, open_tokenizer, read_windows
-    from jaxwna16.errors import InputError
+    from jaxwna16.checkpoint import resolve_folder
+    from jaxwna16.cli.model import open_model, read_windows
     from jaxwna16.evaluation import measure_perplexity
+    from jaxwna16.text import Tokenizer
+    from loaders.converted import open_plan
 
-    tokenizer = open_tokenizer(args)
-    text, tokens = read_windows(args, tokenizer)
+    plan = open_plan(resolve_folder(args.checkpoint))
+    tokenizer = Tokenizer.from_folder(plan.folder)
+    text, tokens = read_windows(args, tokenizer, [plan])
     model, facts = open_model(args)
-    limit = model.config.max_length
-    if args.window > limit + 1:  # the output at a window's last token is not used
-        raise InputError(
-            f"--window {args.window}: the model was made for {limit} tokens, so that a window can "
-            f"have {limit + 1}, the last of which is only predicted"
-        )
     found = measure_perplexity(
         model,
         tokens,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -15,8 +16,10 @@ from jaxwna16.errors import InputError
 from jaxwna16.evaluation import cut_windows, find_prefix, read_text
 from jaxwna16.language import load_model
 from jaxwna16.models.causal_lm import CausalLM
+from jaxwna16.models.families import read_config
 from jaxwna16.text import Tokenizer
 from loaders.converted import open_plan
+from loaders.plan import Plan
 
 
 def open_tokenizer(args: argparse.Namespace) -> Tokenizer:
@@ -33,14 +36,18 @@ def choose_dtype(dtype: str) -> str | None:
     return "float32" if jax.default_backend() == "cpu" else None
 
 
-def read_windows(args: argparse.Namespace, tokenizer: Tokenizer) -> tuple[str, list[int]]:
+def read_windows(
+    args: argparse.Namespace, tokenizer: Tokenizer, plans: Sequence[Plan]
+) -> tuple[str, list[int]]:
     """The text that `arguments.add_windows` describes, and its tokens.
 
     Where every token is to be scored, the tokens begin with one more, so that the first has a
     token before it: BOS, or EOS where the tokenizer has no BOS. One that is there stays alone.
 
     Raises:
-      InputError: if the text cannot be read, or has fewer windows than asked for.
+      InputError: if the text cannot be read or has fewer windows than asked for, or if a window is
+        longer than one of the models reads.
+      ModelError: if a model is not supported.
     """
     text = read_text(args.text)
     if args.windows is not None:
@@ -57,6 +64,13 @@ def read_windows(args: argparse.Namespace, tokenizer: Tokenizer) -> tuple[str, l
             f"{args.windows}: ask for fewer (--windows), for smaller ones (--window) or leave out "
             "--windows to score the whole text"
         )
+    for plan in plans:
+        limit = read_config(plan.config).max_length
+        if args.window > limit + 1:  # the output at a window's last token is not used
+            raise InputError(
+                f"--window {args.window}: {plan.folder} was made for {limit} tokens, so that a "
+                f"window can have {limit + 1}, the last of which is only predicted"
+            )
     return text, tokens
 
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 
+from jaxwna16.comparison import Compared
+from jaxwna16.comparison_plot import draw
 from tests.jaxwna16.cli.checkpoints import edit_config
 
 
@@ -87,12 +91,57 @@ def test_another_vocabulary_is_refused_by_name(call, float_folder, tmp_path, tex
     [
         (["--plot", "nowhere/plot.png"], "there is no folder nowhere"),
         (["--plot", "plot.jpeg"], "must end in one of .png"),
+        (["--plot", "folder.png"], "folder.png: this is a folder"),
+        (["--plot", "locked/plot.png"], "locked/plot.png: cannot be written"),
+        (["--window", 130], "was made for 128 tokens, so that a window can have 129"),
     ],
 )
-def test_an_impossible_plot_is_refused_before_the_work(call, float_folder, text, options, message):
+def test_the_impossible_is_refused_before_the_work(
+    call, float_folder, text, options, message, monkeypatch
+):
+    monkeypatch.chdir(text.parent)
+    for name in ("folder.png", "locked"):
+        Path(name).mkdir()
+    monkeypatch.setattr("os.access", lambda path, mode: "locked" not in str(path))  # also for root
+    monkeypatch.setattr("jaxwna16.comparison.load_model", None)
     outcome = call("eval", "compare", float_folder, float_folder, "--text", text, *options)
     assert outcome.code == 1
     assert message in outcome.err
+
+
+ROW = Compared(
+    name="tiny",
+    folder="tiny",
+    scheme="float32",
+    bytes=1000,
+    dtype="float32",
+    load_seconds=0.1,
+    perplexity=9.0,
+    nll=2.2,
+    kl_divergence=0.0,
+    top1_agreement=1.0,
+    tokens_per_second=5.0,
+)
+
+
+def test_equal_checkpoints_are_drawn_without_a_divergence(tmp_path):
+    draw([dataclasses.asdict(ROW)] * 2, tmp_path / "plot.svg")
+    assert "none above 0" in (tmp_path / "plot.svg").read_text()
+
+
+def test_the_figures_outlive_a_plot_that_cannot_be_written(
+    call, float_folder, text, tmp_path, monkeypatch
+):
+    def fail(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("jaxwna16.comparison.compare_checkpoints", lambda *_, **__: [ROW, ROW])
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", fail)
+    argv = ["--text", text, "--window", 32, "--plot", tmp_path / "plot.png", "--json"]
+    outcome = call("eval", "compare", float_folder, float_folder, *argv)
+    assert outcome.code == 1
+    assert len(outcome.report["rows"]) == 2
+    assert "No space left on device" in outcome.report["error"]["message"]
 
 
 def test_one_checkpoint_is_no_comparison(call, float_folder, text):
