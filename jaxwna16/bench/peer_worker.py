@@ -67,6 +67,11 @@ class Peer:
     engine: RaggedDot | None = None
     packed: bool = True
 
+    @property
+    def needs(self) -> list[str]:
+        """The modules that it imports."""
+        return [self.module] if self.engine else ["torch", self.module]
+
 
 PEERS: dict[str, dict[str, Peer]] = {
     "dense": {
@@ -83,6 +88,11 @@ PEERS: dict[str, dict[str, Peer]] = {
     },
 }
 """Kind of cases -> name -> peer."""
+
+
+def find_missing(peer: Peer) -> str | None:
+    """The first module of a peer that is not installed, None if all are; nothing is imported."""
+    return next((name for name in peer.needs if not importlib.util.find_spec(name)), None)
 
 
 def main() -> None:
@@ -107,13 +117,8 @@ def serve(
     peer: Peer, cases: list[AnyCase], effort: Effort, say: Callable[[dict[str, Any]], None]
 ) -> None:
     """Time one peer on every case; what fails is said, and the next case goes on."""
-    needed = [peer.module] if peer.engine else ["torch", peer.module]
-    missing = [module for module in needed if not importlib.util.find_spec(module)]
-    if missing:
-        say({"absent": f"{missing[0]} is not installed"})
-        return
     try:
-        modules: list[Any] = [importlib.import_module(module) for module in needed]
+        modules: list[Any] = [importlib.import_module(module) for module in peer.needs]
         if not peer.engine and not modules[0].cuda.is_available():
             say({"absent": "PyTorch sees no CUDA GPU"})
             return

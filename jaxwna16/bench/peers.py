@@ -11,11 +11,11 @@ import dataclasses
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from jaxwna16.bench.engines import CHAINED, AnyCase
-from jaxwna16.bench.peer_worker import MARK, PEERS
+from jaxwna16.bench.peer_worker import MARK, PEERS, find_missing
 from jaxwna16.bench.run import Deadline, Row
 from jaxwna16.bench.timing import Effort
 
@@ -34,31 +34,37 @@ def time_peers(
     report: Callable[[str], None] = lambda text: None,
     *,
     worker: Sequence[str] = _WORKER,
-) -> list[dict[str, Any]]:
+) -> Iterator[dict[str, Any]]:
     """Time every peer on the cases, write what it needed into the rows, and say how each fared.
 
     Args:
       cases: what is timed, of one kind; of many, a few shapes and numbers of tokens are chosen.
       rows: those of the cases, in the same order.
       effort: as for our own figures.
-      deadline: the peers that are left share the time that is left.
+      deadline: the peers that are installed and left share the time that is left.
       report: is told what happens.
       worker: the command of the process that times one peer.
 
-    Returns:
-      For each peer {"name", "version", "absent", "error"}: `absent` says why it is not there.
+    Yields:
+      For one peer after another {"name", "version", "absent", "error"}: `absent` says why it is
+      not there.
     """
     chosen = _choose(cases)
-    names = PEERS[cases[0].kind] if cases else {}
-    fared = []
-    for place, name in enumerate(names):
+    peers = PEERS[cases[0].kind] if cases else {}
+    missing = {name: find_missing(peer) for name, peer in peers.items()}
+    left = list(missing.values()).count(None)
+    for name, module in missing.items():
+        if module is not None:
+            absent = f"{module} is not installed"
+            yield {"name": name, "version": None, "absent": absent, "error": None}
+            continue
         report(f"peer {name}: {len(chosen)} cases")
-        seconds = deadline.left / (len(names) - place)
+        seconds = deadline.left / left
+        left -= 1
         outcome, found = _run_worker(worker, name, [cases[i] for i in chosen], effort, seconds)
-        for place_of_case, result in found.items():
-            rows[chosen[place_of_case]]["peers"][name] = result
-        fared.append({"name": name, **outcome})
-    return fared
+        for place, result in found.items():
+            rows[chosen[place]]["peers"][name] = result
+        yield {"name": name, **outcome}
 
 
 def _choose(cases: Sequence[AnyCase]) -> list[int]:

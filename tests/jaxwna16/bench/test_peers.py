@@ -9,7 +9,7 @@ import types
 
 import pytest
 
-from jaxwna16.bench import dense_peers, peer_worker
+from jaxwna16.bench import dense_peers, peer_worker, peers
 from jaxwna16.bench.peer_sources import Product, UnservedError, draw_source
 from jaxwna16.bench.peer_worker import MARK, PEERS, Peer, check, read_case, serve
 from jaxwna16.bench.peers import time_peers
@@ -22,8 +22,11 @@ DENSE = PEERS["dense"]
 torch = pytest.importorskip("torch")
 
 
-def run_peers(script: str, cases, seconds: float = 60.0):
-    """Let Python run `script` as the worker of every peer; `say`, `name` and `order` are known."""
+def run_peers(script: str, cases, seconds: float = 60.0, absent=types.MappingProxyType({})):
+    """Let Python run `script` as the worker of every peer; `say`, `name` and `order` are known.
+
+    All are as if installed, but for the packages in `absent`, which lack a module.
+    """
     head = (
         "import json, sys, time\n"
         "order = json.load(sys.stdin)\n"
@@ -32,32 +35,30 @@ def run_peers(script: str, cases, seconds: float = 60.0):
     )
     rows = [make_row(case, ours=1e-5) for case in cases]
     worker = [sys.executable, "-c", head + script]
-    return time_peers(cases, rows, EFFORT, Deadline(seconds), worker=worker), rows
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(peers, "find_missing", lambda peer: absent.get(peer.package))
+        return list(time_peers(cases, rows, EFFORT, Deadline(seconds), worker=worker)), rows
 
 
-def test_a_peer_that_is_not_installed_is_named_with_the_reason():
-    said = []
-    serve(DENSE["humming"], make_cases("64x64", [1]), EFFORT, said.append)
-    assert said == [{"absent": "humming is not installed"}]
-
-
-def test_without_a_gpu_pytorch_has_nothing_to_time():
-    said = []
-    serve(DENSE["tinygemm"], make_cases("64x64", [1]), EFFORT, said.append)
-    assert said == [{"absent": "PyTorch sees no CUDA GPU"}]
+def test_a_peer_that_is_not_installed_is_named_and_leaves_its_time_to_the_others():
+    gone = {"gemlite": "gemlite", "humming-kernels": "humming", "conch-triton-kernels": "conch"}
+    script = "time.sleep(600 if name == 'tinygemm' else 0)\n"
+    fared, _ = run_peers(script, make_cases("64x64", [1]), seconds=3.0, absent=gone)
+    assert [peer["absent"] for peer in fared[2:]] == [
+        f"{module} is not installed" for module in gone.values()
+    ]
+    assert fared[0]["error"] is None
+    # of five shares it had one, and what the first left
+    assert fared[1]["error"].startswith("stopped after 3 s")
 
 
 def test_the_real_worker_answers_through_its_pipe():
     cases = make_cases("64x64", [1])
     rows = [make_row(case) for case in cases]
-    peers = time_peers(cases, rows, EFFORT, Deadline(300.0))
-    [fared] = [peer for peer in peers if peer["name"] == "humming"]
-    assert fared == {
-        "name": "humming",
-        "version": None,
-        "absent": "humming is not installed",
-        "error": None,
-    }
+    fared = {peer.pop("name"): peer for peer in time_peers(cases, rows, EFFORT, Deadline(300.0))}
+    nothing = {"version": None, "error": None}
+    assert fared["tinygemm"] == {"absent": "PyTorch sees no CUDA GPU", **nothing}
+    assert fared["humming"] == {"absent": "humming is not installed", **nothing}
 
 
 def test_a_case_that_a_peer_fails_at_is_said_and_the_next_goes_on(monkeypatch):
