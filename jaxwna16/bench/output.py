@@ -27,7 +27,7 @@ def write_tables(report: dict[str, Any], folder: Path, name: str) -> list[str]:
 
 
 def write_plot(report: dict[str, Any], folder: Path, name: str) -> list[str]:
-    """Draw what was timed into NAME.png and NAME.svg; nothing where nothing was.
+    """Draw what was timed into NAME.png; nothing where nothing was.
 
     Raises:
       InputError: if matplotlib is not installed.
@@ -36,7 +36,7 @@ def write_plot(report: dict[str, Any], folder: Path, name: str) -> list[str]:
     if not any(row["figures"] for row in report["rows"]):
         return []
     with _draft(folder, name) as stem:
-        plot.draw(report, stem)
+        plot.draw(report, stem.with_suffix(".png"))
         return _move(stem.parent, folder)
 
 

@@ -35,8 +35,8 @@ _FEW = 3
 _NEAR = 0.7
 
 
-def draw(report: dict[str, Any], stem: Path) -> list[Path]:
-    """Write `stem` with the endings .png and .svg.
+def draw(report: dict[str, Any], path: Path) -> None:
+    """Write the plot, in the format that the ending of `path` says.
 
     Raises:
       InputError: if matplotlib is not installed.
@@ -66,12 +66,8 @@ def draw(report: dict[str, Any], stem: Path) -> list[Path]:
         f"grey is out of reach\n{describe_limits(report)}",
         fontsize=11,
     )
-    paths = [stem.with_suffix(f".{suffix}") for suffix in ("png", "svg")]
-    for path in paths:
-        dateless = {"Date": None} if path.suffix == ".svg" else None
-        figure.savefig(path, dpi=130, metadata=dateless)
+    figure.savefig(path, dpi=130)
     pyplot.close(figure)
-    return paths
 
 
 def _group_rows(rows: Sequence[Row]) -> list[list[Row]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -85,12 +85,13 @@ class Bench:
     def _figures(self) -> dict[str, tuple[str, ...]]:
         return _GPU_FIGURES if self.backend is None else _CPU_FIGURES
 
-    def run(self) -> list[Row]:
-        """Time every case; a failure is written in its row, and the others go on."""
-        rows = []
+    def run(self) -> Iterator[list[Row]]:
+        """Time every case, and yield the rows of one weight after another.
+
+        A failure is written in its row, and the others go on.
+        """
         for weight in dict.fromkeys(case.weight for case in self.cases):
-            rows += self._run_weight([case for case in self.cases if case.weight == weight])
-        return rows
+            yield self._run_weight([case for case in self.cases if case.weight == weight])
 
     def _run_weight(self, cases: list[AnyCase]) -> list[Row]:
         rows = [

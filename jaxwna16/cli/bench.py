@@ -125,8 +125,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.output is not None:
         _make_folder(args.output)
     cases = _plan(args, on_cpu)
-    with _show_progress() as say:
-        found = _tune(args, cases, say) if args.tune else _bench(args, cases, on_cpu, say)
     report = {
         "machine": describe_machine(),
         "options": _describe_options(args),
@@ -137,11 +135,16 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "table": None,
         "problems": [],
         "files": [],
-        **found,
     }
-    report["problems"] = list_problems(report)
+    with _show_progress() as say:
+        # after each of its parts: whoever is stopped has those before
+        for found in (_tune if args.tune else _bench)(args, cases, on_cpu, say):
+            report |= found
+            report["problems"] = list_problems(report)
+            if args.output is not None:
+                _write(report, args)
     if args.output is not None:
-        _write(report, args)
+        _draw(report, args)
     return report
 
 
@@ -236,8 +239,7 @@ def _plan(args: argparse.Namespace, on_cpu: bool) -> Sequence[AnyCase]:
         "symmetric": kinds or [False],
     }
     cases = plan(shapes, tokens, **facts)
-    chosen = named or args.tokens or args.bits or kinds
-    if chosen or on_cpu:
+    if named or args.bits or kinds or on_cpu:
         return cases
     # what the targets compare with besides: 8 bits, and a symmetric twin
     extra: list[dict[str, Any]] = [{"bits": [8]}]
@@ -251,7 +253,8 @@ def _plan(args: argparse.Namespace, on_cpu: bool) -> Sequence[AnyCase]:
 
 def _bench(
     args: argparse.Namespace, cases: Sequence[AnyCase], on_cpu: bool, say: Callable[[str], None]
-) -> dict[str, Any]:
+) -> Iterator[dict[str, Any]]:
+    """What is known after each weight, and after each peer."""
     import dataclasses
 
     from jaxwna16.bench.limits import measure_limits
@@ -263,18 +266,26 @@ def _bench(
     deadline: Deadline = Deadline(args.seconds or _SECONDS)
     say("measuring this device's limits")
     limits = measure_limits(args.dtype, effort)
-    backend = "xla" if on_cpu else None
-    rows: list[Row] = Bench(cases, backend, effort, deadline, say).run()
-    peers = []
+    rows: list[Row] = []
+    peers: list[dict[str, Any]] = []
+
+    def describe() -> dict[str, Any]:
+        add_shares(rows, limits)
+        return {"limits": dataclasses.asdict(limits), "rows": rows, "peers": peers}
+
+    for found in Bench(cases, "xla" if on_cpu else None, effort, deadline, say).run():
+        rows += found
+        yield describe()
     if args.peers:
-        peers = time_peers(cases, rows, effort, Deadline(args.peer_seconds), say)
-    add_shares(rows, limits)
-    return {"limits": dataclasses.asdict(limits), "rows": rows, "peers": peers}
+        for fared in time_peers(cases, rows, effort, Deadline(args.peer_seconds), say):
+            peers.append(fared)
+            yield describe()
 
 
 def _tune(
-    args: argparse.Namespace, cases: Sequence[AnyCase], say: Callable[[str], None]
-) -> dict[str, Any]:
+    args: argparse.Namespace, cases: Sequence[AnyCase], on_cpu: bool, say: Callable[[str], None]
+) -> Iterator[dict[str, Any]]:
+    """What is known after each case; its winner is in the table then."""
     from jaxwna16.bench.run import Deadline
     from jaxwna16.bench.tune import (
         Workbench,
@@ -286,20 +297,25 @@ def _tune(
     from pallas_kernels.device import find_device
     from pallas_kernels.tile_tables import user_table_path
 
+    del on_cpu
     device, deadline = find_device(), Deadline(args.seconds or _TUNING_SECONDS)
-    path = args.table or user_table_path(device.kind)
-    read_tuned(path, device)  # so that a table that cannot be used costs no time on the GPU
-    plan = plan_tuning(cases)
-    tuned = list(tune_cases(plan, device, deadline, Workbench(deadline), say))
-    entries = write_winners(tuned, device, path, _describe_origin())
-    return {
-        "tuned": [found.describe() for found in tuned],
-        "table": {
-            "file": str(path),
-            "entries": entries,
-            "cases_without_time": len(plan) - len(tuned),
-        },
-    }
+    path, origin = args.table or user_table_path(device.kind), _describe_origin()
+    # now, so that a table that cannot be used costs no time on the GPU
+    table = read_tuned(path, device)
+    entries, plan, tuned = len(table.entries) + len(table.experts), plan_tuning(cases), []
+
+    def describe() -> dict[str, Any]:
+        left = len(plan) - len(tuned)
+        return {
+            "tuned": tuned,
+            "table": {"file": str(path), "entries": entries, "cases_without_time": left},
+        }
+
+    yield describe()
+    for found in tune_cases(plan, device, deadline, Workbench(deadline), say):
+        tuned.append(found.describe())
+        entries = write_winners([found], device, path, origin)
+        yield describe()
 
 
 def _describe_origin() -> dict[str, str]:
@@ -330,18 +346,27 @@ def _make_folder(folder: Path) -> None:
 
 
 def _write(report: dict[str, Any], args: argparse.Namespace) -> None:
-    """Write the files; a plot that cannot be drawn costs nothing but itself."""
-    from jaxwna16.bench.output import write_plot, write_tables
-    from jaxwna16.errors import InputError
+    """Write the tables."""
+    from jaxwna16.bench.output import write_tables
 
-    name = "tuning" if args.tune else "kernels"
-    if args.moe is not None:
-        name = "moe-tuning" if args.tune else "moe"
+    report["files"] = write_tables(report, args.output, _name_files(args))
+
+
+def _draw(report: dict[str, Any], args: argparse.Namespace) -> None:
+    """Draw the plot beside the tables; one that cannot be drawn costs nothing but itself."""
+    from jaxwna16.bench.output import write_plot
+
     try:
-        report["files"] = write_plot(report, args.output, name)
-    except InputError as error:
+        report["files"] += write_plot(report, args.output, _name_files(args))
+    except Exception as error:  # whatever another library raises
         report["problems"].append(f"no plot: {error}")
-    report["files"] += write_tables(report, args.output, name)
+        _write(report, args)
+
+
+def _name_files(args: argparse.Namespace) -> str:
+    if args.moe is not None:
+        return "moe-tuning" if args.tune else "moe"
+    return "tuning" if args.tune else "kernels"
 
 
 @contextmanager

@@ -21,7 +21,11 @@ class FakeClock:
 
 
 def time_cases(cases, deadline=None):
-    return Bench(cases, "xla", EFFORT, deadline or Deadline(100.0)).run()
+    return run_all(Bench(cases, "xla", EFFORT, deadline or Deadline(100.0)))
+
+
+def run_all(made):
+    return [row for rows in made.run() for row in rows]
 
 
 def test_each_case_is_timed_chained_and_single_beside_the_float_product():
@@ -41,7 +45,7 @@ def test_on_a_gpu_graphs_and_the_expanding_path_are_timed_too(monkeypatch):
     """All of it but the GPU itself: without a backend by name, a CPU runs the XLA path."""
     monkeypatch.setattr(bench, "_MANY_TOKENS", 1)  # are more than one
     tokens = [1, 2]
-    rows = Bench(make_cases("64x128", tokens), None, EFFORT, Deadline(100.0)).run()
+    rows = run_all(Bench(make_cases("64x128", tokens), None, EFFORT, Deadline(100.0)))
     assert [set(row["engines"]["ours"]) for row in rows] == [
         {"chained", "graph_free", "single", "layers"}
     ] * len(tokens)
@@ -77,7 +81,7 @@ def test_of_experts_what_xla_does_in_a_loop_is_timed_at_some_tokens_and_shortly(
     monkeypatch.setattr(bench, "make_weights", lambda engine, *_: [engine.packed])
     tokens = [1, 2, 4, 8, 16, 32]
     effort = Effort(batches=9, layers=64)
-    rows = Bench(make_moe_cases("64x32x64x2", tokens), None, effort, Deadline(100.0)).run()
+    rows = run_all(Bench(make_moe_cases("64x32x64x2", tokens), None, effort, Deadline(100.0)))
     ours = [one for one in compiled if one[0] == "ours"]
     assert {one[1] for one in ours} == set(tokens)
     assert {one[2:] for one in ours} == {
@@ -141,7 +145,7 @@ def test_when_the_time_is_over_the_other_cases_are_named_and_are_no_failures():
     def watch(text: str) -> None:
         clock.now += 4.0  # is told of one compilation and two engines: 12 s for the first weight
 
-    rows = Bench(cases, "xla", EFFORT, deadline, watch).run()
+    rows = run_all(Bench(cases, "xla", EFFORT, deadline, watch))
     assert find_median(rows[0], "ours")
     assert rows[1]["engines"] == {"ours": {"error": OUT_OF_TIME}}
     add_shares(rows, LIMITS)

@@ -96,7 +96,6 @@ def test_the_cpu_path_is_timed_and_written(call, tmp_path):
         "kernels.json",
         "kernels.md",
         "kernels.png",
-        "kernels.svg",
     ]
     written = json.loads((folder / "kernels.json").read_text())
     assert written["rows"] == report["rows"]
@@ -113,7 +112,7 @@ def test_experts_are_timed_and_written_beside_linear_layers(call, tmp_path):
     assert outcome.report["options"]["moe"] == ["64x32 E4 k2"]
     assert outcome.report["problems"] == []
     names = sorted(path.name for path in tmp_path.iterdir())
-    assert names == ["moe.json", "moe.md", "moe.png", "moe.svg"]
+    assert names == ["moe.json", "moe.md", "moe.png"]
 
 
 def test_a_group_that_does_not_fit_experts_names_them(call):
@@ -127,7 +126,7 @@ def test_the_default_plan_of_experts_has_four_models(monkeypatch, tuning, cases)
     seen = []
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     for name in ("_bench", "_tune"):
-        monkeypatch.setattr(bench, name, lambda args, cases, *_: seen.extend(cases) or {})
+        monkeypatch.setattr(bench, name, lambda args, cases, *_: seen.extend(cases) or [])
     assert main(["bench", "--moe", *tuning, "--json"]) == 0
     assert len(seen) == cases
     assert {case.kind for case in seen} == {"moe"}
@@ -141,7 +140,7 @@ def test_the_default_plan_of_experts_has_four_models(monkeypatch, tuning, cases)
 
 def test_without_names_a_cpu_times_small_experts(monkeypatch):
     seen = []
-    monkeypatch.setattr(bench, "_bench", lambda args, cases, *_: seen.extend(cases) or {})
+    monkeypatch.setattr(bench, "_bench", lambda args, cases, *_: seen.extend(cases) or [])
     assert main(["bench", "--cpu", "--moe", "--json"]) == 0
     assert [case.shape for case in seen] == ["512x256 E16 k4"] * 2
 
@@ -174,21 +173,51 @@ def test_a_folder_that_cannot_be_made_is_refused_before_anything_is_timed(call, 
     assert "cannot write results there" in outcome.err
 
 
-def test_without_matplotlib_the_figures_are_written_and_the_plot_is_a_problem(
-    call, monkeypatch, tmp_path
+@pytest.mark.parametrize("trouble", ["no matplotlib", "in matplotlib"])
+def test_a_plot_that_cannot_be_drawn_is_a_problem_beside_the_figures(
+    call, monkeypatch, tmp_path, trouble
 ):
-    monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
+    if trouble == "in matplotlib":
+        monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda *_, **__: 1 / 0)
+    else:
+        monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
     call_ = [*CALL, "--shapes", "64x64", "--tokens", "1", "--output", tmp_path, "--json"]
     outcome = call(*call_)
     assert outcome.code == 0
-    assert [line for line in outcome.report["problems"] if line.startswith("no plot: ")]
+    [problem] = [line for line in outcome.report["problems"] if line.startswith("no plot: ")]
+    assert ("division by zero" in problem) == (trouble == "in matplotlib")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["kernels.json", "kernels.md"]
+    assert problem in json.loads((tmp_path / "kernels.json").read_text())["problems"]
+
+
+def test_whoever_is_stopped_has_the_figures_of_the_weights_before(call, monkeypatch, tmp_path):
+    compile_program = running.compile_program
+
+    def stop_at_the_second(engine, case, figure, effort):
+        if case.shape == "64x128":
+            raise KeyboardInterrupt
+        return compile_program(engine, case, figure, effort)
+
+    monkeypatch.setattr(running, "compile_program", stop_at_the_second)
+    shapes = ["--shapes", "64x64,64x128", "--tokens", "1"]
+    assert call(*CALL, *shapes, "--output", tmp_path).code == 130
+    [row] = json.loads((tmp_path / "kernels.json").read_text())["rows"]
+    assert row["shape"] == "64x64"
+    assert row["figures"]["bandwidth_share"] > 0
+
+
+def test_numbers_of_tokens_leave_what_the_targets_compare_with(monkeypatch):
+    seen = []
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(bench, "_bench", lambda args, cases, *_: seen.extend(cases) or [])
+    assert main(["bench", "--tokens", "1,4096", "--json"]) == 0
+    assert len(seen) == 12 * 2 + 2 * 1
 
 
 def test_the_default_plan_has_every_shape_and_what_the_targets_compare_with(monkeypatch):
     seen = []
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    monkeypatch.setattr(bench, "_bench", lambda args, cases, *_: seen.extend(cases) or {})
+    monkeypatch.setattr(bench, "_bench", lambda args, cases, *_: seen.extend(cases) or [])
     assert main(["bench", "--json"]) == 0
     assert len(seen) == 12 * 13 + 2 * 3
     twins = [case.label for case in seen if case.spec.symmetric or case.spec.bits == 8]
@@ -240,6 +269,22 @@ def test_tuning_writes_the_table_that_is_named_and_says_what_was_gained(
     lines = call(*TUNE, "--table", table).out.splitlines()
     assert lines[1].split()[:3] == ["shape", "tokens", "weight"]
     assert lines[-1] == f"2 entries in {table}"
+
+
+def test_whoever_stops_the_tuner_has_the_winners_before(call, pretended_gpu, tmp_path, monkeypatch):
+    time_all, table = tune.Workbench.__call__, tmp_path / "mine.json"
+
+    def stop_at_the_second(self, case, candidates):
+        if case.tokens == 128:
+            raise KeyboardInterrupt
+        return time_all(self, case, candidates)
+
+    monkeypatch.setattr(tune.Workbench, "__call__", stop_at_the_second)
+    assert call(*TUNE, "--table", table, "--output", tmp_path).code == 130
+    assert [entry.tokens for entry in tile_tables.read_table(table).entries] == [1]
+    report = json.loads((tmp_path / "tuning.json").read_text())
+    assert [found["tokens"] for found in report["tuned"]] == [1]
+    assert report["table"] == {"file": str(table), "entries": 1, "cases_without_time": 1}
 
 
 def test_experts_are_tuned_into_the_same_table(call, pretended_gpu, tmp_path):
