@@ -99,16 +99,24 @@ class Tuned:
 
 
 def plan_tuning(cases: Iterable[AnyCase]) -> list[AnyCase]:
-    """One case for each entry of a table, first the numbers of tokens that matter most.
+    """One case for each entry of a table, first the weights and numbers of tokens that matter most.
 
-    A table has buckets of tokens, and does not tell symmetric weights from others.
+    Each weight is two numbers of tokens behind the one before, so that whenever time is over the
+    first have most, and none has all while another has nothing. A table has buckets of tokens, and
+    does not tell symmetric weights from others.
     """
     found: dict[Any, AnyCase] = {}
     for case in cases:
         case = dataclasses.replace(case, tokens=round_up_bucket(case.tokens))
         found.setdefault((case.kind, case.make_entry(None).key), case)
-    order = {"dense": TOKENS, "moe": MOE_TOKENS}
-    return sorted(found.values(), key=lambda case: order[case.kind].index(case.tokens))
+    weights = list(dict.fromkeys(case.weight for case in found.values()))
+    order = MOE_TOKENS if any(case.kind == "moe" for case in found.values()) else TOKENS
+    tokens = sorted({case.tokens for case in found.values()}, key=order.index)
+
+    def place(case: AnyCase) -> int:
+        return tokens.index(case.tokens) + 2 * weights.index(case.weight)
+
+    return sorted(found.values(), key=place)
 
 
 def tune_cases(

@@ -77,9 +77,14 @@ def test_the_tuner_stops_when_its_time_is_over():
     assert [found.case.tokens for found in tuned] == [1, 16]
 
 
-def test_what_others_publish_is_tuned_first_for_every_weight():
-    cases = make_cases("64x64,64x128", [1, 2, 16, 2048])
-    assert [case.tokens for case in plan_tuning(cases)] == [1, 1, 16, 16, 2, 2, 2048, 2048]
+def test_the_first_weight_is_ahead_of_the_next_and_no_weight_waits_for_all_of_it():
+    cases = make_cases("64x64,64x128", [1, 2, 16, 64, 2048])
+    plan = [(case.spec.out_features, case.tokens) for case in plan_tuning(cases)]
+    assert plan == [
+        *((64, 1), (64, 16)),
+        *((64, 64), (128, 1), (64, 2), (128, 16), (64, 2048), (128, 64)),
+        *((128, 2), (128, 2048)),
+    ]
 
 
 def test_what_is_one_entry_of_a_table_is_tuned_once():
@@ -154,8 +159,8 @@ def test_nothing_is_put_together_when_the_time_is_over():
 
 
 def test_experts_are_tuned_in_an_order_of_their_own():
-    cases = make_moe_cases("64x32x8x2,64x64x8x2", [2, 16, 64, 4096])
-    assert [case.tokens for case in plan_tuning(cases)] == [16, 16, 64, 64, 4096, 4096, 2, 2]
+    cases = make_moe_cases("64x32x8x2", [2, 16, 64, 4096])
+    assert [case.tokens for case in plan_tuning(cases)] == [16, 64, 4096, 2]
     assert set(tune.MOE_TOKENS) == set(tune.TOKENS)
 
 
