@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import dataclasses
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -289,7 +290,8 @@ def list_candidates(
     if tokens > _DECODE_TOKENS:
         others = [PREFILL, *_list_middle(spec, x_dtype, scale_dtype, device)]
     else:
-        others = list(_list_decode(spec, round_up_tokens(tokens), device))
+        block_m = round_up_tokens(tokens)
+        others = list(_list_decode(spec, block_m, x_dtype, scale_dtype, device))
     fitting = [
         other
         for other in others
@@ -316,22 +318,32 @@ def _list_middle(spec: QuantSpec, x_dtype, scale_dtype, device: Device) -> Itera
                     )
 
 
-def _list_decode(spec: QuantSpec, block_m: int, device: Device) -> Iterator[Tiles]:
-    for block_n, warps in ((64, 2), (64, 4), (128, 2), (128, 4), (256, 4), (256, 8)):
-        if block_n > spec.tiles_n * TILE_N or block_m * block_n > 64 * 64 * warps:
+def _list_decode(
+    spec: QuantSpec, block_m: int, x_dtype, scale_dtype, device: Device
+) -> Iterator[Tiles]:
+    on_weight = block_m == 64 and jnp.dtype(scale_dtype) == jnp.dtype(x_dtype)
+    for scale_on, (block_n, warps), per_step, stages in itertools.product(
+        ("sum", "weight") if on_weight else ("sum",),
+        ((64, 2), (64, 4), (128, 2), (128, 4), (256, 4), (256, 8)),
+        (1, 2, 4) if spec.bits == 8 else (1, 2),
+        (3, 4),
+    ):
+        # the sums of a thread; those of one group need as many registers again
+        many = block_m * block_n > 32 * warps * (64 if scale_on == "sum" else 128)
+        long = per_step > 1 and block_m * per_step > 32
+        if many or long or block_n > spec.tiles_n * TILE_N or spec.tiles_k % per_step:
             continue
-        for per_step in (1, 2, 4) if spec.bits == 8 else (1, 2):
-            if spec.tiles_k % per_step or block_m * per_step > 32:
-                continue
-            for stages in (3, 4):
-                tiles = Tiles(
-                    block_m=block_m,
-                    block_n=block_n,
-                    block_k=spec.tile_k * per_step,
-                    warps=warps,
-                    stages=stages,
-                )
-                rule = _choose_splits(spec, tiles, device)
-                for splits in (max(1, rule // 2), rule, 2 * rule):
-                    if splits <= _count_steps(spec, tiles):
-                        yield dataclasses.replace(tiles, splits=_even_out(spec, tiles, splits))
+        tiles = Tiles(
+            block_m=block_m,
+            block_n=block_n,
+            block_k=spec.tile_k * per_step,
+            warps=warps,
+            stages=stages,
+            scale_on=scale_on,
+        )
+        if on_weight and scale_on == "sum" and _has_many_sums(spec, tiles, device):
+            continue
+        rule = _choose_splits(spec, tiles, device)
+        for splits in (max(1, rule // 2), rule, 2 * rule):
+            if splits <= _count_steps(spec, tiles):
+                yield dataclasses.replace(tiles, splits=_even_out(spec, tiles, splits))

@@ -87,6 +87,16 @@ def test_token_tiles_are_the_next_power_of_two(tokens, block_m):
     assert tokens > 64 or round_up_tokens(tokens) == block_m
 
 
+@pytest.mark.parametrize("tokens", [1, 16, 33, 64, 65, 256])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_the_tuner_has_tiles_to_choose_from_for_every_number_of_tokens(tokens, bits):
+    found = list_candidates(_spec(bits=bits), tokens, jnp.bfloat16, jnp.bfloat16, _DEVICES[0])
+    assert len(found) > 5
+    # with as many tokens the scale may be better on the weight
+    places = {tiles.scale_on for tiles in found if isinstance(tiles, Tiles)}
+    assert places == ({"sum", "weight"} if tokens > 32 else {"sum"})
+
+
 def test_many_tokens_expand_the_weight_unless_memory_is_preferred():
     assert _choose(_spec(), 1023) != PREFILL
     assert _choose(_spec(), 1024) == PREFILL
