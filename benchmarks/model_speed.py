@@ -1,8 +1,9 @@
 """Tokens per second of whole models with random weights, and their share of the memory's limit.
 
-    python benchmarks/model_speed.py [--rounds 3] [--output FOLDER] [--trace FOLDER] [--small]
+    python benchmarks/model_speed.py [--batches 1,16,64] [--rounds 3] [--output FOLDER] [--trace]
+                                     [--small]
 
-Shapes: Llama-3.1-8B (dense) and Qwen3-30B-A3B (128 experts), W4A16 asymmetric, groups of 128, in
+Shapes: Qwen3-30B-A3B (128 experts) and Llama-3.1-8B (dense), W4A16 asymmetric, groups of 128, in
 bfloat16; weights are drawn on the device. Each is measured as a user calls it, `generate_tokens`:
 batches of 1, 16 and 64 prompts of 128 tokens that get 128 more, and the prefill of 2048 tokens.
 A first call compiles; of the rounds after it the median counts.
@@ -13,18 +14,24 @@ head, keys and values of the tokens so far, and of the experts as many different
 touch on average if they choose at random, E (1 - (1 - top_k / E)^B). It is no promise of what can
 be had: nothing but reading counts.
 
-Writes models.json and models.md. `--trace` records one decode of the smallest batch of each shape
-with JAX's profiler. `--small` is a tiny shape, to try the script without a GPU.
+Writes models.json and models.md after every case. `--trace` records a few decode steps of the first
+case of each shape with JAX's profiler, in the programs that were measured, as MODEL.trace.json.gz
+(for perfetto.dev), and prints the kernels that took longest. `--small` is a tiny shape, to try the
+script without a GPU.
 """
 
 from __future__ import annotations
 
 import argparse
+import collections
 import dataclasses
+import gzip
 import json
 import os
+import shutil
 import statistics
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -40,6 +47,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.large_checkpoints import GROUP, SHAPES, Shape  # noqa: E402
 from jaxwna16.bench.limits import measure_limits  # noqa: E402
 from jaxwna16.bench.machine import describe_machine  # noqa: E402
+from jaxwna16.bench.shapes import parse_counts  # noqa: E402
 from jaxwna16.bench.timing import ON_CPU, ON_GPU  # noqa: E402
 from jaxwna16.generation import GenerationResult, generate_tokens  # noqa: E402
 from jaxwna16.models.causal_lm import CausalLM  # noqa: E402
@@ -47,16 +55,16 @@ from jaxwna16.models.families import find_family  # noqa: E402
 from pallas_kernels.spec import QuantSpec  # noqa: E402
 
 MODELS = {
-    "Llama-3.1-8B": SHAPES["Llama 8B"],
     "Qwen3-30B-A3B": dataclasses.replace(
         SHAPES["Qwen3-30B-A3B, 4 layers"], layers=48, vocabulary=151936, tied=False
     ),
+    "Llama-3.1-8B": SHAPES["Llama 8B"],
 }
 SMALL = {
     name: dataclasses.replace(
         shape, hidden=256, inner=128, layers=2, heads=2, kv_heads=1, vocabulary=512, experts=experts
     )
-    for (name, shape), experts in zip(MODELS.items(), (0, 16), strict=True)
+    for (name, shape), experts in zip(MODELS.items(), (16, 0), strict=True)
 }
 
 
@@ -73,23 +81,30 @@ class Case:
         return f"batch {self.batch}" if self.new > 1 else f"prefill {self.prompt}"
 
 
-CASES = [*(Case(batch, 128, 128) for batch in (1, 16, 64)), Case(1, 2048, 1)]
-SMALL_CASES = [Case(1, 16, 4), Case(4, 16, 4), Case(1, 40, 1)]
+BATCHES = (1, 16, 64)
+PREFILL = Case(1, 2048, 1)
+SMALL_PREFILL = Case(1, 40, 1)
+TRACED_TOKENS = 9
+"""So many tokens of a row are in a profile, the first of them of the prefill."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure every shape, write and print the tables."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--batches", type=parse_counts, default=BATCHES, metavar="B,...")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--output", type=Path, default=None, metavar="FOLDER")
-    parser.add_argument("--trace", type=Path, default=None, metavar="FOLDER")
+    parser.add_argument("--trace", action="store_true")
     parser.add_argument("--small", action="store_true")
     options = parser.parse_args(arguments)
     folder = options.output or Path(os.environ.get("OUT") or ROOT / "benchmarks/results/gpu")
     folder.mkdir(parents=True, exist_ok=True)
     effort = ON_GPU if jax.devices()[0].platform == "gpu" else ON_CPU
     limits = measure_limits("bfloat16", effort)
-    shapes, cases = (SMALL, SMALL_CASES) if options.small else (MODELS, CASES)
+    shapes, length, prefill = (
+        (SMALL, 16, SMALL_PREFILL) if options.small else (MODELS, 128, PREFILL)
+    )
+    cases = [*(Case(batch, length, length) for batch in options.batches), prefill]
     report: dict[str, Any] = {
         "machine": describe_machine(),
         "limits": dataclasses.asdict(limits),
@@ -102,11 +117,48 @@ def main(arguments: Sequence[str] | None = None) -> None:
             rows[case.name] = measure(model, shape, case, options.rounds, limits.bytes_per_second)
             # after every figure: whoever is stopped has those before
             write(folder, report)
-        if options.trace is not None:
-            with jax.profiler.trace(str(options.trace / name)):
-                run(model, dataclasses.replace(cases[0], new=9))
+            print(f"{name}, {case.name}: {json.dumps(rows[case.name])}", flush=True)
+            if options.trace and case is cases[0]:
+                trace(model, case, folder / f"{name}.trace.json.gz")
         del model
     print(tabulate(report))
+
+
+def trace(model: CausalLM, case: Case, path: Path) -> None:
+    """Record a few decode steps of a case that was measured; a failure costs nothing but itself."""
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            with jax.profiler.trace(folder):
+                run(model, case, TRACED_TOKENS)
+            [found] = Path(folder).rglob("*.trace.json.gz")
+            shutil.copyfile(found, path)
+        print_kernels(path)
+    except Exception as error:
+        print(f"no profile: {type(error).__name__}: {error}", flush=True)
+
+
+def print_kernels(path: Path, most: int = 25) -> None:
+    """What took longest on the device, by name, from a profile."""
+    with gzip.open(path) as file:
+        events = json.load(file)["traceEvents"]
+    named = [event for event in events if event.get("ph") == "M"]
+    processes = {e["pid"]: e["args"]["name"] for e in named if e["name"] == "process_name"}
+    threads = {(e["pid"], e["tid"]): e["args"]["name"] for e in named if e["name"] == "thread_name"}
+
+    def is_kernel(event: dict[str, Any]) -> bool:
+        # beside its streams a GPU has lines that sum up what is on them
+        thread = threads.get((event["pid"], event["tid"]), "")
+        return "/device:" in processes.get(event["pid"], "") and thread.startswith("Stream")
+
+    seconds: collections.Counter[str] = collections.Counter()
+    counts: collections.Counter[str] = collections.Counter()
+    for event in events:
+        if event.get("ph") == "X" and is_kernel(event):
+            seconds[event["name"]] += event["dur"] / 1e6
+            counts[event["name"]] += 1
+    print(f"{path.name}: {seconds.total() * 1e3:.2f} ms of {counts.total()} kernels")
+    for name, total in seconds.most_common(most):
+        print(f"{total * 1e3:9.3f} ms {counts[name]:6d} x {name}", flush=True)
 
 
 def make_model(shape: Shape) -> CausalLM:
@@ -154,11 +206,23 @@ def make_spec(n: int, k: int) -> QuantSpec:
     return QuantSpec(bits=4, group_size=GROUP, symmetric=False, in_features=k, out_features=n)
 
 
-def run(model: CausalLM, case: Case) -> GenerationResult:
-    """One call of what a user calls, with random prompts."""
+def run(model: CausalLM, case: Case, most: int | None = None) -> GenerationResult:
+    """One call of what a user calls, with random prompts; it may end early, after `most` tokens.
+
+    A smaller `max_new_tokens` would be another program.
+    """
     numbers = np.random.default_rng(0)
     prompts = numbers.integers(0, model.config.vocab_size, (case.batch, case.prompt)).tolist()
-    return generate_tokens(model, prompts, max_new_tokens=case.new)
+    made = 0
+
+    def stop(new: list[list[int]]) -> dict[int, int]:
+        nonlocal made
+        made += len(new[0])
+        return dict.fromkeys(range(case.batch), most) if most and made >= most else {}
+
+    return generate_tokens(
+        model, prompts, max_new_tokens=case.new, stream=None if most is None else stop
+    )
 
 
 def measure(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 
 import jax
@@ -10,19 +11,63 @@ from flax import nnx
 
 from benchmarks import model_speed
 from benchmarks.model_speed import SMALL, Case, count_step_bytes, list_specs, make_model
+from jaxwna16.decoding import trace_counts
 
 
-def test_a_small_model_is_measured_and_written(tmp_path, monkeypatch, capsys):
+def test_a_small_model_is_measured_traced_and_written(tmp_path, monkeypatch, capsys):
     name = "Qwen3-30B-A3B"
     monkeypatch.setattr(model_speed, "SMALL", {name: SMALL[name]})
-    monkeypatch.setattr(model_speed, "SMALL_CASES", [Case(2, 16, 4)])
-    model_speed.main(["--small", "--rounds", "1", "--output", str(tmp_path)])
+    monkeypatch.setattr(model_speed, "SMALL_PREFILL", Case(2, 16, 1))
+    measured, trace = [], model_speed.trace
+
+    def watch(*facts):
+        measured.append(trace_counts.copy())
+        trace(*facts)
+        measured.append(trace_counts.copy())
+
+    monkeypatch.setattr(model_speed, "trace", watch)
+    call = ["--small", "--rounds", "1", "--batches", "2", "--trace", "--output", str(tmp_path)]
+    model_speed.main(call)
     report = json.loads((tmp_path / "models.json").read_text())
+    assert list(report["models"][name]) == ["batch 2", "prefill 16"]
     decode = report["models"][name]["batch 2"]
     assert decode["share_of_limit"] == decode["limit_seconds"] / decode["step_seconds"] > 0
     assert len(decode["decode_tokens_per_second"]) == 1
-    assert (tmp_path / "models.md").read_text() == capsys.readouterr().out
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["models.json", "models.md"]
+    out = capsys.readouterr().out
+    assert (tmp_path / "models.md").read_text() in out
+    profile = f"{name}.trace.json.gz"
+    assert f"{profile}: 0.00 ms of 0 kernels" in out  # on a CPU
+    # what is recorded was compiled before
+    assert measured[0] == measured[1]
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == [profile, "models.json", "models.md"]
+
+
+def test_kernels_are_listed_by_the_time_they_took(tmp_path, capsys):
+    def name(kind, text, **place):
+        return {"ph": "M", "name": kind, "args": {"name": text}} | place
+
+    def event(text, pid, tid, dur):
+        return {"ph": "X", "name": text, "pid": pid, "tid": tid, "ts": 0, "dur": dur}
+
+    events = [
+        name("process_name", "/device:GPU:0", pid=1),
+        name("process_name", "/host:CPU", pid=2),
+        name("thread_name", "Stream #13(Compute)", pid=1, tid=5),
+        name("thread_name", "XLA Modules", pid=1, tid=6),
+        name("thread_name", "Stream", pid=2, tid=5),
+        *(event("fused", 1, 5, 2000), event("grouped", 1, 5, 1500), event("grouped", 1, 5, 1500)),
+        *(event("jit_decode", 1, 6, 9000), event("wait", 2, 5, 9000)),
+    ]
+    path = tmp_path / "a.trace.json.gz"
+    path.write_bytes(gzip.compress(json.dumps({"traceEvents": events}).encode()))
+    model_speed.print_kernels(path)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "a.trace.json.gz: 5.00 ms of 3 kernels"
+    assert [line.split() for line in lines[1:]] == [
+        ["3.000", "ms", "2", "x", "grouped"],
+        ["2.000", "ms", "1", "x", "fused"],
+    ]
 
 
 @pytest.mark.parametrize(("name", "batch"), [("Llama-3.1-8B", 4), ("Qwen3-30B-A3B", 3)])
