@@ -16,11 +16,11 @@ from pallas_kernels.spec import QuantSpec
 
 
 def write_bit_stream(codes: np.ndarray, bits: int) -> np.ndarray:
-    """Unsigned codes [rows, columns] -> int32 words by Python's integers, from the definition."""
-    length = 4 * -(-codes.shape[1] * bits // 32)
-    rows = (sum(int(u) << (bits * i) for i, u in enumerate(row)) for row in codes)
-    stream = b"".join(row.to_bytes(length, "little") for row in rows)
-    return np.frombuffer(stream, "<i4").reshape(codes.shape[0], -1).copy()
+    """Unsigned codes [rows, columns] -> int32 words, bit by bit from the definition."""
+    columns = codes.astype(np.uint8)[..., None]
+    stream = np.unpackbits(columns, axis=2, count=bits, bitorder="little").reshape(len(codes), -1)
+    stream = np.pad(stream, ((0, 0), (0, -stream.shape[1] % 32)))
+    return np.packbits(stream, axis=1, bitorder="little").view("<i4").astype(np.int32)
 
 
 def make_codes(spec: QuantSpec, seed: int = 0) -> np.ndarray:
