@@ -31,7 +31,7 @@ bench: $(VENV)/.test
 gpu-check: $(VENV)/.test
 	JAX_PLATFORMS=cpu PYTHONPATH=$(VENV)/gpu-check $(BIN)/python -m tests.gpu_check
 
-# On a machine with an NVIDIA GPU, under 8 minutes: the GPU's tests, tuned tiles, figures with peers. Uses PYTHON as
+# On a machine with an NVIDIA GPU, 25 minutes: the GPU's tests, tuned tiles, figures with peers. Uses PYTHON as
 # it is (jax with CUDA, pytest, matplotlib), and no network; results go to $$OUT or benchmarks/results/gpu
 gpu:
 	$(PYTHON) benchmarks/gpu_run.py

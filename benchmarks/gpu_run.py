@@ -9,16 +9,24 @@
 * models: tokens per second of whole models, with those tiles, and a profile of their decode steps.
 
 Without arguments all of them, in this order, the most important first; one by one where a command
-may only run for minutes. A step that fails does not stop the next. Needs jax with CUDA, pytest and
-(for the plots) matplotlib; nothing is downloaded. All files go to $OUT, or benchmarks/results/gpu:
+may only run for minutes. A step that fails does not stop the next, and one whose time is over is
+interrupted; what it had found is in its files. Needs jax with CUDA, pytest and (for the plots)
+matplotlib; nothing is downloaded. All files go to $OUT, or benchmarks/results/gpu, at most 8 of a
+stage:
 
-    run-STAGE.json               what each step did: command, seconds, exit code, last lines
-    kernels.json, .md            every figure of linear layers; .png and .svg are the plot
-    moe.json, .md                likewise of experts
+    run-STAGE.json               commit, table, and of each step command, seconds, exit code, output
+    kernels.json, .md, .png      every figure of linear layers, and the plot
+    moe.json, .md, .png          likewise of experts
     tuning.json, .md             candidates and winners; moe-tuning.… likewise of experts
-    nvidia-….json                the table of tiles
+    nvidia-….json                a copy of the table of tiles
     tuned/                       kernels.… and moe.… again, with that table
-    models.json, .md             tokens per second; trace/ are the profiles
+    models.json, .md             tokens per second; MODEL.trace.json.gz are the profiles
+
+The table itself is in $JAXWNA16_TILES, or .cache/tiles, which git ignores: `again` and `models`
+need it there. Where a later stage runs on another machine or in another copy of this tree, carry it
+along, or put nvidia-….json there. Where git knows no commit, $JAXWNA16_COMMIT names it:
+
+    JAXWNA16_COMMIT=$(git rev-parse HEAD) python benchmarks/gpu_run.py measure
 """
 
 from __future__ import annotations
@@ -26,25 +34,55 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import importlib.util
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-STAGE_SECONDS = {"measure": 540, "tune": 420, "again": 360, "models": 380}
-TEST_SECONDS, PEER_SECONDS, MOE_PEER_SECONDS = 120, 60, 100
+from jaxwna16.bench.machine import find_commit  # noqa: E402
+
+STAGE_SECONDS = {"measure": 550, "tune": 330, "again": 250, "models": 320}
+"""Together 25 minutes; of half an hour, starting machines and copying take the rest."""
+
+TEST_SECONDS, PEER_SECONDS = 120, 90
 STARTING_SECONDS, MOE_STARTING_SECONDS = 25, 60
 """What a step may take besides: imports, the limits, what was begun before its time was over."""
 
-_TAIL_LINES = 15
+TOKENS, MOE_TOKENS = "1,16,64,128,256,1024,4096", "1,16,64,256,1024,4096"
+TUNED_TOKENS, TUNED_MOE_TOKENS = "1,16,64,128,256,1024", "1,16,64,4096"
+TUNED_EXPERTS = "qwen3-30b-a3b,mixtral-8x7b"
+"""What the targets are about; `docs/benchmarks.md` says in which order it is tuned."""
+
+_FIND_TABLE = """
+import sys
+from jaxwna16.bench.tune import read_tuned
+from pallas_kernels.device import UNKNOWN, find_device
+from pallas_kernels.tile_tables import user_table_path
+
+device = find_device()
+if device == UNKNOWN:
+    sys.exit("JAX sees no GPU: there is no table of tiles to look for")
+path = user_table_path(device.kind)
+if sys.argv[1] == "needed" and not path.exists():
+    sys.exit(f"{path} does not exist: run the stage tune, put the table of this GPU there, or let "
+             "JAXWNA16_TILES name it")
+read_tuned(path, device)
+print(path)
+"""
+_TABLE_SECONDS = 60
+_LEAST_SECONDS = 5
+_INTERRUPT_SECONDS = 15
+_TAIL_LINES = 300
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,51 +105,88 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"no stage {unknown[0]!r}: there are {', '.join(STAGE_SECONDS)}")
     folder = Path(os.environ.get("OUT") or ROOT / "benchmarks" / "results" / "gpu").resolve()
     folder.mkdir(parents=True, exist_ok=True)
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        # as in the background of a shell; what is started here would ignore it, too
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     failed = False
     for stage in stages:
-        steps = run_stage(stage, folder, time.monotonic() + STAGE_SECONDS[stage])
-        report = {"steps": [dataclasses.asdict(step) for step in steps]}
-        (folder / f"run-{stage}.json").write_text(json.dumps(report, indent=2) + "\n", "utf-8")
+        steps: list[Step] = []
+        for step in run_stage(stage, folder, time.monotonic() + STAGE_SECONDS[stage]):
+            steps.append(step)
+            # after every step: whoever is stopped has those before
+            write_report(folder / f"run-{stage}.json", steps)
         print_summary(folder / "tuned" if stage == "again" else folder, steps)
         failed = failed or any(step.exit_code != 0 for step in steps)
     return int(failed)
 
 
-def run_stage(stage: str, folder: Path, end: float) -> list[Step]:
-    """The steps of a stage, each in its part of the time that is left."""
+def write_report(path: Path, steps: Sequence[Step]) -> None:
+    """What ran so far, at which commit and with which table."""
+    found = [step for step in steps if step.name == "table" and step.exit_code == 0]
+    report = {
+        "commit": find_commit(),
+        "table": found[0].tail[-1] if found else None,
+        "steps": [dataclasses.asdict(step) for step in steps],
+    }
+    path.write_text(json.dumps(report, indent=2) + "\n", "utf-8")
 
-    def bench(name: str, part: float, *options: str, peers: int = 0, tuned: bool = True) -> Step:
+
+def run_stage(stage: str, folder: Path, end: float) -> Iterator[Step]:
+    """The steps of a stage, each in its part of the time that is left."""
+    tiles = Path(os.environ.get("JAXWNA16_TILES") or ROOT / ".cache" / "tiles").expanduser()
+    environment = {"JAXWNA16_TILES": str(tiles.absolute())}
+
+    def bench(name: str, part: float, *options: str, peers: int = 0) -> Step:
         seconds = part * (end - time.monotonic())
         besides = MOE_STARTING_SECONDS if "--moe" in options else STARTING_SECONDS
         inner = max(20, int(seconds - peers - besides))
         arguments = ["-m", "jaxwna16", "bench", *options, "--seconds", str(inner)]
         arguments += ["--peers", "--peer-seconds", str(peers)] if peers else []
-        # so that the table is written here, and found by those who come after
-        environment = {"JAXWNA16_TILES": str(folder)} if tuned else None
-        return run_step(name, arguments, seconds, environment)
+        return run_step(name, arguments, seconds, None if stage == "measure" else environment)
 
-    here, again = ["--output", str(folder)], ["--output", str(folder / "tuned")]
+    here = ["--output", str(folder)]
+    dense, moe = ["--tokens", TOKENS], ["--moe", "--tokens", MOE_TOKENS]
     if stage == "measure":
-        tests = run_step("tests", ["-m", "pytest", "-q", "-m", "gpu", "tests/gpu"], TEST_SECONDS)
-        dense = bench("bench", 0.4, *here, peers=PEER_SECONDS, tuned=False)
-        moe = bench("bench moe", 1.0, "--moe", *here, peers=MOE_PEER_SECONDS, tuned=False)
-        return [tests, dense, moe]
+        workers = ["-p", "xdist", "-n", "8"] if importlib.util.find_spec("xdist") else []
+        tests = ["-m", "pytest", "-q", "--tb=short", *workers, "-m", "gpu", "tests/gpu"]
+        # other plugins of this Python may warn, and warnings are errors
+        yield run_step("tests", tests, TEST_SECONDS, {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"})
+        yield bench("bench", 0.42, *dense, *here, peers=PEER_SECONDS)
+        yield bench("bench moe", 1.0, *moe, *here, peers=PEER_SECONDS)
+        return
+    if stage == "tune" and not tiles.suffix:
+        tiles.mkdir(parents=True, exist_ok=True)
+    needed = "made" if stage == "tune" else "needed"
+    table = run_step("table", ["-c", _FIND_TABLE, needed], _TABLE_SECONDS, environment)
+    yield table
+    if table.exit_code != 0:
+        return
     if stage == "tune":
-        return [
-            bench("tune", 0.45, "--tune", *here),
-            bench("tune moe", 1, "--tune", "--moe", *here),
-        ]
-    if stage == "models":
-        speed = ["benchmarks/model_speed.py", "--output", str(folder), "--trace"]
-        tiles = {"JAXWNA16_TILES": str(folder)}
-        return [run_step("models", [*speed, str(folder / "trace")], end - time.monotonic(), tiles)]
-    return [bench("bench again", 0.45, *again), bench("bench moe again", 1, "--moe", *again)]
+        experts = ["--moe", TUNED_EXPERTS, "--tokens", TUNED_MOE_TOKENS]
+        for name, part, options in (
+            ("tune", 0.5, ["--tokens", TUNED_TOKENS]),
+            ("tune moe", 1.0, experts),
+        ):
+            yield bench(name, part, "--tune", *options, *here)
+            with contextlib.suppress(FileNotFoundError):  # nothing was found in time
+                shutil.copy2(table.tail[-1], folder)
+    elif stage == "again":
+        again = ["--output", str(folder / "tuned")]
+        yield bench("bench again", 0.45, *dense, *again)
+        yield bench("bench moe again", 1.0, *moe, *again)
+    else:
+        speed = ["benchmarks/model_speed.py", "--batches", "1,64", "--trace", *here]
+        yield run_step("models", speed, end - time.monotonic(), environment)
 
 
 def run_step(
     name: str, arguments: list[str], seconds: float, environment: dict[str, str] | None = None
 ) -> Step:
-    """Run Python with these arguments; show what it prints, and keep its last lines."""
+    """Run Python with these arguments; show what it prints, and keep its last lines.
+
+    One that takes too long is interrupted, so that it can say how far it came, and killed a little
+    later with the processes it has started.
+    """
     command = [sys.executable, *arguments]
     print(f"== {name}: {' '.join(command)}", flush=True)
     begin = time.monotonic()
@@ -127,16 +202,24 @@ def run_step(
         start_new_session=True,
     ) as process:
         try:
-            out, _ = process.communicate(timeout=max(5.0, seconds))
+            out, _ = process.communicate(timeout=max(_LEAST_SECONDS, seconds))
             code: int | None = process.returncode
         except subprocess.TimeoutExpired:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # with the processes it has started
-            out, _ = process.communicate()
-            code = None
+            out, code = _stop(process), None
     print(out, flush=True)
     tail = out.splitlines()[-_TAIL_LINES:]
     return Step(name, command, round(time.monotonic() - begin, 1), code, tail)
+
+
+def _stop(process: subprocess.Popen[str]) -> str:
+    """Interrupt it, then kill it and what it has started; all that it has printed."""
+    out = None
+    os.killpg(process.pid, signal.SIGINT)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        out, _ = process.communicate(timeout=_INTERRUPT_SECONDS)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    return process.communicate()[0] if out is None else out
 
 
 def print_summary(folder: Path, steps: list[Step]) -> None:

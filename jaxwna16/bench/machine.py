@@ -21,12 +21,10 @@ def describe_machine() -> dict[str, Any]:
     from jaxwna16 import __version__
 
     device = jax.devices()[0]
-    # a copy installed inside another repository must not carry that one's commit
-    ours = _run_git("ls-files", "--error-unmatch", Path(__file__).name) is not None
-    changes = _run_git("status", "--porcelain", "--untracked-files=no") if ours else None
+    changes = _run_git("status", "--porcelain", "--untracked-files=no") if _is_ours() else None
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "commit": _run_git("rev-parse", "HEAD") if ours else None,
+        "commit": find_commit(),
         "uncommitted_changes": None if changes is None else bool(changes),
         "device": {"platform": device.platform, "kind": device.device_kind},
         "driver": _read_driver(),
@@ -37,6 +35,17 @@ def describe_machine() -> dict[str, Any]:
             **{name: _find_version(name) for name in (*_PACKAGES, *_list_plugins())},
         },
     }
+
+
+def find_commit() -> str | None:
+    """The commit of this source by git; where git does not know it, what $JAXWNA16_COMMIT says."""
+    known = _run_git("rev-parse", "HEAD") if _is_ours() else None
+    return known or os.environ.get("JAXWNA16_COMMIT")
+
+
+def _is_ours() -> bool:
+    """A copy installed inside another repository must not carry that one's commit."""
+    return _run_git("ls-files", "--error-unmatch", Path(__file__).name) is not None
 
 
 def _list_plugins() -> list[str]:
