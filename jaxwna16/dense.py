@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from pallas_kernels.arguments import read_array, read_dtype
 from pallas_kernels.backends import check_backend
 from pallas_kernels.errors import SpecError
 from pallas_kernels.matmul import quant_matmul
@@ -71,7 +72,7 @@ class QuantDense(nnx.Module):
           SpecError, BackendError: if the values are impossible.
         """
         del rngs
-        check_options(spec, dtype, backend, prefer)
+        check_options(spec, backend, prefer, dtype, scale_dtype, bias_dtype)
         self.spec, self.dtype, self.backend, self.prefer = spec, dtype, backend, prefer
         bias_dtype = (bias_dtype or dtype or scale_dtype) if use_bias else None
         shapes = make_abstract(spec, scale_dtype, bias_dtype, act_order=act_order)
@@ -112,10 +113,21 @@ class QuantDense(nnx.Module):
         return y if out_sharding is None else jax.lax.with_sharding_constraint(y, out_sharding)
 
 
-def check_options(spec: QuantSpec, dtype: Any, backend: str | None, prefer: str) -> None:
+def check_options(
+    spec: QuantSpec,
+    backend: str | None,
+    prefer: str,
+    dtype: Any,
+    scale_dtype: Any,
+    bias_dtype: Any,
+) -> None:
     """Raise a SpecError or BackendError if no layer can have these options."""
     if not isinstance(spec, QuantSpec):
         raise SpecError(f"QuantDense takes a QuantSpec, got {type(spec).__name__}")
+    read_dtype("scale_dtype", scale_dtype)
+    for name, value in (("dtype", dtype), ("bias_dtype", bias_dtype)):
+        if value is not None:
+            read_dtype(name, value)
     # without a dtype every backend may do: the call knows that of x
     check_backend(backend, jnp.dtype(jnp.bfloat16 if dtype is None else dtype))
     check_prefer(prefer)
@@ -129,5 +141,6 @@ def make_start(name: str, leaf: jax.ShapeDtypeStruct) -> jax.Array:
 
 
 def cast_input(x: jax.Array, dtype: Any) -> jax.Array:
-    """x in `dtype`; as it is where that is None."""
+    """x as an array in `dtype`; in its own where that is None."""
+    x = read_array("x", x)
     return x if dtype is None else x.astype(dtype)

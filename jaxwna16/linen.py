@@ -47,7 +47,8 @@ class QuantDense(nn.Module):
     prefer: str = "speed"
 
     def __post_init__(self):
-        check_options(self.spec, self.dtype, self.backend, self.prefer)
+        dtypes = self.dtype, self.scale_dtype, self.bias_dtype
+        check_options(self.spec, self.backend, self.prefer, *dtypes)
         super().__post_init__()
 
     def setup(self):

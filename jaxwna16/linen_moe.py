@@ -61,7 +61,8 @@ class QuantMoE(nn.Module):
     backend: str | None = None
 
     def __post_init__(self):
-        check_expert_options(self.spec13, self.spec2, self.experts, self.options, self.dtype)
+        dtypes = self.dtype, self.scale_dtype, self.bias_dtype
+        check_expert_options(self.spec13, self.spec2, self.experts, self.options, *dtypes)
         super().__post_init__()
 
     @property

@@ -12,6 +12,7 @@ from flax import nnx
 
 from jaxwna16.dense import QuantParam, cast_input, check_options, make_start
 from pallas_kernels.activations import check as check_activation
+from pallas_kernels.arguments import read_array
 from pallas_kernels.errors import SpecError
 from pallas_kernels.moe import quant_moe
 from pallas_kernels.routing import Routing, route
@@ -134,7 +135,8 @@ class QuantMoE(nnx.Module):
             weigh=weigh,
             backend=backend,
         )
-        check_expert_options(spec13, spec2, experts, self.options, dtype)
+        dtypes = dtype, scale_dtype, bias_dtype
+        check_expert_options(spec13, spec2, experts, self.options, *dtypes)
         self.spec13, self.spec2, self.experts, self.dtype = spec13, spec2, experts, dtype
         bias_dtype = (bias_dtype or dtype or scale_dtype) if use_bias else None
         metadata = dict(kernel_metadata or {})
@@ -206,13 +208,13 @@ class QuantMoE(nnx.Module):
 
 
 def check_expert_options(
-    spec13: QuantSpec, spec2: QuantSpec, experts: int, options: ExpertOptions, dtype: Any
+    spec13: QuantSpec, spec2: QuantSpec, experts: int, options: ExpertOptions, *dtypes: Any
 ) -> None:
-    """Raise a SpecError or BackendError if no layer can have these options."""
+    """Raise a SpecError or BackendError if no layer can have these; dtypes as `check_options`."""
     for name, spec in (("spec13", spec13), ("spec2", spec2)):
         if not isinstance(spec, QuantSpec):
             raise SpecError(f"{name} must be a QuantSpec, got {type(spec).__name__}")
-        check_options(spec, dtype, options.backend, "speed")
+        check_options(spec, options.backend, "speed", *dtypes)
     check_activation(options.activation, options.gated)
     if options.weigh not in _WEIGH:
         raise SpecError(f"weigh must be one of {_WEIGH}, got {options.weigh!r}")
@@ -260,6 +262,7 @@ def run_experts(
     expert_offset: jax.Array | int,
 ) -> jax.Array:
     """Route, run the chosen experts, add the shared ones; arguments as `QuantMoE.__call__`."""
+    router_logits = read_array("router_logits", router_logits)
     held, lead = weights[0]["packed"].shape[0], x.shape[:-1]
     found = router_logits.shape
     if len(found) != x.ndim or found[:-1] != lead or found[-1] < held:
@@ -291,6 +294,7 @@ def weigh_shared(shared: jax.Array | None, gate: jax.Array | None) -> jax.Array 
         if gate is not None:
             raise SpecError("shared_gate is given without shared")
         return shared
+    shared, gate = read_array("shared", shared), read_array("shared_gate", gate)
     if gate.shape != (*shared.shape[:-1], 1):
         raise SpecError(f"shared_gate must be {[*shared.shape[:-1], 1]}, got {list(gate.shape)}")
     return shared.astype(jnp.float32) * jax.nn.sigmoid(gate.astype(jnp.float32))

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.arguments import read_dtype
 from pallas_kernels.device import UNKNOWN, find_device
 from pallas_kernels.errors import BackendError, SpecError
 from pallas_kernels.schedule import choose, describe
@@ -15,7 +16,6 @@ from pallas_kernels.spec import QuantSpec
 
 BACKENDS = ("triton", "xla")
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
-_X_DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 TRITON_DTYPES = (jnp.bfloat16, jnp.float16)
 
 
@@ -53,10 +53,12 @@ def explain(
     Raises:
       BackendError: if the named backend cannot serve this dtype or platform, or there is no such
         platform.
-      SpecError: if no backend takes x of this dtype.
+      SpecError: if no backend takes x, or scales, of this dtype, or `spec` is none.
     """
-    dtype = jnp.dtype(dtype)
-    check_activation(dtype)
+    if not isinstance(spec, QuantSpec):
+        raise SpecError(f"spec must be a QuantSpec, got {type(spec).__name__}")
+    dtype = read_dtype("x", dtype)
+    scale_dtype = dtype if scale_dtype is None else read_dtype("scale_dtype", scale_dtype)
     check_backend(backend, dtype)
     if platform is None:
         platform = _platform(jax.devices()[0])
@@ -66,7 +68,7 @@ def explain(
     if choice.backend == "xla" or not tokens:
         return choice
     device = find_device() if platform == "cuda" else UNKNOWN
-    schedule = choose(spec, tokens, dtype, scale_dtype or dtype, device)
+    schedule = choose(spec, tokens, dtype, scale_dtype, device)
     return dataclasses.replace(choice, schedule=describe(schedule, tokens))
 
 
@@ -98,12 +100,6 @@ def check_backend(backend: str | None, dtype) -> None:
             f'backend "triton" multiplies bfloat16 or float16 activations, x is '
             f'{dtype.name}: cast x, or use backend="xla"'
         )
-
-
-def check_activation(dtype) -> None:
-    """Raise a SpecError unless some backend takes x of `dtype`."""
-    if dtype not in _X_DTYPES:
-        raise SpecError(f"x must be float32, bfloat16 or float16, got {dtype}: cast it first")
 
 
 def _platform(device: Any) -> str:

@@ -16,7 +16,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import xla
-from pallas_kernels.backends import TRITON_DTYPES, check_activation, check_backend
+from pallas_kernels.arguments import read_array, read_dtype
+from pallas_kernels.backends import TRITON_DTYPES, check_backend
 from pallas_kernels.device import find_device
 from pallas_kernels.errors import SpecError
 from pallas_kernels.folding import fold_vmap
@@ -157,8 +158,8 @@ def _check_call(x, weights, specs, backend, prefer) -> jax.Array:
         raise SpecError(f"as many specs as weights are needed, got {len(specs)}, {len(weights)}")
     for weight, spec in zip(weights, specs, strict=True):
         check_weights(weight, spec)
-    x = jnp.asarray(x)
-    check_activation(x.dtype)
+    x = read_array("x", x)
+    read_dtype("x", x.dtype)
     for spec in specs:
         if x.ndim < 1 or x.shape[-1] != spec.in_features:
             raise SpecError(f"x must be [..., {spec.in_features}], got {list(x.shape)}")

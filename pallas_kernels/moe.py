@@ -17,8 +17,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import moe_xla, xla
-from pallas_kernels.activations import check as check_activation_name
-from pallas_kernels.backends import TRITON_DTYPES, check_activation, check_backend
+from pallas_kernels.activations import check as check_activation
+from pallas_kernels.arguments import read_array, read_dtype
+from pallas_kernels.backends import TRITON_DTYPES, check_backend
 from pallas_kernels.errors import SpecError
 from pallas_kernels.folding import fold_vmap
 from pallas_kernels.spec import QuantSpec
@@ -88,7 +89,7 @@ def quant_moe(
         if "perm" in leaves:
             raise SpecError(f"{name}: experts with reordered features (perm) are not supported")
     sizes = (spec13.out_features, spec13.in_features), (spec2.out_features, spec2.in_features)
-    x = jnp.asarray(x)
+    x, ids, weights, shared = _read(x, ids, weights, shared)
     _check_call(x, ids, weights, sizes, options, shared)
     check_backend(backend, x.dtype)
     call = _Call(spec13, spec2, experts, options, backend)
@@ -121,14 +122,12 @@ def float_moe(
     Other arguments, result and errors are those of `quant_moe`.
     """
     options = _Options(activation, gated, interleaved, weigh)
-    x = jnp.asarray(x)
-    for name, w in (("w13", w13), ("w2", w2)):
-        if w.ndim != 3 or w.shape[0] != w13.shape[0]:
-            raise SpecError(f"{name} must be [E, N, K], got {list(w.shape)}")
+    x, ids, weights, shared = _read(x, ids, weights, shared)
+    stacks = _read_stack("13", w13, b13), _read_stack("2", w2, b2)
+    w13, w2 = (stack["weight"] for stack in stacks)
+    if w13.shape[0] != w2.shape[0]:
+        raise SpecError(f"w13 has {w13.shape[0]} experts, w2 {w2.shape[0]}")
     _check_call(x, ids, weights, (w13.shape[1:], w2.shape[1:]), options, shared)
-    stacks = tuple(
-        {"weight": w} if b is None else {"weight": w, "bias": b} for w, b in ((w13, b13), (w2, b2))
-    )
 
     def run(x, ids, weights, offset, stacks):
         return moe_xla.add_experts(
@@ -182,10 +181,31 @@ def _count_experts(w13: Any) -> int:
     return packed.shape[0]
 
 
+def _read(x, ids, weights, shared) -> tuple[Any, ...]:
+    """As arrays; there may be no `shared`."""
+    named = {"x": x, "ids": ids, "weights": weights}
+    arrays = [read_array(name, array) for name, array in named.items()]
+    return *arrays, None if shared is None else read_array("shared", shared)
+
+
+def _read_stack(number: str, w, b) -> dict[str, jax.Array]:
+    """Float experts and their biases."""
+    w = read_array(f"w{number}", w)
+    if w.ndim != 3 or not w.shape[0] or not jnp.issubdtype(w.dtype, jnp.floating):
+        raise SpecError(f"w{number} must be float [E, N, K], got {w.dtype} {list(w.shape)}")
+    if b is None:
+        return {"weight": w}
+    b = read_array(f"b{number}", b)
+    if b.shape != w.shape[:2] or not jnp.issubdtype(b.dtype, jnp.floating):
+        wanted = list(w.shape[:2])
+        raise SpecError(f"b{number} must be float {wanted}, got {b.dtype} {list(b.shape)}")
+    return {"weight": w, "bias": b}
+
+
 def _check_call(x, ids, weights, sizes, options: _Options, shared) -> None:
     """Raise a SpecError that lists what does not fit together."""
-    check_activation(x.dtype)
-    check_activation_name(options.activation, options.gated)
+    read_dtype("x", x.dtype)
+    check_activation(options.activation, options.gated)
     (n13, k13), (n2, k2) = sizes
     wanted = k2 * (2 if options.gated else 1)
     faults = []

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from pallas_kernels.arguments import read_array, read_dtype
 from pallas_kernels.errors import SpecError
 from pallas_kernels.layout import tiles_from_codes
 from pallas_kernels.spec import TILE_N, QuantSpec
-from pallas_kernels.weights import SCALE_DTYPES
 
 
 def quantize(w: jax.Array, spec: QuantSpec, *, scale_dtype=jnp.bfloat16) -> dict[str, jax.Array]:
@@ -41,7 +41,7 @@ def quantize(w: jax.Array, spec: QuantSpec, *, scale_dtype=jnp.bfloat16) -> dict
       SpecError: if w's shape or dtype does not fit the spec, w is not finite or traced, or
         `scale_dtype` is not one of the three.
     """
-    w = jnp.asarray(w)
+    w = read_array("w", w)
     if w.ndim == 3 and w.shape[0]:
         each = [quantize(one, spec, scale_dtype=scale_dtype) for one in w]
         return jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)
@@ -52,10 +52,7 @@ def quantize(w: jax.Array, spec: QuantSpec, *, scale_dtype=jnp.bfloat16) -> dict
             f"w must be floats [{spec.out_features}, {spec.in_features}], "
             f"got {w.dtype} {list(w.shape)}"
         )
-    if jnp.dtype(scale_dtype).name not in SCALE_DTYPES:
-        raise SpecError(
-            f"scale_dtype must be one of {SCALE_DTYPES}, got {jnp.dtype(scale_dtype).name}"
-        )
+    scale_dtype = read_dtype("scale_dtype", scale_dtype)
     least, most, finite = _find_ranges(w, spec)
     try:
         valid = bool(finite)
@@ -65,11 +62,9 @@ def quantize(w: jax.Array, spec: QuantSpec, *, scale_dtype=jnp.bfloat16) -> dict
             "call it outside jax.jit, jax.vmap and jax.eval_shape"
         ) from None
     ranges = np.asarray(least), np.asarray(most)
-    scale, zero_point = _choose_parameters(*ranges, spec, jnp.dtype(scale_dtype))
+    scale, zero_point = _choose_parameters(*ranges, spec, scale_dtype)
     if not (valid and np.isfinite(scale).all()):
-        raise SpecError(
-            f"w holds NaN or infinity, or a group's range overflows {jnp.dtype(scale_dtype).name}"
-        )
+        raise SpecError(f"w holds NaN or infinity, or a group's range overflows {scale_dtype.name}")
     return _round(w, scale, zero_point, spec)
 
 

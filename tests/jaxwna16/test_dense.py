@@ -195,16 +195,24 @@ def test_the_weights_of_a_layer_are_its_leaf_dict():
 
 @pytest.mark.parametrize("cls", [QuantDense, jaxwna16.linen.QuantDense])
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("options", "error", "message"),
     [
-        ({"prefer": "space"}, r"prefer must be one of \('speed', 'memory'\), got 'space'"),
-        ({"backend": "cuda"}, "backend must be None or one of .* got 'cuda'"),
-        ({"backend": "triton", "dtype": jnp.float32}, "x is float32"),
+        (
+            {"prefer": "space"},
+            BackendError,
+            r"prefer must be one of \('speed', 'memory'\), got 'space'",
+        ),
+        ({"backend": "cuda"}, BackendError, "backend must be None or one of .* got 'cuda'"),
+        ({"backend": "triton", "dtype": jnp.float32}, BackendError, "x is float32"),
+        ({"dtype": jnp.float64}, SpecError, "dtype must be .* got float64"),
+        ({"dtype": "f15"}, SpecError, "dtype must be float32, bfloat16 or float16, got 'f15'"),
+        ({"scale_dtype": None}, SpecError, "scale_dtype must be .* got None"),
+        ({"bias_dtype": jnp.int32}, SpecError, "bias_dtype must be .* got int32"),
     ],
 )
-def test_impossible_options_are_refused_at_construction(cls, options, message):
+def test_impossible_options_are_refused_at_construction(cls, options, error, message):
     spec, _ = make_layer()
-    with pytest.raises(BackendError, match=message):
+    with pytest.raises(error, match=message):
         cls(spec, **options)
     with pytest.raises(SpecError, match="QuantDense takes a QuantSpec, got dict"):
         cls({"bits": 4})

@@ -276,6 +276,9 @@ def test_weights_that_contradict_the_specs_are_named(change, message):
         ({"gated": False, "interleaved": True}, SpecError, "interleaved is for gated experts"),
         ({"gated": False, "activation": "swigluoai"}, SpecError, "is for gated experts"),
         ({"spec2": {"bits": 4}}, SpecError, "spec2 must be a QuantSpec, got dict"),
+        ({"dtype": jnp.int32}, SpecError, "dtype must be .* got int32"),
+        ({"scale_dtype": jnp.int32}, SpecError, "scale_dtype must be .* got int32"),
+        ({"bias_dtype": jnp.float64}, SpecError, "bias_dtype must be .* got float64"),
         ({"backend": "cuda"}, BackendError, "backend must be None or one of .* got 'cuda'"),
         ({"backend": "triton", "dtype": jnp.float32}, BackendError, "x is float32"),
     ],
@@ -309,6 +312,17 @@ def test_arguments_that_do_not_fit_are_named(kind, changed, message):
     given = {"x": (3, H), "router_logits": (3, 4)} | changed
     with pytest.raises(SpecError, match=message):
         call(**{name: make_input(*shape) for name, shape in given.items()})
+
+
+def test_whatever_becomes_an_array_is_one():
+    experts = make_experts(4)
+    layer, given = experts.make_nnx(), [make_input(3, H), make_input(3, 4)]
+    shared = {"shared": make_input(3, H), "shared_gate": make_input(3, 1)}
+    lists = {name: array.tolist() for name, array in shared.items()}
+    found = layer(*(array.tolist() for array in given), **lists)
+    np.testing.assert_array_equal(found, layer(*given, **shared))
+    with pytest.raises(SpecError, match="router_logits must be an array, got NoneType"):
+        layer(given[0], None)
 
 
 def test_integers_are_no_input():

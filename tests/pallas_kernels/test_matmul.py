@@ -291,6 +291,7 @@ def test_stacked_rows_share_one_expanded_weight():
         (np.ones((2, 96), jnp.float8_e4m3fn), "got float8_e4m3fn"),
         (np.ones((2, 95), np.float32), r"x must be \[..., 96\], got \[2, 95\]"),
         (np.float32(1), r"x must be \[..., 96\], got \[\]"),
+        (None, "x must be an array, got NoneType"),
     ],
 )
 def test_x_that_does_not_fit_is_refused(x, message):
@@ -345,8 +346,16 @@ def test_explain_names_the_backend_and_gives_a_reason(platform, dtype, backend, 
         (BackendError, "gpu", jnp.bfloat16, None, "platform must be None or one of .* got 'gpu'"),
         (BackendError, "cuda", jnp.bfloat16, "cutlass", "got 'cutlass'"),
         (SpecError, "cuda", jnp.int8, None, "got int8"),
+        (SpecError, "cuda", "foo", None, "x must be float32, bfloat16 or float16, got 'foo'"),
     ],
 )
 def test_explain_refuses_what_cannot_run(error, platform, dtype, backend, message):
     with pytest.raises(error, match=message):
         explain(make_weights()[0], dtype, platform=platform, backend=backend)
+
+
+def test_what_is_explained_is_a_spec_and_scales_are_floats():
+    with pytest.raises(SpecError, match="spec must be a QuantSpec, got NoneType"):
+        explain(None, "bfloat16", platform="cuda", tokens=4)
+    with pytest.raises(SpecError, match=r"scale_dtype must be .* got int8"):
+        explain(make_weights()[0], "bfloat16", tokens=4, scale_dtype="int8")

@@ -279,3 +279,24 @@ def test_what_does_not_fit_together_is_said_in_one_error():
         quant_moe(x, ids, weights, perm, w2, *experts.specs)
     with pytest.raises(SpecError, match="shared must be"):
         quant_moe(x, ids, weights, *experts.arguments, shared=x[:2])
+    with pytest.raises(SpecError, match="x must be an array, got NoneType"):
+        quant_moe(None, ids, weights, *experts.arguments)
+    found = quant_moe(x, ids.tolist(), weights.tolist(), *experts.arguments)
+    np.testing.assert_array_equal(found, quant_moe(x, ids, weights, *experts.arguments))
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"b13": (3, 128)}, r"b13 must be float \[4, 128\], got float32 \[3, 128\]"),
+        ({"b13": (4, 1)}, r"b13 must be float \[4, 128\], got float32 \[4, 1\]"),
+        ({"b2": (4, 128)}, r"b2 must be float \[4, 64\], got float32 \[4, 128\]"),
+        ({"w13": (0, 128, 64)}, r"w13 must be float \[E, N, K\], got float32 \[0, 128, 64\]"),
+        ({"w2": (3, 64, 64)}, "w13 has 4 experts, w2 3"),
+    ],
+)
+def test_float_experts_and_biases_that_do_not_fit_are_named(changed, message):
+    shapes = {"w13": (4, 128, 64), "w2": (4, 64, 64)} | changed
+    given = {name: np.ones(shape, np.float32) for name, shape in shapes.items()}
+    with pytest.raises(SpecError, match=message):
+        float_moe(make_x((3, 64)), *draw_choices(3, 4, 2), **given)

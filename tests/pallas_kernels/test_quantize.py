@@ -147,8 +147,9 @@ def test_padding_is_zero():
             jnp.float32,
             r"must be floats \[3, 64\], got float32 \[64, 3\]",
         ),
-        (np.ones((3, 64), np.float32), jnp.int8, "scale_dtype must be one of .*got int8"),
+        (np.ones((3, 64), np.float32), jnp.int8, "scale_dtype must be .* got int8"),
         (np.ones((3, 64), np.float32), jnp.float8_e4m3fn, "got float8_e4m3fn"),
+        (np.ones((3, 64), np.float32), "foo", "scale_dtype must be .* got 'foo'"),
     ],
 )
 def test_weight_that_cannot_be_quantized_is_refused(weight, scale_dtype, message):

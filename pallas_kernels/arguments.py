@@ -1,0 +1,40 @@
+"""What callers give, as an array or a dtype, or an error that names the argument."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.errors import SpecError
+from pallas_kernels.weights import SCALE_DTYPES
+
+
+def read_array(name: str, value: Any) -> jax.Array:
+    """The array that `value` is or can become.
+
+    Raises:
+      SpecError: naming the argument, if there is none.
+    """
+    try:
+        return jnp.asarray(value)
+    except (TypeError, ValueError) as error:
+        raise SpecError(f"{name} must be an array, got {type(value).__name__}") from error
+
+
+def read_dtype(name: str, value: Any) -> np.dtype:
+    """The dtype that `value` spells.
+
+    Raises:
+      SpecError: naming the argument, unless it is float32, bfloat16 or float16.
+    """
+    try:
+        dtype = None if value is None else jnp.dtype(value)
+    except TypeError:
+        dtype = None
+    if dtype is None or dtype.name not in SCALE_DTYPES:
+        found = repr(value) if dtype is None else dtype.name
+        raise SpecError(f"{name} must be float32, bfloat16 or float16, got {found}")
+    return dtype
