@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from jaxwna16.errors import InputError
-
-_FLOATS = ("float32", "bfloat16", "float16")
+from pallas_kernels import arguments
+from pallas_kernels.errors import SpecError
 
 
 def read_dtype(dtype: Any) -> np.dtype | None:
@@ -18,12 +17,7 @@ def read_dtype(dtype: Any) -> np.dtype | None:
     Raises:
       InputError: if it is another: wider ones would be cut to float32, integers need a scale.
     """
-    if dtype is None:
-        return None
     try:
-        found = jnp.dtype(dtype)
-    except TypeError:
-        found = None
-    if found is None or found.name not in _FLOATS:
-        raise InputError(f"dtype: expected one of {', '.join(_FLOATS)}, got {dtype!r}")
-    return found
+        return None if dtype is None else arguments.read_dtype("dtype", dtype)
+    except SpecError as error:
+        raise InputError(str(error)) from None

@@ -247,8 +247,8 @@ def test_what_cannot_be_quantized_is_refused(tmp_path):
         ({"ignore": ["re:("]}, "'re:.' is not a regular expression"),
         ({"bits": 3}, "bits must be one of"),
         ({"group_size": 0}, "group_size"),
-        ({"dtype": "float64"}, "dtype: expected one of float32, bfloat16, float16, got 'float64'"),
-        ({"dtype": "nonsense"}, "dtype: expected one of"),
+        ({"dtype": "float64"}, "dtype must be float32, bfloat16 or float16, got float64"),
+        ({"dtype": "nonsense"}, "dtype must be float32, bfloat16 or float16, got .nonsense"),
     ],
 )
 def test_arguments_that_cannot_be_followed_are_refused(tmp_path, options, reason):
