@@ -42,7 +42,7 @@ fuzz: $(VENV)/.test
 	  $(if $(MUTANTS),--mutants $(MUTANTS))
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) .cache/programs
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

@@ -4,12 +4,15 @@ Cases marked `thorough` run with `--thorough` only (`make thorough`): the rest o
 """
 
 import os
+from pathlib import Path
 
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# the command line would keep compiled programs in the user's own folder
-os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
+# what several tests compile is compiled once, and not kept in the user's own folder
+os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path(__file__).parents[1] / ".cache" / "programs")
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 import jax
 

@@ -89,13 +89,13 @@ def test_the_text_ends_before_a_stop_string(call, packed_folder, expected):
 
 
 def test_compiled_programs_are_kept_in_the_users_cache(packed_folder, tmp_path):
-    """In a process of its own: JAX looks once where, and tests have it turned off."""
+    """In a process of its own: JAX looks once where, and the tests' own folder would be chosen."""
     environ = {
         **os.environ,
         "XDG_CACHE_HOME": str(tmp_path),
-        "JAX_ENABLE_COMPILATION_CACHE": "true",
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
+    del environ["JAX_COMPILATION_CACHE_DIR"]
     argv = "--prompt Hi --max-new-tokens 2 --json".split()
     subprocess.run(
         [sys.executable, "-m", "jaxwna16", "generate", packed_folder, *argv],
