@@ -1,25 +1,54 @@
-# Two commands: `make demo` and `make test`. Both make what they need in .venv.
-# PYTHON names the interpreter (3.11 or newer): make test PYTHON=python3.12
+# Two commands: `make demo` and `make test`. Both make what they need in .venv, with the exact versions of
+# locks/. PYTHON names another interpreter (3.11 or newer), whose environment is .venv-VERSION: make test PYTHON=python3.12
 PYTHON ?= python3
-VENV := .venv
+VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+VENV := .venv$(if $(filter-out file,$(origin PYTHON)),-$(VERSION))
 BIN := $(VENV)/bin
+LOCK := $(wildcard locks/python$(VERSION).txt)
+LOCKED := 3.11 3.12 3.13 3.14
+# torch is asked for by itself, and first, so that nothing else chooses a larger build of it
+TORCH := torch==2.13.0
+PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile
 
-.PHONY: demo test thorough lint clean bench gpu gpu-check fuzz
+# pip holds itself to these, also where it builds a package; newer ones have a name of its own for that
+ifneq ($(LOCK),)
+export PIP_CONSTRAINT := $(abspath $(LOCK))
+export PIP_BUILD_CONSTRAINT := $(PIP_CONSTRAINT)
+endif
+
+.PHONY: demo test test-without-torch test-newest thorough lint lock clean bench gpu gpu-check fuzz
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
+	$(PYTEST) $(ARGS)
 
 # All cases of the large grids, of which `make test` runs a part
 thorough: $(VENV)/.test
-	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile --thorough
+	$(PYTEST) --thorough $(ARGS)
+
+# The tests that need neither PyTorch nor what comes with it: make test-without-torch PYTHON=python3.13
+test-without-torch: $(VENV)/.test-without-torch
+	$(PYTEST) --without-torch $(ARGS)
+
+# The same tests as `make test`, with the newest releases that pyproject.toml allows
+test-newest:
+	env -u PIP_CONSTRAINT -u PIP_BUILD_CONSTRAINT $(MAKE) test VENV=.venv-newest-$(VERSION) LOCK=
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+
+# What the environments consist of, one file for each minor version of Python: the newest that fit together
+lock: .venv-lock/bin/uv
+	mkdir -p locks
+	for version in $(LOCKED); do \
+	  printf '%s\n' '$(TORCH)' hatchling editables setuptools wheel | \
+	  .venv-lock/bin/uv pip compile --quiet --upgrade --universal --python-version $$version --no-header --no-annotate \
+	    --extra test --extra oracle --extra lint --extra gpu-check -o locks/python$$version.txt pyproject.toml - || exit; \
+	done
 
 # CPU benchmarks against transformers; results go to benchmarks/results
 bench: $(VENV)/.test
@@ -42,28 +71,36 @@ fuzz: $(VENV)/.test
 	  $(if $(MUTANTS),--mutants $(MUTANTS))
 
 clean:
-	rm -rf $(VENV) .cache/programs
+	rm -rf .venv .venv-* .cache/programs
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "jaxwna16 needs Python 3.11 or newer: make PYTHON=python3.12 ..."; exit 1; }
+	@$(if $(LOCK),,echo "No lock for Python $(VERSION), or none wanted: the newest releases are installed")
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.demo: pyproject.toml | $(BIN)/python
+.venv-lock/bin/uv:
+	$(PYTHON) -m venv .venv-lock
+	.venv-lock/bin/pip install -q uv
+
+$(VENV)/.demo: pyproject.toml $(LOCK) | $(BIN)/python
 	$(BIN)/pip install -q -e '.[demo]'
 	touch $@
 
-# torch goes first, so that nothing else chooses a larger build of it. Most of what comes is never imported, so it is
-# not compiled. gpu-check holds the CUDA compiler, which shows a kernel's machine code on a machine without a GPU; jax
-# must not find it otherwise.
-$(VENV)/.test: pyproject.toml | $(BIN)/python
-	$(BIN)/pip install -q --no-compile 'torch==2.13.0'
+# Most of what comes is never imported, so it is not compiled. gpu-check holds the CUDA compiler, which shows a kernel's
+# machine code on a machine without a GPU; jax must not find it otherwise.
+$(VENV)/.test-without-torch: pyproject.toml $(LOCK) | $(BIN)/python
 	$(BIN)/pip install -q --no-compile -e '.[test]'
 	$(BIN)/pip install -q --no-deps --upgrade --target $(VENV)/gpu-check \
 	  $$($(BIN)/python -c 'import jax; print(*(f"jax-cuda13-{p}=={jax.__version__}" for p in ("plugin", "pjrt")))') \
 	  nvidia-cuda-nvcc nvidia-nvvm nvidia-cuda-nvdisasm
 	touch $@
 
-$(VENV)/.lint: pyproject.toml $(VENV)/.test
+$(VENV)/.test: $(VENV)/.test-without-torch
+	$(BIN)/pip install -q --no-compile '$(TORCH)'
+	$(BIN)/pip install -q --no-compile -e '.[oracle]'
+	touch $@
+
+$(VENV)/.lint: $(VENV)/.test
 	$(BIN)/pip install -q -e '.[lint]'
 	touch $@

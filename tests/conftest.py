@@ -1,9 +1,12 @@
 """Every test runs under JAX's strict rules: nothing is promoted, neither in dtype nor in rank.
 
-Cases marked `thorough` run with `--thorough` only (`make thorough`): the rest of large grids.
+Cases marked `thorough` run with `--thorough` only (`make thorough`): the rest of large grids. With
+`--without-torch`, tests that need PyTorch or what comes with it are left out, where those are not
+installed; otherwise they fail.
 """
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,10 +22,20 @@ import jax
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
+pytest_plugins = ["tests.memory"]
+
+ORACLES = ("accelerate", "compressed_tensors", "torch", "transformers")
+"""What the extra `oracle` brings."""
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--thorough", action="store_true", help="every case of every grid, not a part of each"
+    )
+    parser.addoption(
+        "--without-torch",
+        action="store_true",
+        help=f"leave out tests that need {', '.join(ORACLES)}, where these are not installed",
     )
 
 
@@ -33,3 +46,33 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         config.hook.pytest_deselected(items=left_out)
     # The files of real models take longest: begun last, they would keep one worker busy alone.
     items.sort(key=lambda item: len(item.path.parts))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(
+    collector: pytest.Collector,
+) -> Iterator[None]:
+    """Files that cannot be imported without an oracle are skipped."""
+    report = yield
+    error = report.call.excinfo and report.call.excinfo.value
+    return _skip(report, error, collector)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> Iterator[None]:
+    """So are tests that import one themselves."""
+    report = yield
+    return _skip(report, call.excinfo and call.excinfo.value, item)
+
+
+def _skip(report, error: BaseException | None, node: pytest.Collector | pytest.Item):
+    """The report of a failure turned into that of a skip where an oracle is missing."""
+    missing = next((e.name for e in (error, error and error.__cause__) if _is_oracle(e)), None)
+    if report.failed and missing and node.config.getoption("--without-torch"):
+        report.outcome = "skipped"
+        report.longrepr = (str(node.path), 0, f"Skipped: needs {missing}")
+    return report
+
+
+def _is_oracle(error: BaseException | None) -> bool:
+    return isinstance(error, ModuleNotFoundError) and error.name in ORACLES
