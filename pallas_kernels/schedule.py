@@ -63,10 +63,13 @@ PREFILL = "prefill"
 Schedule = Tiles | str
 
 
-def find_faults(tiles: Tiles, spec: QuantSpec, device: Device | None = None) -> list[str]:
+def find_faults(
+    tiles: Tiles, spec: QuantSpec, device: Device | None = None, scale_dtype: Any = jnp.float32
+) -> list[str]:
     """Everything that keeps the fused kernel from running `tiles` on weights of `spec`.
 
-    With a device, also whether they fit into its shared memory.
+    With a device, also whether they fit into its shared memory; the default dtype of the scales is
+    the one that takes most of it.
     """
     faults = []
     for name, allowed in (
@@ -84,7 +87,7 @@ def find_faults(tiles: Tiles, spec: QuantSpec, device: Device | None = None) -> 
     if not _is_count(tiles.splits):
         faults.append(f"splits must be a positive integer, got {tiles.splits!r}")
     if device is not None and not faults:
-        needed = measure_shared_memory(tiles, spec)
+        needed = measure_shared_memory(tiles, spec, scale_dtype)
         if needed > device.shared_memory:
             faults.append(
                 f"{needed} bytes of shared memory are needed, {device.kind} has "
@@ -207,9 +210,14 @@ def fit(tiles: Tiles, spec: QuantSpec, x_dtype, scale_dtype, device: Device) -> 
             tiles = dataclasses.replace(tiles, scale_on="weight")
         elif tiles.block_m == 64:
             tiles = dataclasses.replace(tiles, warps=8)
-    while measure_shared_memory(tiles, spec) > device.shared_memory and tiles.stages > 1:
+    while not fits(tiles, spec, scale_dtype, device) and tiles.stages > 1:
         tiles = dataclasses.replace(tiles, stages=tiles.stages - 1)
     return tiles
+
+
+def fits(tiles: Tiles, spec: QuantSpec, scale_dtype, device: Device) -> bool:
+    """Whether the shared memory of `device` holds a program of `tiles`."""
+    return measure_shared_memory(tiles, spec, scale_dtype) <= device.shared_memory
 
 
 def _has_many_sums(spec: QuantSpec, tiles: Tiles, device: Device) -> bool:
@@ -223,15 +231,19 @@ def round_up_tokens(tokens: int) -> int:
     return max(8, 1 << (tokens - 1).bit_length())
 
 
-def measure_shared_memory(tiles: Tiles, spec: QuantSpec) -> int:
+def measure_shared_memory(tiles: Tiles, spec: QuantSpec, scale_dtype) -> int:
     """Bytes of shared memory one program takes at most, as the compiler was seen to lay it out.
 
     The words of a step wait in `stages` - 1 buffers and x in `stages`, since the tensor cores of
-    sm_90 read x in place; a kilobyte is for scales on their way.
+    sm_90 read x in place; a kilobyte is for scales on their way. Where a slab may meet two groups,
+    each weight has a scale and a zero point of its own, which wait beside the words.
     """
-    words = tiles.block_n * tiles.block_k * spec.bits // 8
+    weights = tiles.block_n * tiles.block_k
+    waiting = weights * spec.bits // 8
+    if spec.is_mixed:
+        waiting += weights * (jnp.dtype(scale_dtype).itemsize + (not spec.symmetric))
     x = tiles.block_m * tiles.block_k * 2
-    return (tiles.stages - 1) * words + tiles.stages * x + 1024
+    return (tiles.stages - 1) * waiting + tiles.stages * x + 1024
 
 
 def _choose_decode(spec: QuantSpec, block_m: int, device: Device, *, wide: bool) -> Tiles:
@@ -295,7 +307,7 @@ def list_candidates(
     fitting = [
         other
         for other in others
-        if other == PREFILL or measure_shared_memory(other, spec) <= device.shared_memory
+        if not isinstance(other, Tiles) or fits(other, spec, scale_dtype, device)
     ]
     return list(dict.fromkeys([rule, *fitting]))
 

@@ -139,7 +139,7 @@ def compile(fn: Callable, *specs: Any, arch: str = "sm_90a") -> list[Kernel]:
         jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=abstract)),
     ):
         lowered = jax.jit(fn).trace(*placed).lower(lowering_platforms=("cuda",))
-        lowered.compile(compiler_options={"xla_dump_to": folder, "xla_dump_emitter_re": ".*"})
+        lowered.compile(compiler_options={"xla_dump_to": folder, "xla_dump_emitter_re": "triton-to-llvm"})
         # XLA writes one file per kernel, and some that are empty or hold constants alone
         sources = [p for p in sorted(Path(folder).glob("*.ptx")) if ".entry" in p.read_text()]
         return [_assemble(ptx, arch) for ptx in sources]
