@@ -155,9 +155,7 @@ def list_moe_candidates(
     seconds = _vary(best.second, specs[1], specs[1].tiles_n * TILE_N, rule.split_second)
     found += [dataclasses.replace(best, first=first) for first in firsts]
     found += [dataclasses.replace(best, second=second) for second in seconds]
-    fitting = [
-        tiles for tiles in found if not find_moe_faults(tiles, specs, device, scale_dtypes)
-    ]
+    fitting = [tiles for tiles in found if not find_moe_faults(tiles, specs, device, scale_dtypes)]
     return list(dict.fromkeys(fitting))
 
 
