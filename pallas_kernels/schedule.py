@@ -210,9 +210,12 @@ def fit(tiles: Tiles, spec: QuantSpec, x_dtype, scale_dtype, device: Device) -> 
             tiles = dataclasses.replace(tiles, scale_on="weight")
         elif tiles.block_m == 64:
             tiles = dataclasses.replace(tiles, warps=8)
-    while not fits(tiles, spec, scale_dtype, device) and tiles.stages > 1:
-        tiles = dataclasses.replace(tiles, stages=tiles.stages - 1)
-    return tiles
+    smaller = [
+        *(dataclasses.replace(tiles, stages=stages) for stages in range(tiles.stages, 1, -1)),
+        dataclasses.replace(tiles, stages=2, block_n=TILE_N, warps=2),
+        dataclasses.replace(tiles, stages=1),
+    ]
+    return next((t for t in smaller if fits(t, spec, scale_dtype, device)), smaller[-1])
 
 
 def fits(tiles: Tiles, spec: QuantSpec, scale_dtype, device: Device) -> bool:
@@ -252,7 +255,7 @@ def _choose_decode(spec: QuantSpec, block_m: int, device: Device, *, wide: bool)
     least = 64 if spec.bits == 4 or device.is_blackwell else 32
     few = spec.groups == 1 or spec.group_size >= least
     small = block_m <= 16 or (spec.bits == 8 and (block_m <= 32 or device.is_hopper))
-    pair = spec.tiles_k % 2 == 0 and few and small
+    pair = spec.tiles_k % 2 == 0 and few and small and not spec.is_mixed
     # Wide where x weighs: each program reads all of its K again.
     large = device.is_hopper and spec.bits == 4 and block_m in (16, 32) and spec.tiles_n >= 64
     wide = wide and large

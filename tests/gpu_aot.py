@@ -119,10 +119,11 @@ class Kernel:
         )
 
 
-def compile(fn: Callable, *specs: Any, arch: str = "sm_90a") -> list[Kernel]:
+def compile(fn: Callable, *specs: Any, arch: str = "sm_90a", only: str = "") -> list[Kernel]:
     """Compile `jax.jit(fn)` for `arch`, a key of `TARGETS`, and report each of its kernels.
 
-    `specs` are trees of `jax.ShapeDtypeStruct`, the arguments of `fn`.
+    `specs` are trees of `jax.ShapeDtypeStruct`, the arguments of `fn`; kernels whose names lack
+    the text `only` are left out.
 
     Raises:
       FileNotFoundError: if one of NVIDIA's tools is not installed.
@@ -139,9 +140,12 @@ def compile(fn: Callable, *specs: Any, arch: str = "sm_90a") -> list[Kernel]:
         jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=abstract)),
     ):
         lowered = jax.jit(fn).trace(*placed).lower(lowering_platforms=("cuda",))
-        lowered.compile(compiler_options={"xla_dump_to": folder, "xla_dump_emitter_re": "triton-to-llvm"})
+        lowered.compile(
+            compiler_options={"xla_dump_to": folder, "xla_dump_emitter_re": "triton-to-llvm"}
+        )
         # XLA writes one file per kernel, and some that are empty or hold constants alone
-        sources = [p for p in sorted(Path(folder).glob("*.ptx")) if ".entry" in p.read_text()]
+        entry = re.compile(rf"\.entry\s+\w*{only}")
+        sources = [p for p in sorted(Path(folder).glob("*.ptx")) if entry.search(p.read_text())]
         return [_assemble(ptx, arch) for ptx in sources]
 
 
@@ -178,7 +182,7 @@ device_description_str: "{t.device_kind}"
 def _assemble(ptx: Path, arch: str) -> Kernel:
     cubin = ptx.with_suffix(".cubin")
     log = _run_tool("ptxas", "-v", f"-arch={arch}", ptx, "-o", cubin)
-    sass = _run_tool("nvdisasm", "-c", cubin)
+    sass = _run_tool("nvdisasm", "-c", "-ndf", cubin)
     name = _find(r"\.entry\s+(\S+?)\s*\(", ptx.read_text())
     opcodes, loop = _read_opcodes(sass)
     return Kernel(
@@ -221,6 +225,11 @@ def _read_opcodes(sass: str) -> tuple[list[str], list[str]]:
         if end - start > 8 and end + 1 - start > len(loop):
             loop = opcodes[start : end + 1]
     return opcodes, loop
+
+
+def read_assembler_version() -> str:
+    """The version of ptxas that makes the machine code: "13.5.37"."""
+    return _find(r", V([0-9.]+)", _run_tool("ptxas", "--version"))
 
 
 def _run_tool(name: str, *arguments: str | Path) -> str:
