@@ -25,11 +25,12 @@ import jax.numpy as jnp
 
 from pallas_kernels.device import Device
 from pallas_kernels.errors import BackendError
-from pallas_kernels.spec import TILE_N, QuantSpec
+from pallas_kernels.spec import SLAB_K, TILE_N, QuantSpec
 
 PREFER = ("speed", "memory")
 _DECODE_TOKENS = 64
 _PREFILL_TOKENS = 1024
+_TENSOR_COLUMNS = 512
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -259,11 +260,14 @@ def _choose_decode(spec: QuantSpec, block_m: int, device: Device, *, wide: bool)
     # Wide where x weighs: each program reads all of its K again.
     large = device.is_hopper and spec.bits == 4 and block_m in (16, 32) and spec.tiles_n >= 64
     wide = wide and large
+    # With a stage more the assembler was seen to keep in registers what it else spills.
+    deep = device.is_hopper and spec.bits == 4 and block_m == 8 and pair
     return Tiles(
         block_m=block_m,
         block_n=256 if wide else 128,
         block_k=spec.tile_k * (2 if pair else 1),
         warps=8 if wide else 2 if spec.bits == 8 and block_m == 8 else 4,
+        stages=4 if deep else 3,
     )
 
 
@@ -278,13 +282,26 @@ def count_columns(spec: QuantSpec, tiles: Tiles) -> int:
 
 
 def _choose_splits(spec: QuantSpec, tiles: Tiles, device: Device, copies: int = 1) -> int:
-    """Enough programs for two on each core, while each has two steps and its sums are few."""
-    wanted = -(-2 * device.cores // (copies * count_columns(spec, tiles)))
+    """Enough programs to fill each core, while each has two steps and its sums are few."""
+    programs = count_programs(tiles, spec, device) * device.cores
+    wanted = -(-programs // (copies * count_columns(spec, tiles)))
     # A feature's sums are written and read, 8 bytes a token and split (mostly in the L2 cache), and
     # should be no more than its weight, K bits / 8.
     affordable = spec.in_features * spec.bits // (8 * 8 * tiles.block_m)
     splits = max(1, min(wanted, affordable, _count_steps(spec, tiles) // 2))
     return _even_out(spec, tiles, splits)
+
+
+def count_programs(tiles: Tiles, spec: QuantSpec, device: Device) -> int:
+    """How many programs a core gets: two, or one where that one fills the tensor memory.
+
+    As the compiler was seen to lay it out, each slab of a step has columns of its own, for its sums
+    and for half as many weights as there are features, unless sums of groups are kept apart.
+    """
+    is_apart = spec.groups > 1 and not spec.is_mixed and tiles.scale_on == "sum"
+    slabs = 1 if is_apart else tiles.block_k // SLAB_K
+    columns = slabs * (tiles.block_m + SLAB_K // 2)
+    return 1 if device.is_blackwell and 2 * columns > _TENSOR_COLUMNS else 2
 
 
 def _count_steps(spec: QuantSpec, tiles: Tiles) -> int:

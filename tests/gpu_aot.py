@@ -91,6 +91,7 @@ class Kernel:
       registers: per thread.
       spill_bytes: per thread, written to local memory.
       shared_bytes: per block; `shared_limit` is what the target can give to one.
+      tensor_columns: of tensor memory per block; a core of sm_100 has 512.
       opcodes: how often each instruction stands in the whole kernel.
       loop: the same for its longest loop.
       sass: the disassembly.
@@ -101,6 +102,7 @@ class Kernel:
     spill_bytes: int
     shared_bytes: int
     shared_limit: int
+    tensor_columns: int
     opcodes: collections.Counter[str]
     loop: collections.Counter[str]
     sass: str = dataclasses.field(repr=False)
@@ -183,7 +185,9 @@ def _assemble(ptx: Path, arch: str) -> Kernel:
     cubin = ptx.with_suffix(".cubin")
     log = _run_tool("ptxas", "-v", f"-arch={arch}", ptx, "-o", cubin)
     sass = _run_tool("nvdisasm", "-c", "-ndf", cubin)
-    name = _find(r"\.entry\s+(\S+?)\s*\(", ptx.read_text())
+    source = ptx.read_text()
+    name = _find(r"\.entry\s+(\S+?)\s*\(", source)
+    allocated = re.findall(r"tcgen05\.alloc\S*\s+\[[^\]]*\],\s*(\d+)", source)
     opcodes, loop = _read_opcodes(sass)
     return Kernel(
         name=name,
@@ -191,6 +195,7 @@ def _assemble(ptx: Path, arch: str) -> Kernel:
         spill_bytes=int(_find(r"(\d+) bytes spill stores", log)),
         shared_bytes=_read_shared_bytes(ptx.parent, name, log),
         shared_limit=TARGETS[arch].shared_per_block,
+        tensor_columns=sum(map(int, allocated)),
         opcodes=collections.Counter(opcodes),
         loop=collections.Counter(loop),
         sass=sass,

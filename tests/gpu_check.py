@@ -27,7 +27,13 @@ import jax.numpy as jnp
 
 from pallas_kernels import triton
 from pallas_kernels.blocks import Blocks, count_blocks
-from pallas_kernels.schedule import Schedule, Tiles, describe, measure_shared_memory
+from pallas_kernels.schedule import (
+    Schedule,
+    Tiles,
+    count_programs,
+    describe,
+    measure_shared_memory,
+)
 from pallas_kernels.triton.grouped import Epilogue
 from pallas_kernels.weights import make_abstract
 from tests import gpu_aot
@@ -51,6 +57,8 @@ _MAX_SPILL = 16
 """Bytes: the assembler parks a few registers around a loop where that lets one more program run on
 a core (96 or 168 registers). In a loop it may fetch one of them, in hundreds of instructions."""
 
+_TENSOR_COLUMNS = 512
+
 BUDGETS = {(4, 8): 2.5, (4, 16): 2.9, (4, 32): 3.1, (4, 64): 3.4, (4, 128): 3.5, (8, 8): 3.2}
 """Instructions per weight in the whole loop on sm_90a (bfloat16, groups of 128), by bits and tile
 of tokens. At 33 weights a clock and core, which is what an H200's memory can deliver at 4 bits,
@@ -63,6 +71,7 @@ class Finding:
 
     Attributes:
       estimated_bytes: of shared memory that the schedule was thought to take; None without one.
+      programs: how many the schedule was made for on each core.
       per_weight: instructions of the loop, None where no weight is multiplied.
     """
 
@@ -74,6 +83,8 @@ class Finding:
     shared_bytes: int
     shared_limit: int
     estimated_bytes: int | None
+    tensor_columns: int
+    programs: int
     per_weight: float | None
     opcodes: dict[str, int]
 
@@ -89,6 +100,11 @@ class Finding:
             faults.append(f"{self.shared_bytes} of {self.shared_limit} bytes of shared memory")
         if self.estimated_bytes is not None and self.shared_bytes > self.estimated_bytes:
             faults.append(f"{self.shared_bytes} bytes of shared memory, not {self.estimated_bytes}")
+        if self.programs * self.tensor_columns > _TENSOR_COLUMNS:
+            faults.append(
+                f"{self.programs} programs a core with {self.tensor_columns} of "
+                f"{_TENSOR_COLUMNS} columns of tensor memory each"
+            )
         if self.per_weight is None or isinstance(self.case, Grouping):
             return faults
         wanted = "HGMMA" if self.case.arch == "sm_90a" and self.block_m >= 16 else "HMMA"
@@ -105,7 +121,7 @@ class Finding:
 
 def compile_case(case: Case | Grouping) -> Finding:
     """Compile one case and read its kernel."""
-    block_m, estimated, per_weight = 0, None, None
+    block_m, estimated, programs, per_weight = 0, None, 1, None
     if isinstance(case, Grouping):
         schedule, kernels = f"blocks of {case.block} rows", _compile_grouping(case)
     else:
@@ -121,6 +137,7 @@ def compile_case(case: Case | Grouping) -> Finding:
         estimated = measure_shared_memory(whole, case.spec, case.scale_dtype)
         weights = whole.block_n * whole.block_k
         per_weight = kernel.loop.total() * 32 * schedule.warps / weights
+        programs = count_programs(schedule, case.spec, case.device)
     return Finding(
         case,
         schedule if isinstance(case, Grouping) else describe(schedule, case.tokens),
@@ -130,6 +147,8 @@ def compile_case(case: Case | Grouping) -> Finding:
         kernel.shared_bytes,
         kernel.shared_limit,
         estimated,
+        kernel.tensor_columns,
+        programs,
         per_weight,
         dict(kernel.opcodes if per_weight is None else kernel.loop),
     )

@@ -29,6 +29,8 @@ _GOOD = Finding(
     shared_bytes=90_000,
     shared_limit=232_448,
     estimated_bytes=91_000,
+    tensor_columns=0,
+    programs=2,
     per_weight=2.9,
     opcodes={"HGMMA.64x16x16.F32.BF16": 32, "LDGSTS.E.BYPASS.128": 16},
 )
@@ -46,16 +48,22 @@ def check(*options: str) -> list[dict]:
 
 
 @pytest.fixture(scope="module")
-def findings() -> dict[str, list[str]]:
-    """The faults of each core case."""
+def findings() -> dict[str, dict]:
+    """The finding of each core case."""
     kinds = {True: Case, False: Grouping}
-    made = [(kinds["bits" in f["case"]](**f["case"]), f["faults"]) for f in check("--core")]
-    return {str(case): faults for case, faults in made}
+    return {str(kinds["bits" in f["case"]](**f["case"])): f for f in check("--core")}
 
 
 @pytest.mark.parametrize("case", list_core(), ids=str)
 def test_core_cases_have_no_spills_and_stay_within_budget(findings, case):
-    assert findings[str(case)] == []
+    assert findings[str(case)]["faults"] == []
+
+
+@pytest.mark.parametrize(
+    "case", [Case("sm_90a", 8, 4, "bfloat16", 128), Case("sm_90a", 8, 4, "float16", 64)], ids=str
+)
+def test_eight_tokens_exactly_spill_nothing(findings, case):
+    assert findings[str(case)]["spill_bytes"] == 0
 
 
 @pytest.mark.parametrize("number", [2, pytest.param(60, marks=pytest.mark.thorough)])
@@ -84,6 +92,10 @@ def test_good_machine_code_has_no_faults():
             "232449 of 232448 bytes of shared memory",
         ),
         ({"shared_bytes": 91_001}, "91001 bytes of shared memory, not 91000"),
+        (
+            {"tensor_columns": 512},
+            "2 programs a core with 512 of 512 columns of tensor memory each",
+        ),
         ({"per_weight": 2.91}, "2.91 instructions per weight, budget 2.9"),
         ({"opcodes": {"LDGSTS.E.BYPASS.128": 1, "HMMA.16816.F32": 1}}, "no HGMMA in the loop"),
         (
