@@ -63,11 +63,11 @@ def _group_one(local_ref, experts_ref, pairs_ref, *, experts: int, block: int) -
 
     def count(i: jax.Array, counts: jax.Array) -> jax.Array:
         high, low = divide(load(i)[1], lows.size)
-        ones = [
+        is_high, is_low = (
             (digits[:, None] == digit[None, :]).astype(jnp.bfloat16)
             for digits, digit in ((highs, high), (lows, low))
-        ]
-        return counts + plgpu.dot(*ones, trans_b=True)
+        )
+        return counts + plgpu.dot(is_high, is_low, trans_b=True)
 
     chunks = pl.cdiv(total, _CHUNK)
     counts = lax.fori_loop(0, chunks, count, jnp.zeros((highs.size, lows.size), jnp.float32))
