@@ -7,9 +7,9 @@ block is a small product with one weight:
     expert:  0 0 0 0 0 | 0 . . . . | 2 2 2 . . | 5 5 5 5 5 | ...      rows of blocks of 5
              block 0     block 1     block 2     block 3
 
-How many blocks there are depends on the ids; arrays have the size of the worst case. There is no
-sort and no prefix sum: every number is a masked count, and XLA makes a few fusions of it. (A GPU
-has one kernel for it while there are few pairs, `pallas_kernels.triton.grouping`.)
+How many blocks there are depends on the ids; arrays have the size of the worst case. A stable sort
+gives them, in n log n of the pairs. (While there are few, a GPU has one kernel that needs none,
+`pallas_kernels.triton.grouping`.)
 """
 
 from __future__ import annotations
@@ -18,8 +18,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-
-_CHUNK = 256
 
 
 class Blocks(NamedTuple):
@@ -59,39 +57,17 @@ def group_pairs(local: jax.Array, experts: int, block: int) -> Blocks:
       block: rows of a block.
     """
     total = local.shape[0]
-    chunk = min(_CHUNK, total)
-    chunks = -(-total // chunk)
-    keys = jnp.pad(local, (0, chunks * chunk - total), constant_values=experts)
-    keys = keys.reshape(chunks, chunk)
-    places = jnp.arange(experts, dtype=jnp.int32)
-    # how many pairs of the same expert come earlier: in the same chunk, and in those before
-    same = keys[:, :, None] == keys[:, None, :]
-    earlier = _count(same & _is_before(chunk)[None, :, :], axis=2)
-    per_chunk = _count(keys[:, :, None] == places[None, None, :], axis=1)
-    before = _sum(jnp.where(_is_before(chunks)[:, :, None], per_chunk[None, :, :], 0), axis=1)
-    needed = (_sum(per_chunk, axis=0) + (block - 1)) // block
-    first = _sum(jnp.where(_is_before(experts), needed[None, :], 0), axis=1)
-    starts = first[None, :] * block + before
-    row = jnp.take_along_axis(starts, jnp.minimum(keys, experts - 1), axis=1) + earlier
-    most = count_blocks(total, experts, block)
-    numbers = jnp.arange(total, dtype=jnp.int32)
-    row = jnp.where(local < experts, row.reshape(-1)[:total], most * block + numbers)
-    pairs = jnp.full(most * block, total, jnp.int32)
-    pairs = pairs.at[row].set(numbers, mode="drop", unique_indices=True)
-    ends = (first + needed)[None, :]
-    blocks = jnp.arange(most, dtype=jnp.int32)[:, None]
-    return Blocks(_count(ends <= blocks, axis=1), pairs.reshape(most, block))
-
-
-def _is_before(size: int) -> jax.Array:
-    """bool [size, size]: whether the column comes before the row."""
-    places = jnp.arange(size, dtype=jnp.int32)
-    return places[None, :] < places[:, None]
-
-
-def _count(mask: jax.Array, axis: int) -> jax.Array:
-    return jnp.sum(mask, axis=axis, dtype=jnp.int32)
-
-
-def _sum(numbers: jax.Array, axis: int) -> jax.Array:
-    return jnp.sum(numbers, axis=axis, dtype=jnp.int32)
+    order = jnp.argsort(local, stable=True).astype(jnp.int32)
+    counts = jnp.zeros(experts, jnp.int32).at[local].add(1, mode="drop")
+    starts = jnp.cumsum(counts, dtype=jnp.int32) - counts
+    needed = (counts + (block - 1)) // block
+    ends = jnp.cumsum(needed, dtype=jnp.int32)
+    blocks = jnp.arange(count_blocks(total, experts, block), dtype=jnp.int32)
+    numbers = jnp.sum(ends[None, :] <= blocks[:, None], axis=1, dtype=jnp.int32)
+    expert = jnp.minimum(numbers, experts - 1)
+    # how many pairs of its expert stand before each row, if it has a pair
+    rows = jnp.arange(block, dtype=jnp.int32)
+    before = (blocks - (ends - needed)[expert])[:, None] * block + rows[None, :]
+    place = jnp.minimum(starts[expert][:, None] + before, total - 1)
+    is_pair = (numbers < experts)[:, None] & (before < counts[expert][:, None])
+    return Blocks(numbers, jnp.where(is_pair, order[place], total))

@@ -46,7 +46,7 @@ def add_experts(call, rows, offset, stacks, *, interpret: bool) -> jax.Array:
         fused
         and not options.interleaved
         and can_pair_rows(call.spec13, options.gated)
-        and triton.can_pair(call.spec13, tiles.first, device)
+        and triton.can_pair(call.spec13, tiles.first, scale_dtypes[0], device)
     )
     inside = paired or (fused and not options.gated)
     h = triton.multiply_blocks(

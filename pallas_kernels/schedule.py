@@ -25,11 +25,12 @@ import jax.numpy as jnp
 
 from pallas_kernels.device import Device
 from pallas_kernels.errors import BackendError
-from pallas_kernels.spec import TILE_N, QuantSpec
+from pallas_kernels.spec import SLAB_K, TILE_N, QuantSpec
 
 PREFER = ("speed", "memory")
 _DECODE_TOKENS = 64
 _PREFILL_TOKENS = 1024
+_TENSOR_COLUMNS = 512
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,10 +64,13 @@ PREFILL = "prefill"
 Schedule = Tiles | str
 
 
-def find_faults(tiles: Tiles, spec: QuantSpec, device: Device | None = None) -> list[str]:
+def find_faults(
+    tiles: Tiles, spec: QuantSpec, device: Device | None = None, scale_dtype: Any = jnp.float32
+) -> list[str]:
     """Everything that keeps the fused kernel from running `tiles` on weights of `spec`.
 
-    With a device, also whether they fit into its shared memory.
+    With a device, also whether they fit into its shared memory; the default dtype of the scales is
+    the one that takes most of it.
     """
     faults = []
     for name, allowed in (
@@ -84,7 +88,7 @@ def find_faults(tiles: Tiles, spec: QuantSpec, device: Device | None = None) -> 
     if not _is_count(tiles.splits):
         faults.append(f"splits must be a positive integer, got {tiles.splits!r}")
     if device is not None and not faults:
-        needed = measure_shared_memory(tiles, spec)
+        needed = measure_shared_memory(tiles, spec, scale_dtype)
         if needed > device.shared_memory:
             faults.append(
                 f"{needed} bytes of shared memory are needed, {device.kind} has "
@@ -207,9 +211,17 @@ def fit(tiles: Tiles, spec: QuantSpec, x_dtype, scale_dtype, device: Device) -> 
             tiles = dataclasses.replace(tiles, scale_on="weight")
         elif tiles.block_m == 64:
             tiles = dataclasses.replace(tiles, warps=8)
-    while measure_shared_memory(tiles, spec) > device.shared_memory and tiles.stages > 1:
-        tiles = dataclasses.replace(tiles, stages=tiles.stages - 1)
-    return tiles
+    smaller = [
+        *(dataclasses.replace(tiles, stages=stages) for stages in range(tiles.stages, 1, -1)),
+        dataclasses.replace(tiles, stages=2, block_n=TILE_N, warps=2),
+        dataclasses.replace(tiles, stages=1),
+    ]
+    return next((t for t in smaller if fits(t, spec, scale_dtype, device)), smaller[-1])
+
+
+def fits(tiles: Tiles, spec: QuantSpec, scale_dtype, device: Device) -> bool:
+    """Whether the shared memory of `device` holds a program of `tiles`."""
+    return measure_shared_memory(tiles, spec, scale_dtype) <= device.shared_memory
 
 
 def _has_many_sums(spec: QuantSpec, tiles: Tiles, device: Device) -> bool:
@@ -223,15 +235,19 @@ def round_up_tokens(tokens: int) -> int:
     return max(8, 1 << (tokens - 1).bit_length())
 
 
-def measure_shared_memory(tiles: Tiles, spec: QuantSpec) -> int:
+def measure_shared_memory(tiles: Tiles, spec: QuantSpec, scale_dtype) -> int:
     """Bytes of shared memory one program takes at most, as the compiler was seen to lay it out.
 
     The words of a step wait in `stages` - 1 buffers and x in `stages`, since the tensor cores of
-    sm_90 read x in place; a kilobyte is for scales on their way.
+    sm_90 read x in place; a kilobyte is for scales on their way. Where a slab may meet two groups,
+    each weight has a scale and a zero point of its own, which wait beside the words.
     """
-    words = tiles.block_n * tiles.block_k * spec.bits // 8
+    weights = tiles.block_n * tiles.block_k
+    waiting = weights * spec.bits // 8
+    if spec.is_mixed:
+        waiting += weights * (jnp.dtype(scale_dtype).itemsize + (not spec.symmetric))
     x = tiles.block_m * tiles.block_k * 2
-    return (tiles.stages - 1) * words + tiles.stages * x + 1024
+    return (tiles.stages - 1) * waiting + tiles.stages * x + 1024
 
 
 def _choose_decode(spec: QuantSpec, block_m: int, device: Device, *, wide: bool) -> Tiles:
@@ -240,15 +256,18 @@ def _choose_decode(spec: QuantSpec, block_m: int, device: Device, *, wide: bool)
     least = 64 if spec.bits == 4 or device.is_blackwell else 32
     few = spec.groups == 1 or spec.group_size >= least
     small = block_m <= 16 or (spec.bits == 8 and (block_m <= 32 or device.is_hopper))
-    pair = spec.tiles_k % 2 == 0 and few and small
+    pair = spec.tiles_k % 2 == 0 and few and small and not spec.is_mixed
     # Wide where x weighs: each program reads all of its K again.
     large = device.is_hopper and spec.bits == 4 and block_m in (16, 32) and spec.tiles_n >= 64
     wide = wide and large
+    # With a stage more the assembler was seen to keep in registers what it else spills.
+    deep = device.is_hopper and spec.bits == 4 and block_m == 8 and pair
     return Tiles(
         block_m=block_m,
         block_n=256 if wide else 128,
         block_k=spec.tile_k * (2 if pair else 1),
         warps=8 if wide else 2 if spec.bits == 8 and block_m == 8 else 4,
+        stages=4 if deep else 3,
     )
 
 
@@ -263,13 +282,26 @@ def count_columns(spec: QuantSpec, tiles: Tiles) -> int:
 
 
 def _choose_splits(spec: QuantSpec, tiles: Tiles, device: Device, copies: int = 1) -> int:
-    """Enough programs for two on each core, while each has two steps and its sums are few."""
-    wanted = -(-2 * device.cores // (copies * count_columns(spec, tiles)))
+    """Enough programs to fill each core, while each has two steps and its sums are few."""
+    programs = count_programs(tiles, spec, device) * device.cores
+    wanted = -(-programs // (copies * count_columns(spec, tiles)))
     # A feature's sums are written and read, 8 bytes a token and split (mostly in the L2 cache), and
     # should be no more than its weight, K bits / 8.
     affordable = spec.in_features * spec.bits // (8 * 8 * tiles.block_m)
     splits = max(1, min(wanted, affordable, _count_steps(spec, tiles) // 2))
     return _even_out(spec, tiles, splits)
+
+
+def count_programs(tiles: Tiles, spec: QuantSpec, device: Device) -> int:
+    """How many programs a core gets: two, or one where that one fills the tensor memory.
+
+    As the compiler was seen to lay it out, each slab of a step has columns of its own, for its sums
+    and for half as many weights as there are features, unless sums of groups are kept apart.
+    """
+    is_apart = spec.groups > 1 and not spec.is_mixed and tiles.scale_on == "sum"
+    slabs = 1 if is_apart else tiles.block_k // SLAB_K
+    columns = slabs * (tiles.block_m + SLAB_K // 2)
+    return 1 if device.is_blackwell and 2 * columns > _TENSOR_COLUMNS else 2
 
 
 def _count_steps(spec: QuantSpec, tiles: Tiles) -> int:
@@ -295,7 +327,7 @@ def list_candidates(
     fitting = [
         other
         for other in others
-        if other == PREFILL or measure_shared_memory(other, spec) <= device.shared_memory
+        if not isinstance(other, Tiles) or fits(other, spec, scale_dtype, device)
     ]
     return list(dict.fromkeys([rule, *fitting]))
 

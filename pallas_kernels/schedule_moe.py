@@ -12,6 +12,8 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import jax.numpy as jnp
+
 from pallas_kernels.device import Device
 from pallas_kernels.schedule import (
     Tiles,
@@ -87,16 +89,21 @@ def choose_moe(
     return rule.choose(tokens)
 
 
-def find_moe_faults(tiles: MoeTiles, specs: Specs, device: Device | None = None) -> list[str]:
+def find_moe_faults(
+    tiles: MoeTiles,
+    specs: Specs,
+    device: Device | None = None,
+    scale_dtypes: Sequence = (jnp.float32, jnp.float32),
+) -> list[str]:
     """Everything that keeps the kernels from running `tiles` on experts of `specs`.
 
-    With a device, also whether they fit into its shared memory.
+    With a device, also whether they fit into its shared memory, as in `find_faults`.
     """
-    parts = (("first", tiles.first, specs[0]), ("second", tiles.second, specs[1]))
+    parts = (("first", tiles.first), ("second", tiles.second))
     faults = [
         f"{name}: {fault}"
-        for name, part, spec in parts
-        for fault in find_faults(part, spec, device)
+        for (name, part), spec, scale_dtype in zip(parts, specs, scale_dtypes, strict=True)
+        for fault in find_faults(part, spec, device, scale_dtype)
     ]
     if tiles.first.block_m != tiles.second.block_m:
         faults.append(
@@ -148,7 +155,7 @@ def list_moe_candidates(
     seconds = _vary(best.second, specs[1], specs[1].tiles_n * TILE_N, rule.split_second)
     found += [dataclasses.replace(best, first=first) for first in firsts]
     found += [dataclasses.replace(best, second=second) for second in seconds]
-    fitting = [tiles for tiles in found if not find_moe_faults(tiles, specs, device)]
+    fitting = [tiles for tiles in found if not find_moe_faults(tiles, specs, device, scale_dtypes)]
     return list(dict.fromkeys(fitting))
 
 

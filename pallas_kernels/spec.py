@@ -85,6 +85,11 @@ class QuantSpec:
         return self.planes * SLAB_K
 
     @property
+    def is_mixed(self) -> bool:
+        """Whether a slab of 32 input features may meet two groups."""
+        return self.groups > 1 and self.group_size % SLAB_K != 0
+
+    @property
     def tiles_n(self) -> int:
         """Tiles along N, the last one padded."""
         return -(-self.out_features // TILE_N)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 
@@ -100,7 +100,9 @@ class Entry(_Timed):
     out_features: int
     schedule: Schedule
 
-    def find_faults(self, device: Device, spec: QuantSpec | None = None) -> list[str]:
+    def find_faults(
+        self, device: Device, spec: QuantSpec | None = None, scale_dtype: Any = jnp.float32
+    ) -> list[str]:
         """Everything that keeps a kernel from running the schedule on weights of `spec`.
 
         None are weights of the shape that was timed.
@@ -108,7 +110,8 @@ class Entry(_Timed):
         if not isinstance(self.schedule, Tiles):
             return []
         spec = spec or self._make_spec(self.in_features, self.out_features)
-        return find_faults(self.schedule, spec, device) or _find_idle(self.schedule, spec)
+        faults = find_faults(self.schedule, spec, device, scale_dtype)
+        return faults or _find_idle(self.schedule, spec)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -131,7 +134,12 @@ class MoeEntry(_Timed):
     top_k: int
     schedule: MoeTiles
 
-    def find_faults(self, device: Device, specs: Specs | None = None) -> list[str]:
+    def find_faults(
+        self,
+        device: Device,
+        specs: Specs | None = None,
+        scale_dtypes: Sequence = (jnp.float32, jnp.float32),
+    ) -> list[str]:
         """Everything that keeps the kernels from running the tiles on weights of `specs`.
 
         None are weights of the shape that was timed.
@@ -140,7 +148,7 @@ class MoeEntry(_Timed):
             self._make_spec(self.hidden, 2 * self.intermediate),
             self._make_spec(self.intermediate, self.hidden),
         )
-        faults = find_moe_faults(self.schedule, specs, device)
+        faults = find_moe_faults(self.schedule, specs, device, scale_dtypes)
         if faults:
             return faults
         first, second = self.schedule.first, self.schedule.second
@@ -186,7 +194,7 @@ def find_schedule(
         and _is_near((*here, bucket), entry)
         and _suits(entry.schedule, bucket, entry.tokens)
         and (scales_fit or not _multiplies_weight(entry.schedule))
-        and not entry.find_faults(device, spec)
+        and not entry.find_faults(device, spec, scale_dtype)
     ]
     nearest = _choose_nearest(near, here, bucket)
     return nearest and nearest.schedule
@@ -219,7 +227,7 @@ def find_moe_schedule(
         and _is_near((*here, bucket), entry)
         and _meets_as_many(entry, bucket * top_k, experts)
         and takes_scales(entry.schedule)
-        and not entry.find_faults(device, specs)
+        and not entry.find_faults(device, specs, scale_dtypes)
     ]
     nearest = _choose_nearest(near, here, bucket)
     return nearest and nearest.schedule

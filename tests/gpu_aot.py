@@ -91,6 +91,7 @@ class Kernel:
       registers: per thread.
       spill_bytes: per thread, written to local memory.
       shared_bytes: per block; `shared_limit` is what the target can give to one.
+      tensor_columns: of tensor memory per block; a core of sm_100 has 512.
       opcodes: how often each instruction stands in the whole kernel.
       loop: the same for its longest loop.
       sass: the disassembly.
@@ -101,6 +102,7 @@ class Kernel:
     spill_bytes: int
     shared_bytes: int
     shared_limit: int
+    tensor_columns: int
     opcodes: collections.Counter[str]
     loop: collections.Counter[str]
     sass: str = dataclasses.field(repr=False)
@@ -119,10 +121,11 @@ class Kernel:
         )
 
 
-def compile(fn: Callable, *specs: Any, arch: str = "sm_90a") -> list[Kernel]:
+def compile(fn: Callable, *specs: Any, arch: str = "sm_90a", only: str = "") -> list[Kernel]:
     """Compile `jax.jit(fn)` for `arch`, a key of `TARGETS`, and report each of its kernels.
 
-    `specs` are trees of `jax.ShapeDtypeStruct`, the arguments of `fn`.
+    `specs` are trees of `jax.ShapeDtypeStruct`, the arguments of `fn`; kernels whose names lack
+    the text `only` are left out.
 
     Raises:
       FileNotFoundError: if one of NVIDIA's tools is not installed.
@@ -139,9 +142,12 @@ def compile(fn: Callable, *specs: Any, arch: str = "sm_90a") -> list[Kernel]:
         jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=abstract)),
     ):
         lowered = jax.jit(fn).trace(*placed).lower(lowering_platforms=("cuda",))
-        lowered.compile(compiler_options={"xla_dump_to": folder, "xla_dump_emitter_re": ".*"})
+        lowered.compile(
+            compiler_options={"xla_dump_to": folder, "xla_dump_emitter_re": "triton-to-llvm"}
+        )
         # XLA writes one file per kernel, and some that are empty or hold constants alone
-        sources = [p for p in sorted(Path(folder).glob("*.ptx")) if ".entry" in p.read_text()]
+        entry = re.compile(rf"\.entry\s+\w*{only}")
+        sources = [p for p in sorted(Path(folder).glob("*.ptx")) if entry.search(p.read_text())]
         return [_assemble(ptx, arch) for ptx in sources]
 
 
@@ -178,8 +184,10 @@ device_description_str: "{t.device_kind}"
 def _assemble(ptx: Path, arch: str) -> Kernel:
     cubin = ptx.with_suffix(".cubin")
     log = _run_tool("ptxas", "-v", f"-arch={arch}", ptx, "-o", cubin)
-    sass = _run_tool("nvdisasm", "-c", cubin)
-    name = _find(r"\.entry\s+(\S+?)\s*\(", ptx.read_text())
+    sass = _run_tool("nvdisasm", "-c", "-ndf", cubin)
+    source = ptx.read_text()
+    name = _find(r"\.entry\s+(\S+?)\s*\(", source)
+    allocated = re.findall(r"tcgen05\.alloc\S*\s+\[[^\]]*\],\s*(\d+)", source)
     opcodes, loop = _read_opcodes(sass)
     return Kernel(
         name=name,
@@ -187,6 +195,7 @@ def _assemble(ptx: Path, arch: str) -> Kernel:
         spill_bytes=int(_find(r"(\d+) bytes spill stores", log)),
         shared_bytes=_read_shared_bytes(ptx.parent, name, log),
         shared_limit=TARGETS[arch].shared_per_block,
+        tensor_columns=sum(map(int, allocated)),
         opcodes=collections.Counter(opcodes),
         loop=collections.Counter(loop),
         sass=sass,
@@ -221,6 +230,11 @@ def _read_opcodes(sass: str) -> tuple[list[str], list[str]]:
         if end - start > 8 and end + 1 - start > len(loop):
             loop = opcodes[start : end + 1]
     return opcodes, loop
+
+
+def read_assembler_version() -> str:
+    """The version of ptxas that makes the machine code: "13.5.37"."""
+    return _find(r", V([0-9.]+)", _run_tool("ptxas", "--version"))
 
 
 def _run_tool(name: str, *arguments: str | Path) -> str:

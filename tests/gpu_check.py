@@ -2,11 +2,11 @@
 
     python -m tests.gpu_check                 every case; writes docs/machine_code.md
     python -m tests.gpu_check --core --json   the few that the tests hold, as JSON
+    python -m tests.gpu_check --only sm_89 group_size=16    those whose text has all of these
+    python -m tests.gpu_check --drawn 40      tiles drawn from the tuner's candidates
 
-For the path that the compiler needs see `tests.gpu_aot`; `make gpu-check` sets it. A case is what
-`pallas_kernels.schedule.choose` makes of a 4096 x 4096 weight with bfloat16 or float16 scales and
-zero points, for a number of tokens that leaves masked rows in the tile; or one of both products of
-Qwen3-30B-A3B's experts.
+For the path that the compiler needs see `tests.gpu_aot`; `make gpu-check` sets it. The cases are in
+`tests.gpu_cases`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import json
 import multiprocessing
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -27,25 +27,37 @@ import jax.numpy as jnp
 
 from pallas_kernels import triton
 from pallas_kernels.blocks import Blocks, count_blocks
-from pallas_kernels.device import Device
-from pallas_kernels.schedule import Schedule, Tiles, choose, describe
-from pallas_kernels.schedule_moe import choose_moe
-from pallas_kernels.spec import QuantSpec
+from pallas_kernels.schedule import (
+    Schedule,
+    Tiles,
+    count_programs,
+    describe,
+    measure_shared_memory,
+)
 from pallas_kernels.triton.grouped import Epilogue
 from pallas_kernels.weights import make_abstract
 from tests import gpu_aot
+from tests.gpu_cases import (
+    EXPERTS,
+    FIRST,
+    GROUPS,
+    MIXED_GROUPS,
+    SIZE,
+    TOP_K,
+    Case,
+    Grouping,
+    draw_cases,
+    list_all,
+    list_core,
+)
 
 REPORT = Path(__file__).parents[1] / "docs" / "machine_code.md"
-_SIZE = 4096
-_TOKENS = (5, 15, 31, 63, 250, 2000)
-_GROUPS = (32, 64, 128, _SIZE)
 _MAX_REGISTERS = 255
 _MAX_SPILL = 16
 """Bytes: the assembler parks a few registers around a loop where that lets one more program run on
 a core (96 or 168 registers). In a loop it may fetch one of them, in hundreds of instructions."""
-_HIDDEN, _INNER, _EXPERTS, _TOP_K = 2048, 768, 128, 8
-_EXPERT_TOKENS = (1, 10, 50, 200, 700, 4096)
-_FIRST, _SECOND = "gate and up", "down"
+
+_TENSOR_COLUMNS = 512
 
 BUDGETS = {(4, 8): 2.5, (4, 16): 2.9, (4, 32): 3.1, (4, 64): 3.4, (4, 128): 3.5, (8, 8): 3.2}
 """Instructions per weight in the whole loop on sm_90a (bfloat16, groups of 128), by bits and tile
@@ -54,65 +66,25 @@ issuing 128 thread instructions a clock would become the limit at 3.9."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Case:
-    """One kernel for one GPU."""
-
-    arch: str
-    tokens: int
-    bits: int
-    dtype: str
-    group_size: int
-    symmetric: bool = False
-    gated: bool = False
-    experts: str = ""
-
-    @property
-    def spec(self) -> QuantSpec:
-        """Of the weight; of one expert's. Groups as long as K are channels."""
-        n, k = {"": (_SIZE, _SIZE), _FIRST: (2 * _INNER, _HIDDEN), _SECOND: (_HIDDEN, _INNER)}[
-            self.experts
-        ]
-        return QuantSpec(
-            bits=self.bits,
-            group_size=k if self.group_size == _SIZE else self.group_size,
-            symmetric=self.symmetric,
-            in_features=k,
-            out_features=n,
-        )
-
-    @property
-    def device(self) -> Device:
-        target = gpu_aot.TARGETS[self.arch]
-        return Device(target.device_kind, target.cores)
-
-    def choose(self) -> tuple[Schedule, bool]:
-        """The schedule, and whether one program computes gate and up."""
-        if not self.experts:
-            schedule = choose(self.spec, self.tokens, self.dtype, self.dtype, self.device)
-            if not self.gated or not isinstance(schedule, Tiles):
-                return schedule, False
-            schedule = dataclasses.replace(schedule, splits=1)
-            return schedule, triton.can_pair(self.spec, schedule, self.device)
-        specs = tuple(dataclasses.replace(self, experts=part).spec for part in (_FIRST, _SECOND))
-        dtypes = (self.dtype, self.dtype)
-        tiles = choose_moe(specs, _EXPERTS, self.tokens, _TOP_K, self.dtype, dtypes, self.device)
-        if self.experts == _SECOND:
-            return tiles.second, False
-        paired = tiles.first.splits == 1
-        return tiles.first, paired and triton.can_pair(self.spec, tiles.first, self.device)
-
-
-@dataclasses.dataclass(frozen=True)
 class Finding:
-    """What became of a case; `per_weight` is instructions of the loop, None where there is none."""
+    """What became of a case.
 
-    case: Case
+    Attributes:
+      estimated_bytes: of shared memory that the schedule was thought to take; None without one.
+      programs: how many the schedule was made for on each core.
+      per_weight: instructions of the loop, None where no weight is multiplied.
+    """
+
+    case: Case | Grouping
     schedule: str
     block_m: int
     registers: int
     spill_bytes: int
     shared_bytes: int
     shared_limit: int
+    estimated_bytes: int | None
+    tensor_columns: int
+    programs: int
     per_weight: float | None
     opcodes: dict[str, int]
 
@@ -126,7 +98,14 @@ class Finding:
             faults.append(f"{self.registers} registers")
         if self.shared_bytes > self.shared_limit:
             faults.append(f"{self.shared_bytes} of {self.shared_limit} bytes of shared memory")
-        if self.per_weight is None:
+        if self.estimated_bytes is not None and self.shared_bytes > self.estimated_bytes:
+            faults.append(f"{self.shared_bytes} bytes of shared memory, not {self.estimated_bytes}")
+        if self.programs * self.tensor_columns > _TENSOR_COLUMNS:
+            faults.append(
+                f"{self.programs} programs a core with {self.tensor_columns} of "
+                f"{_TENSOR_COLUMNS} columns of tensor memory each"
+            )
+        if self.per_weight is None or isinstance(self.case, Grouping):
             return faults
         wanted = "HGMMA" if self.case.arch == "sm_90a" and self.block_m >= 16 else "HMMA"
         if not any(wanted in opcode for opcode in self.opcodes):
@@ -140,78 +119,54 @@ class Finding:
         return faults
 
 
-def list_core() -> list[Case]:
-    """Some of the budgeted cases, and of the other schedules and GPUs."""
-    typical = [Case("sm_90a", tokens, 4, "bfloat16", 128) for tokens in _TOKENS[::2]]
-    return [
-        *typical,
-        Case("sm_90a", 5, 8, "bfloat16", 128),
-        Case("sm_90a", 5, 4, "float16", 32),
-        Case("sm_80", 63, 4, "bfloat16", 32),
-        Case("sm_100a", 15, 4, "bfloat16", 128),
-        Case("sm_90a", 15, 4, "bfloat16", 128, gated=True),
-        Case("sm_90a", 50, 4, "bfloat16", 128, experts=_FIRST),
-        Case("sm_90a", 200, 4, "bfloat16", 128, experts=_SECOND),
-        Case("sm_90a", 4096, 4, "bfloat16", 128, experts=_FIRST),
-    ]
-
-
-def list_all() -> list[Case]:
-    """Every GPU x tokens x bits x dtype x group size; some without zero points, some gated."""
-    whole = itertools.product(gpu_aot.TARGETS, _TOKENS, (4, 8), ("bfloat16", "float16"), _GROUPS)
-    plain = itertools.product(("sm_90a",), _TOKENS, (4, 8), ("bfloat16",), (128,), (True,))
-    gated = itertools.product(("sm_90a",), _TOKENS[:3], (4, 8), ("bfloat16",), _GROUPS)
-    cases = [Case(*facts) for facts in (*whole, *plain)]
-    return [*cases, *(Case(*facts, gated=True) for facts in gated), *_list_experts()]
-
-
-def _list_experts() -> Iterator[Case]:
-    """On Hopper as many as of dense weights, on the others the typical ones."""
-    hopper = itertools.product(("sm_90a",), _EXPERT_TOKENS, (4, 8), ("bfloat16",), _GROUPS)
-    half = itertools.product(("sm_90a",), _EXPERT_TOKENS[::2], (4, 8), ("float16",), (128,))
-    others = itertools.product(
-        [arch for arch in gpu_aot.TARGETS if arch != "sm_90a"],
-        (10, 200, 4096),
-        (4, 8),
-        ("bfloat16",),
-        (32, 128),
-    )
-    for facts in (*hopper, *half, *others):
-        yield Case(*facts, experts=_FIRST)
-        yield Case(*facts, experts=_SECOND)
-
-
-def compile_case(case: Case) -> Finding:
+def compile_case(case: Case | Grouping) -> Finding:
     """Compile one case and read its kernel."""
-    schedule, paired = case.choose()
-    if case.experts and isinstance(schedule, Tiles):
-        kernels = _compile_experts(case, schedule, paired)
+    block_m, estimated, programs, per_weight = 0, None, 1, None
+    if isinstance(case, Grouping):
+        schedule, kernels = f"blocks of {case.block} rows", _compile_grouping(case)
     else:
-        kernels = _compile_dense(case, schedule)
-    # XLA's own kernel, which adds the splits, is short
-    kernel = max(kernels, key=lambda kernel: kernel.opcodes.total())
-    block_m, per_weight = 0, None
+        schedule, paired = case.choose()
+        if case.experts and isinstance(schedule, Tiles):
+            kernels = _compile_experts(case, schedule, paired)
+        else:
+            kernels = _compile_dense(case, schedule)
+    [kernel] = kernels
     if isinstance(schedule, Tiles):
         block_m = schedule.block_m
-        weights = schedule.block_n * schedule.block_k * (2 if paired else 1)
+        whole = dataclasses.replace(schedule, block_n=schedule.block_n * (2 if paired else 1))
+        estimated = measure_shared_memory(whole, case.spec, case.scale_dtype)
+        weights = whole.block_n * whole.block_k
         per_weight = kernel.loop.total() * 32 * schedule.warps / weights
+        programs = count_programs(schedule, case.spec, case.device)
     return Finding(
         case,
-        describe(schedule, case.tokens),
+        schedule if isinstance(case, Grouping) else describe(schedule, case.tokens),
         block_m,
         kernel.registers,
         kernel.spill_bytes,
         kernel.shared_bytes,
         kernel.shared_limit,
+        estimated,
+        kernel.tensor_columns,
+        programs,
         per_weight,
         dict(kernel.opcodes if per_weight is None else kernel.loop),
     )
 
 
+def _compile_grouping(case: Grouping) -> list[gpu_aot.Kernel]:
+    return gpu_aot.compile(
+        lambda local: triton.group_few_pairs(local, case.experts, case.block),
+        jax.ShapeDtypeStruct((case.pairs,), jnp.int32),
+        arch=case.arch,
+        only="_group_one",
+    )
+
+
 def _compile_experts(case: Case, tiles: Tiles, paired: bool) -> list[gpu_aot.Kernel]:
-    first, spec = case.experts == _FIRST, case.spec
-    pairs = case.tokens * _TOP_K
-    count = count_blocks(pairs, _EXPERTS, tiles.block_m)
+    first, spec = case.experts == FIRST, case.spec
+    pairs = case.tokens * TOP_K
+    count = count_blocks(pairs, EXPERTS, tiles.block_m)
     epilogue = Epilogue("silu" if paired else None, paired, None if first else "result")
 
     def run(x, stack, experts, rows, weights):
@@ -229,34 +184,31 @@ def _compile_experts(case: Case, tiles: Tiles, paired: bool) -> list[gpu_aot.Ker
     return gpu_aot.compile(
         run,
         jax.ShapeDtypeStruct((case.tokens if first else pairs, spec.in_features), case.dtype),
-        make_abstract(spec, case.dtype, experts=_EXPERTS),
+        make_abstract(spec, case.scale_dtype, experts=EXPERTS),
         jax.ShapeDtypeStruct((count,), jnp.int32),
         jax.ShapeDtypeStruct((count, tiles.block_m), jnp.int32),
         jax.ShapeDtypeStruct((pairs,), jnp.float32),
         arch=case.arch,
+        only="_multiply_block",
     )
 
 
 def _compile_dense(case: Case, schedule: Schedule) -> list[gpu_aot.Kernel]:
     spec, count = case.spec, 2 if case.gated else 1
 
-    def run(x, packed, scale, zero_point=None):
-        weights = {"packed": packed, "scale": scale}
-        if zero_point is not None:
-            weights["zero_point"] = zero_point
+    def run(x, weights):
         if isinstance(schedule, Tiles):
             each, specs = [weights] * count, [spec] * count
             return triton.multiply(x, each, specs, schedule, gated=case.gated)
         return triton.expand(weights, spec, case.dtype)
 
-    shapes = [
-        jax.ShapeDtypeStruct((case.tokens, _SIZE), case.dtype),
-        jax.ShapeDtypeStruct(spec.packed_shape, jnp.uint16),
-        jax.ShapeDtypeStruct(spec.scale_shape, case.dtype),
-    ]
-    if not case.symmetric:
-        shapes.append(jax.ShapeDtypeStruct(spec.scale_shape, jnp.int8))
-    return gpu_aot.compile(run, *shapes, arch=case.arch)
+    return gpu_aot.compile(
+        run,
+        jax.ShapeDtypeStruct((case.tokens, spec.in_features), case.dtype),
+        make_abstract(spec, case.scale_dtype),
+        arch=case.arch,
+        only="_multiply_tile" if isinstance(schedule, Tiles) else "_expand_tile",
+    )
 
 
 def write_report(findings: list[Finding]) -> str:
@@ -265,8 +217,10 @@ def write_report(findings: list[Finding]) -> str:
         "# Machine code of the kernels",
         "",
         "Made by `make gpu-check`, without a GPU; not edited by hand. It shows code, not time.",
-        f"jax {jax.__version__}, weight {_SIZE} x {_SIZE}, asymmetric unless marked, masked token "
-        "rows. Gate and up, and down, are of Qwen3-30B-A3B's experts.",
+        f"jax {jax.__version__}, ptxas {gpu_aot.read_assembler_version()}; another ptxas makes "
+        "other code.",
+        f"Weight {SIZE} x {SIZE} (groups of 48 and 80: {SIZE} x 3840), asymmetric unless marked. "
+        "Gate and up, and down, are of Qwen3-30B-A3B's experts (for those groups of 1920 x 960).",
         "",
         "Each cell: instructions per weight in the main loop · registers per thread · KiB of "
         "shared memory",
@@ -280,28 +234,46 @@ def write_report(findings: list[Finding]) -> str:
         key=lambda f: f.case.arch,
     ):
         lines += ["", f"## {arch} ({gpu_aot.TARGETS[arch].device_kind})", ""]
-        lines += _write_table(list(group))
+        group = list(group)
+        products = [f for f in group if isinstance(f.case, Case)]
+        for groups in (GROUPS, MIXED_GROUPS):
+            lines += _write_table([f for f in products if f.case.group_size in groups], groups)
+        lines += _write_groupings([f for f in group if isinstance(f.case, Grouping)])
     return "\n".join(lines) + "\n"
 
 
-def _write_table(findings: list[Finding]) -> list[str]:
-    columns = ["channel" if g == _SIZE else f"group {g}" for g in _GROUPS]
+def _write_table(findings: list[Finding], groups: Sequence[int]) -> list[str]:
+    if not findings:
+        return []
+    columns = ["channel" if g == SIZE else f"group {g}" for g in groups]
     rows: dict[tuple, dict[int, str]] = {}
     for f in findings:
         c = f.case
-        key = (c.experts, c.gated, c.symmetric, c.tokens, c.bits, c.dtype)
+        scales = "" if c.scale_dtype == c.dtype else f"{c.scale_dtype} scales"
+        key = (c.experts, c.gated, c.symmetric, scales, c.tokens, c.bits, c.dtype)
         rows.setdefault(key, {})[c.group_size] = _write_cell(f)
     lines = [
         f"| tokens | weight | x | {' | '.join(columns)} |",
         f"| --- | --- | --- | {' | '.join('---' for _ in columns)} |",
     ]
-    for (experts, gated, symmetric, tokens, bits, dtype), cells in sorted(rows.items()):
-        facts = (experts, experts), ("symmetric", symmetric), ("gated", gated)
+    for (experts, gated, symmetric, scales, *rest), cells in sorted(rows.items()):
+        tokens, bits, dtype = rest
+        facts = (experts, experts), ("symmetric", symmetric), ("gated", gated), (scales, scales)
         marks = [mark for mark, is_set in facts if is_set]
         weight = ", ".join([f"{bits} bits", *marks])
-        values = " | ".join(cells.get(group, "") for group in _GROUPS)
+        values = " | ".join(cells.get(group, "") for group in groups)
         lines.append(f"| {tokens} | {weight} | {dtype} | {values} |")
-    return lines
+    return [*lines, ""]
+
+
+def _write_groupings(findings: list[Finding]) -> list[str]:
+    if not findings:
+        return []
+    lines = ["| pairs grouped by expert | instructions | registers |", "| --- | --- | --- |"]
+    for f in findings:
+        facts = f"{f.case.pairs} pairs, {f.case.experts} experts"
+        lines.append(f"| {facts} | {sum(f.opcodes.values())} | {f.registers} |")
+    return [*lines, ""]
 
 
 def _write_cell(finding: Finding) -> str:
@@ -315,10 +287,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Compile the kernels and read their machine code.")
     parser.add_argument("--core", action="store_true", help="only the cases that the tests hold")
     parser.add_argument("--json", action="store_true", help="print the findings, write no report")
+    parser.add_argument("--only", nargs="+", default=[], metavar="TEXT", help="fewer cases")
+    parser.add_argument("--drawn", type=int, metavar="N", help="N candidates of the tuner")
+    parser.add_argument("--seed", type=int, default=0, help="of those")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), metavar="N")
     options = parser.parse_args()
-    cases = list_core() if options.core else list_all()
+    if options.drawn:
+        cases = draw_cases(options.drawn, options.seed)
+    else:
+        cases = list_core() if options.core else list_all()
+    cases = [case for case in cases if all(text in str(case) for text in options.only)]
     context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(os.cpu_count(), context) as pool:
+    with concurrent.futures.ProcessPoolExecutor(options.workers, context) as pool:
         findings = []
         for finding in pool.map(compile_case, cases):
             findings.append(finding)
@@ -326,7 +306,7 @@ def main() -> int:
             print(f"{finding.case}: {'; '.join(faults) or 'good'}", file=sys.stderr, flush=True)
     if options.json:
         print(json.dumps([{**dataclasses.asdict(f), "faults": f.find_faults()} for f in findings]))
-    else:
+    elif not (options.core or options.only or options.drawn):
         REPORT.write_text(write_report(findings))
     return int(any(f.find_faults() for f in findings))
 

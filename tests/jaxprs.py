@@ -34,6 +34,12 @@ def _walk(jaxpr: Any) -> Iterator[Any]:
                     yield from _walk(inner)
 
 
+def find_largest(function: Callable, *args: Any) -> int:
+    """Elements of the largest array that `function(*args)` computes on its way."""
+    equations = _walk(jax.make_jaxpr(function)(*args).jaxpr)
+    return max(math.prod(out.aval.shape) for equation in equations for out in equation.outvars)
+
+
 def count_flops(function: Callable, *args: Any) -> int:
     """Multiplications and additions of all matrix products, loops counted as often as they run."""
     return _count_flops(jax.make_jaxpr(function)(*args).jaxpr)

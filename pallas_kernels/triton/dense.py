@@ -18,7 +18,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.device import Device, find_device
 from pallas_kernels.errors import BackendError
-from pallas_kernels.schedule import Tiles, find_faults, measure_shared_memory
+from pallas_kernels.schedule import Tiles, find_faults, fits
 from pallas_kernels.spec import SLAB_K, TILE_N, QuantSpec
 from pallas_kernels.triton.walk import Strip, Walk, divide
 
@@ -67,7 +67,8 @@ def multiply(
     split = tiles.splits > 1
     # a bias joins the sum over the splits; an activation needs that sum
     inputs = [{n: a for n, a in w.items() if n != "bias"} if split else dict(w) for w in weights]
-    paired = gated and not split and can_pair(specs[0], tiles, find_device())
+    scale_dtype = weights[0]["scale"].dtype
+    paired = gated and not split and can_pair(specs[0], tiles, scale_dtype, find_device())
     jobs = [tuple(range(len(specs)))] if paired else [(i,) for i in range(len(specs))]
     lead = (tiles.splits,) if split else ()
     dtype = jnp.float32 if split else x.dtype
@@ -105,13 +106,12 @@ def multiply(
     return [y.astype(x.dtype) for y in sums]
 
 
-def can_pair(spec: QuantSpec, tiles: Tiles, device: Device) -> bool:
+def can_pair(spec: QuantSpec, tiles: Tiles, scale_dtype, device: Device) -> bool:
     """Whether one program can hold the words and, in registers, the sums of gate and up."""
     most = 32 if spec.groups == 1 or spec.group_size >= 128 else 8
     crowded = spec.bits == 8 and spec.groups > 1 and tiles.warps == 2
     pair = dataclasses.replace(tiles, block_n=2 * tiles.block_n)
-    fits = measure_shared_memory(pair, spec) <= device.shared_memory
-    return tiles.block_m <= most and not crowded and fits
+    return tiles.block_m <= most and not crowded and fits(pair, spec, scale_dtype, device)
 
 
 def choose_block_n(spec: QuantSpec, tiles: Tiles) -> int:
@@ -198,7 +198,7 @@ def _expand_tile(weights, out_ref, *, spec: QuantSpec, plain: bool) -> None:
     rows = strip.column + jnp.arange(TILE_N, dtype=jnp.int32)[:, None]
     for plane in range(spec.planes):
         k = tile_k * spec.tile_k + plane * SLAB_K
-        if walk.is_mixed:
+        if spec.is_mixed:
             scale, *zero = walk.load_each(strip, k)
         else:
             scale, *zero = walk.load_group(strip, tile_k, plane)

@@ -3,6 +3,13 @@
 As XLA fusions it is about ten kernels, each of which waits for the one before: for few tokens that
 would take as long as reading the weights. Here each expert has a program, which counts the pairs of
 all experts (so that it knows where its blocks begin) and places its own.
+
+Counting is a product. With an expert's number written in two digits, e = high * S + low,
+
+    counts[high, low] = sum over pairs of [their high = high] * [their low = low]
+
+which is a matrix of zeros and ones by another, exact on the tensor cores, and compares each pair
+with 2 sqrt(E) digits instead of E experts.
 """
 
 from __future__ import annotations
@@ -16,6 +23,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.blocks import Blocks, count_blocks
+from pallas_kernels.triton.walk import divide
 
 MOST_PAIRS = 4096
 """Above, every program's way over all pairs would take longer than the fusions."""
@@ -44,27 +52,29 @@ def group_few_pairs(
 
 
 def _group_one(local_ref, experts_ref, pairs_ref, *, experts: int, block: int) -> None:
-    """Write the blocks of one expert; the first program also marks those past the last."""
+    """Write the blocks of one expert; the last program also marks those past the last."""
     expert, total = pl.program_id(0), local_ref.shape[0]
     chunk = jnp.arange(_CHUNK, dtype=jnp.int32)
-    numbers = jnp.arange(1 << (experts - 1).bit_length(), dtype=jnp.int32)
+    highs, lows = (jnp.arange(size, dtype=jnp.int32) for size in _choose_digits(experts))
 
     def load(i: jax.Array) -> tuple[jax.Array, jax.Array]:
         places = i * _CHUNK + chunk
         return places, plgpu.load(local_ref.at[places], mask=places < total, other=experts)
 
     def count(i: jax.Array, counts: jax.Array) -> jax.Array:
-        same = numbers[:, None] == load(i)[1][None, :]
-        return counts + jnp.sum(same.astype(jnp.int32), axis=1)
+        high, low = divide(load(i)[1], lows.size)
+        is_high, is_low = (
+            (digits[:, None] == digit[None, :]).astype(jnp.bfloat16)
+            for digits, digit in ((highs, high), (lows, low))
+        )
+        return counts + plgpu.dot(is_high, is_low, trans_b=True)
 
     chunks = pl.cdiv(total, _CHUNK)
-    counts = lax.fori_loop(0, chunks, count, jnp.zeros_like(numbers))
+    counts = lax.fori_loop(0, chunks, count, jnp.zeros((highs.size, lows.size), jnp.float32))
+    counts = counts.astype(jnp.int32)
     needed = lax.div(counts + (block - 1), jnp.full_like(counts, block))
-    # one past the last expert are the pairs without one
-    needed = jnp.where(numbers < experts, needed, 0)
+    numbers = highs[:, None] * lows.size + lows[None, :]
     first = jnp.sum(jnp.where(numbers < expert, needed, 0))
-    mine = jnp.sum(jnp.where(numbers == expert, counts, 0))
-    blocks = lax.div(mine + (block - 1), jnp.full_like(mine, block))
 
     def place(i: jax.Array, before: jax.Array) -> jax.Array:
         places, keys = load(i)
@@ -74,7 +84,8 @@ def _group_one(local_ref, experts_ref, pairs_ref, *, experts: int, block: int) -
         plgpu.store(pairs_ref.at[first * block + rank], places, mask=keys == expert)
         return before + jnp.sum(chosen)
 
-    lax.fori_loop(0, chunks, place, jnp.int32(0))
+    mine = lax.fori_loop(0, chunks, place, jnp.int32(0))
+    blocks = lax.div(mine + (block - 1), jnp.full_like(mine, block))
     rest = mine + jnp.arange(block, dtype=jnp.int32)
     plgpu.store(
         pairs_ref.at[first * block + rest], jnp.full_like(rest, total), mask=rest < blocks * block
@@ -89,6 +100,12 @@ def _group_one(local_ref, experts_ref, pairs_ref, *, experts: int, block: int) -
 
     mark(first, first + blocks, expert)
 
-    @pl.when(expert == 0)
+    @pl.when(expert == experts - 1)
     def mark_rest() -> None:
-        mark(jnp.sum(needed), jnp.int32(experts_ref.shape[0]), jnp.int32(experts))
+        mark(first + blocks, jnp.int32(experts_ref.shape[0]), jnp.int32(experts))
+
+
+def _choose_digits(experts: int) -> tuple[int, int]:
+    """Powers of two, at least the 16 of a tensor core, with a product of at least `experts`."""
+    bits = max(8, (experts - 1).bit_length())
+    return 1 << (bits - bits // 2), 1 << bits // 2

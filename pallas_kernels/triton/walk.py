@@ -78,11 +78,6 @@ class Walk:
             return self.tiles.block_k // SLAB_K
         return max(1, math.gcd(self.spec.group_size, self.tiles.block_k) // SLAB_K)
 
-    @property
-    def is_mixed(self) -> bool:
-        """Whether a slab may meet two groups, so that no sum belongs to one scale."""
-        return self.spec.groups > 1 and self.spec.group_size % SLAB_K != 0
-
     def sum_along_k(self, strips: Sequence[Strip], split: jax.Array) -> list[jax.Array]:
         """Float32 [block_n, block_m] for each strip: the sum over the part of K of `split`."""
         spec, tiles = self.spec, self.tiles
@@ -108,7 +103,7 @@ class Walk:
 
     def load_groups(self, strips: Sequence[Strip], step: jax.Array) -> list:
         """For each strip, (scale, zero point if any) [block_n] of each group in one step."""
-        if self.is_mixed:
+        if self.spec.is_mixed:
             return []
         return [
             [self.load_group(strip, step, slab) for slab in self.count_slabs()] for strip in strips
@@ -134,7 +129,7 @@ class Walk:
             [self.load_words(s, step, tile) for tile in range(tiles.block_k // spec.tile_k)]
             for s in strips
         ]
-        summed_apart = not self.is_mixed and spec.groups > 1 and tiles.scale_on == "sum"
+        summed_apart = not self.spec.is_mixed and spec.groups > 1 and tiles.scale_on == "sum"
         for run, first in enumerate(self.count_slabs()):
             parts = [jnp.zeros_like(total) for total in sums] if summed_apart else list(sums)
             for slab in range(first, first + self.group_slabs):
@@ -142,7 +137,7 @@ class Walk:
                 tile, plane = divmod(slab, spec.planes)
                 x = self.load_x(k)
                 for i, strip in enumerate(strips):
-                    if self.is_mixed:
+                    if self.spec.is_mixed:
                         scale, *zero = self.load_each(strip, k)
                         w = self.unpack(words[i][tile], zero, plane).astype(jnp.float32)
                         w = (w * scale.astype(jnp.float32)).astype(x.dtype)

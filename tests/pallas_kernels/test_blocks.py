@@ -15,6 +15,7 @@ from pallas_kernels.blocks import Blocks, count_blocks, find_local, group_pairs
 from pallas_kernels.moe_xla import choose_rows
 from pallas_kernels.triton import group_few_pairs
 from tests.grids import cover
+from tests.jaxprs import find_largest
 
 _by_xla = jax.jit(group_pairs, static_argnums=(1, 2))
 _by_kernel = jax.jit(
@@ -24,11 +25,11 @@ _by_kernel = jax.jit(
 WAYS = {"xla": _by_xla, "kernel": _by_kernel}
 
 
-def enumerate_blocks(local: list[int], experts: int, block: int) -> tuple[list, list]:
+def enumerate_blocks(local: np.ndarray, experts: int, block: int) -> tuple[list, list]:
     """The expert and the rows of every block, one by one."""
     found, rows = [], []
     for expert in range(experts):
-        pairs = [number for number, chosen in enumerate(local) if chosen == expert]
+        pairs = np.flatnonzero(local == expert).tolist()
         for start in range(0, len(pairs), block):
             some = pairs[start : start + block]
             found.append(expert)
@@ -36,25 +37,50 @@ def enumerate_blocks(local: list[int], experts: int, block: int) -> tuple[list, 
     return found, rows
 
 
-def assert_grouped(blocks: Blocks, local: list[int], experts: int, block: int) -> None:
+def assert_grouped(way: str, local: np.ndarray, experts: int, block: int) -> None:
+    blocks: Blocks = WAYS[way](jnp.asarray(local, jnp.int32), experts, block)
     found, rows = enumerate_blocks(local, experts, block)
     numbers = np.asarray(blocks.experts).tolist()
     assert numbers == found + [experts] * (len(numbers) - len(found))
     assert np.asarray(blocks.pairs)[: len(found)].tolist() == rows
+    if way == "xla":
+        assert (np.asarray(blocks.pairs)[len(found) :] == len(local)).all()
 
 
 @pytest.mark.parametrize(
     ("pairs", "experts", "block", "way"),
     cover(
-        [(1, 1, 8), (8, 8, 8), (24, 3, 8), (300, 128, 8), (600, 5, 16), (700, 8, 64), (2, 256, 8)],
+        [
+            (1, 1, 8),
+            (8, 8, 8),
+            (24, 3, 8),
+            (300, 128, 8),
+            (600, 5, 16),
+            (700, 8, 64),
+            (2, 256, 8),
+            # numbers of experts with two digits of 32
+            (700, 513, 8),
+            (300, 300, 8),
+            (900, 1024, 16),
+        ],
         list(WAYS),
     ),
 )
 def test_pairs_are_grouped_by_expert_in_their_order(way, pairs, experts, block):
-    """Some pairs have no expert here; more than one chunk of 256 and of 128 pairs is met."""
+    """Some pairs have no expert here; more than one chunk of 128 pairs is met."""
     local = np.random.default_rng(pairs).integers(0, experts + 1, pairs)
-    blocks = WAYS[way](jnp.asarray(local, jnp.int32), experts, block)
-    assert_grouped(blocks, local.tolist(), experts, block)
+    assert_grouped(way, local, experts, block)
+
+
+def test_pairs_of_65536_tokens_are_grouped_in_arrays_that_grow_no_faster_than_pairs():
+    """Primitives are linear in the sizes of arrays, but for the one sort."""
+    local = np.random.default_rng(0).integers(0, 129, 8 * 65_536)
+    assert_grouped("xla", local, 128, 128)
+    larger, smaller = (
+        find_largest(lambda local: group_pairs(local, 128, 128), jnp.zeros(pairs, jnp.int32))
+        for pairs in (local.size, local.size // 4)
+    )
+    assert larger <= 4 * smaller
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -62,14 +88,12 @@ def test_every_pattern_of_experts_without_tokens(way):
     rng = np.random.default_rng(0)
     for pattern in itertools.product((False, True), repeat=8):
         chosen = np.flatnonzero(pattern)
-        local = rng.choice(chosen, 24) if chosen.size else np.full(24, 8)
-        assert_grouped(WAYS[way](jnp.asarray(local, jnp.int32), 8, 8), local.tolist(), 8, 8)
+        assert_grouped(way, rng.choice(chosen, 24) if chosen.size else np.full(24, 8), 8, 8)
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_all_pairs_may_have_one_expert(way):
-    blocks = WAYS[way](jnp.full(300, 6, jnp.int32), 8, 16)
-    assert_grouped(blocks, [6] * 300, 8, 16)
+    assert_grouped(way, np.full(300, 6), 8, 16)
 
 
 @settings(deadline=None, max_examples=60)

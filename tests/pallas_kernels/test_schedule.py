@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AbstractDevice, AbstractMesh
 
@@ -48,6 +48,7 @@ def _choose(spec, tokens, device=_DEVICES[0], scale=jnp.bfloat16, prefer="speed"
     return choose(spec, tokens, jnp.bfloat16, scale, device, prefer)
 
 
+@settings(deadline=None)
 @given(
     tokens=st.integers(1, 5000),
     slabs=st.integers(1, 300),
@@ -56,11 +57,14 @@ def _choose(spec, tokens, device=_DEVICES[0], scale=jnp.bfloat16, prefer="speed"
     bits=st.sampled_from([4, 8]),
     device=st.sampled_from(_DEVICES),
     scale=st.sampled_from([jnp.bfloat16, jnp.float32]),
+    mixed=st.sampled_from([None, 8, 16, 24, 40, 48, 80]),
 )
 def test_every_choice_and_candidate_can_run(
-    tokens, slabs, features, slabs_per_group, bits, device, scale
+    tokens, slabs, features, slabs_per_group, bits, device, scale, mixed
 ):
+    """Groups that 32 does not divide among them, and none without a copy pipeline."""
     group = 32 * slabs_per_group if slabs % slabs_per_group == 0 else 32 * slabs
+    group = mixed if mixed and 32 * slabs % mixed == 0 else group
     spec = _spec(32 * slabs, features, group, bits)
     choice = _choose(spec, tokens, device, scale, "memory")
     candidates = list_candidates(spec, tokens, jnp.bfloat16, scale, device)
@@ -70,7 +74,8 @@ def test_every_choice_and_candidate_can_run(
         if tiles == PREFILL:
             continue
         assert isinstance(tiles, Tiles)
-        assert find_faults(tiles, spec, device) == []
+        assert find_faults(tiles, spec, device, scale) == []
+        assert tiles.stages > 1
         assert tiles.scale_on == "sum" or scale == jnp.bfloat16
         # no program is left without a step
         steps = -(-spec.tiles_k * spec.tile_k // tiles.block_k)
@@ -111,9 +116,36 @@ def test_few_features_are_split_along_k_until_the_cores_are_busy():
     assert wide.splits == 1
 
 
+def test_one_program_a_core_is_planned_where_it_fills_the_tensor_memory():
+    """4096 features are 32 programs of 128; seen by the compiler: 512, 128 and 256 columns."""
+    blackwell = Device("NVIDIA B200", 148)
+    full, apart = (
+        choose(_spec(14_336, 4096, group), 64, jnp.float16, jnp.float16, blackwell)
+        for group in (64, 128)
+    )
+    half = choose(_spec(14_336, 4096, 64), 32, jnp.float16, jnp.float16, blackwell)
+    assert (full.scale_on, full.splits, full.splits * 32 // 148) == ("weight", 5, 1)
+    assert (apart.scale_on, apart.splits, apart.splits * 32 // 148) == ("sum", 10, 2)
+    assert (half.scale_on, half.splits, half.splits * 32 // 148) == ("weight", 10, 2)
+
+
+@pytest.mark.parametrize("device", _DEVICES[:4], ids=lambda device: device.kind)
+@pytest.mark.parametrize("group", [8, 16, 40, 48, 80])
+def test_scales_of_groups_that_32_does_not_divide_have_room_in_the_copy_pipeline(group, device):
+    """16 tokens, 4 bits: a weight's scale and zero point take 2.5 to 10 times its own bytes."""
+    for scale, its_bytes in ((jnp.bfloat16, 3), (jnp.float32, 5)):
+        tiles = _choose(_spec(3840, group=group), 16, device, scale)
+        waiting = (tiles.stages - 1) * tiles.block_n * tiles.block_k * its_bytes
+        assert tiles.stages > 1
+        assert waiting < measure_shared_memory(tiles, _spec(3840, group=group), scale)
+        assert find_faults(tiles, _spec(3840, group=group), device, scale) == []
+
+
 def test_tiles_shrink_to_the_shared_memory_of_the_device():
     large = Tiles(block_m=64, block_n=256, block_k=256, warps=8, stages=4)
-    assert measure_shared_memory(large, _spec()) > Device("NVIDIA L4", 58).shared_memory
+    assert (
+        measure_shared_memory(large, _spec(), jnp.bfloat16) > Device("NVIDIA L4", 58).shared_memory
+    )
     [fault] = find_faults(large, _spec(), Device("NVIDIA L4", 58))
     assert "bytes of shared memory" in fault
     assert large not in list_candidates(_spec(), 64, jnp.bfloat16, jnp.bfloat16, _DEVICES[2])

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from pallas_kernels.device import Device
 from pallas_kernels.moe import quant_moe
-from pallas_kernels.schedule import Tiles, fix_schedule, measure_shared_memory
+from pallas_kernels.schedule import Tiles, fix_schedule
 from pallas_kernels.schedule_moe import (
     MoeTiles,
     choose_block,
@@ -62,15 +62,13 @@ def test_every_candidate_fits_and_the_rules_choice_comes_first(name, tokens):
             assert len(found) == len(set(found))
             assert len(found) > 5
             for tiles in found:
-                assert find_moe_faults(tiles, specs, device) == []
-                for part, spec in zip((tiles.first, tiles.second), specs, strict=True):
-                    assert measure_shared_memory(part, spec) <= device.shared_memory
+                assert find_moe_faults(tiles, specs, device, BF16) == []
 
 
 @settings(deadline=None, max_examples=60)
 @given(data=st.data())
 def test_odd_shapes_have_candidates_that_fit(data):
-    bits, group = data.draw(st.sampled_from([4, 8])), data.draw(st.sampled_from([32, -1]))
+    bits, group = data.draw(st.sampled_from([4, 8])), data.draw(st.sampled_from([16, 32, -1]))
     hidden, middle = (32 * data.draw(st.integers(1, 40)) for _ in range(2))
     experts = data.draw(st.integers(1, 40))
     facts = (experts, data.draw(st.integers(1, 3000)), data.draw(st.integers(1, experts)))
@@ -80,7 +78,7 @@ def test_odd_shapes_have_candidates_that_fit(data):
     found = list_moe_candidates(specs, *facts, jnp.bfloat16, scales, device)
     assert found[0] == choose_moe(specs, *facts, jnp.bfloat16, scales, device)
     for tiles in found:
-        assert find_moe_faults(tiles, specs, device) == []
+        assert find_moe_faults(tiles, specs, device, scales) == []
         if scales != BF16:
             assert tiles.first.scale_on == "sum"
 
