@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from loaders.awq_gptq_config import AwqGptqConfig, TransposedScheme
+from loaders.awq_gptq_config import AwqGptqConfig
+from loaders.awq_gptq_schemes import TransposedScheme
 from loaders.errors import CheckpointError
 from loaders.plan import make_plan
 from loaders.quantization_config import parse_quantization
