@@ -131,7 +131,7 @@ class AwqGptqConfig:
             for rule, pattern in self._rule_patterns
             if not any(map(pattern.match, modules))
         ]
-        absent = [path for path in self._rule_paths if not _is_there(path, modules)]
+        absent = _list_absent(self._rule_paths, modules)
         kept = [name for name in self.kept if not _matches_any(name, modules)]
         return unused + _count_unmet(EXTRA, absent) + _count_unmet("modules_to_not_convert", kept)
 
@@ -251,9 +251,13 @@ def _count_unmet(field: str, names: list[str]) -> list[str]:
     ]
 
 
-def _is_there(path: str, modules: Collection[str]) -> bool:
-    """Whether it is the path of a module with tensors, or of one that contains such."""
-    return path in modules or any(module.startswith(f"{path}.") for module in modules)
+def _list_absent(paths: Iterable[str], modules: Collection[str]) -> list[str]:
+    """Those that are the path of no module, nor of what contains modules."""
+    absent = [path for path in paths if path not in modules]
+    if not absent:
+        return []
+    parents = {name[: dot.start()] for name in modules for dot in re.finditer(r"\.", name)}
+    return [path for path in absent if path not in parents]
 
 
 def _matches_any(name: str, modules: Iterable[str]) -> bool:
