@@ -307,7 +307,7 @@ def _make_experts(first: Linear, second: Linear) -> dict[str, np.ndarray]:
 def test_experts_become_the_stacks_of_the_same_numbers(tmp_path):
     # one group, whose order changes nothing, and two of which the last is short
     first, second = make_linear(40, 32, seed=1), make_linear(32, 40, seed=2)
-    config = {"quantization_config": describe_gptq(first, desc_act=True)}
+    config = {"quantization_config": describe_gptq(second, desc_act=True)}
     plan = make_plan(write_folder(tmp_path / "c", config, [_make_experts(first, second)]))
     params = load_params(plan)["mlp"]["experts"]
     w13, w2 = (dequantize(params[n], plan.specs[f"mlp.experts.{n}"]) for n in ("w13", "w2"))
