@@ -222,7 +222,7 @@ def compare_checkpoints(
 def describe_scheme(plan: Plan) -> str:
     """What the linear weights are: "W4 asymmetric g32", "W8 symmetric channel" or "float32"."""
     kinds = {
-        (m.encoding.bits, m.spec.symmetric, m.spec.groups == 1, m.spec.group_size)
+        (m.encoding.bits, m.spec.symmetric, m.spec.groups == 1, m.group_size)
         for m in plan.quantized.values()
     }
     if kinds:

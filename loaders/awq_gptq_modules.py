@@ -9,12 +9,15 @@ the files call a tensor, and so do faults.
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from loaders.awq_gptq_config import AwqGptqConfig, TransposedScheme
+from loaders.awq_gptq_config import AwqGptqConfig
+from loaders.awq_gptq_schemes import TransposedScheme
 from loaders.awq_gptq_words import list_tensors_of, read_zero_points
 from loaders.config_groups import Scheme
 from loaders.encoding import (
@@ -109,7 +112,7 @@ def plan_transposed(
     folder, file = (info := next(iter(found.values()))).file.parent, info.file.name
     if not isinstance(scheme, TransposedScheme):
         what = "the module is packed, but quantization_config says that it is not converted"
-        way_out = "mend lm_head, modules_to_not_convert or dynamic in config.json"
+        way_out = "mend lm_head, modules_to_not_convert, dynamic or extra_config in config.json"
         raise CheckpointError(folder, [Fault(what, file, path, way_out)])
     packed, required = found.get("weight_packed"), ["weight_packed", "weight_scale"]
     if scheme.words == GPTQ or not scheme.symmetric:
@@ -124,7 +127,10 @@ def plan_transposed(
     if packed is None:
         raise CheckpointError(folder, faults)
     try:
-        spec = make_spec(packed, _read_sizes(packed, scheme), scheme)
+        n, k = _read_sizes(packed, scheme)
+        short = 0 < scheme.group_size < k and k % scheme.group_size > 0
+        size = math.gcd(k, scheme.group_size) if short else scheme.group_size
+        spec = make_spec(packed, (n, k), dataclasses.replace(scheme, group_size=size))
     except CheckpointError as error:
         raise CheckpointError(folder, [*faults, *error.faults]) from None
     encoding = Encoding(
@@ -133,6 +139,7 @@ def plan_transposed(
         zero_points=scheme.zero_points,
         # in one group no order changes anything
         reordered=scheme.reordered and spec.groups > 1,
+        group_size=scheme.group_size if short else None,
     )
     expected = list_tensors_of(spec, encoding)
     for role, info in found.items():
@@ -169,8 +176,8 @@ def _read_sizes(packed: TensorInfo, scheme: TransposedScheme) -> tuple[int, int]
 
 def check_groups(groups: np.ndarray, module: QuantizedModule) -> list[Fault]:
     """The fault of a `g_idx` that says something else than config.json, where order is not read."""
-    spec, info = module.spec, module.tensors["weight_g_idx"]
-    wrong = groups != np.arange(spec.in_features) // spec.group_size
+    info = module.tensors["weight_g_idx"]
+    wrong = groups != np.arange(module.spec.in_features) // module.group_size
     if not wrong.any():
         return []
     first = int(np.argmax(wrong))

@@ -3,7 +3,7 @@
     quantity     GPTQ                              AWQ ("gemm", 4 bits)
     qweight      int32 [K * bits / 32, N]          int32 [K, N / 8]
     qzeros       int32 [G, N * bits / 32]          int32 [G, N / 8]
-    scales       [G, N]                            [G, N]
+    scales       [G, N], G = ceil(K / group_size)  [G, N]
     g_idx        int32 [K]: group of each feature  none
 
 GPTQ packs along K (zero points along N) as a dense little-endian stream of bits. AWQ packs both
@@ -45,10 +45,11 @@ def list_tensors_of(
     """Role -> (allowed dtypes, shape) of a module's tensors, those included that may be absent."""
     n, k = spec.out_features, spec.in_features
     wide, long = encoding.count_words(n), encoding.count_words(k)
+    groups = encoding.count_groups(spec)
     tensors = {
         "weight_packed": (("int32",), (k, wide) if encoding.words == AWQ else (long, n)),
-        "weight_scale": (SCALE_DTYPES, (spec.groups, n)),
-        "weight_zero_point": (("int32",), (spec.groups, wide)),
+        "weight_scale": (SCALE_DTYPES, (groups, n)),
+        "weight_zero_point": (("int32",), (groups, wide)),
     }
     if encoding.words == GPTQ:
         tensors["weight_g_idx"] = (("int32",), (k,))

@@ -11,7 +11,9 @@ up to 0.9.2 they are left out where all of a module are 0 ("zeros").
 AutoAWQ ("awq") and GPTQ ("gptq") hold the transpose, see `loaders.awq_gptq_words`. GPTQ's zero
 points are there also where the weight is symmetric, and may be stored as one less ("less_one…").
 
-What has no kernel of its own is widened exactly: 1, 2 and 3 bits to 4, 5, 6 and 7 to 8.
+What has no kernel of its own is widened exactly: 1, 2 and 3 bits to 4, 5, 6 and 7 to 8. The last
+group of AutoAWQ and GPTQ is short where the group size does not divide K, which no kernel knows:
+groups are divided into smaller ones, all of a size, with the scale of theirs.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from loaders.config_groups import Scheme
 from loaders.errors import CheckpointError, Fault
 from loaders.presets import parse_version
 from loaders.safetensors_file import TensorInfo
+from pallas_kernels.spec import QuantSpec
 
 STREAM, ALIGNED, TILES, AWQ, GPTQ = "stream", "aligned", "tiles", "awq", "gptq"
 TRANSPOSED = (AWQ, GPTQ)
@@ -47,12 +50,18 @@ class Encoding:
         Of AutoAWQ and GPTQ: "words"; "less_one", the same less 1; "less_one_borrowed", where 0
         borrowed from its neighbour; "middle", all 2^(bits-1), or "middle_less_one" (symmetric).
       reordered: whether `weight_g_idx` says which group each input feature is in.
+      group_size: in the files, where the last group is short; None where it is that of the spec.
     """
 
     bits: int
     words: str = STREAM
     zero_points: str = "none"
     reordered: bool = False
+    group_size: int | None = None
+
+    def count_groups(self, spec: QuantSpec) -> int:
+        """How many groups the files have along K, a short last one among them."""
+        return -(-spec.in_features // (self.group_size or spec.group_size))
 
     def count_words(self, length: int) -> int:
         """How many 32-bit words that many values fill."""

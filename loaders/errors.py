@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import re
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
 from pallas_kernels.errors import Wna16Error
+
+_FEW = 3
+# between dots, as layers and experts have them
+_NUMBER = re.compile(r"(?:(?<=\.)|^)(?:0|[1-9][0-9]{0,8})(?=\.|$)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +46,42 @@ class CheckpointError(Wna16Error, ValueError):
         self.path, self.faults = str(path), tuple(faults)
         count = f"{len(faults)} faults" if len(faults) > 1 else "1 fault"
         super().__init__("\n  - ".join([f"{path}: {count}", *map(str, faults)]))
+
+
+def join_alike(faults: Iterable[Fault]) -> list[Fault]:
+    """The same faults, but one in place of more than three that say the same of many names.
+
+    It has the first name, and tells all in short: "model.layers.0-27.mlp.up_proj".
+    """
+    alike: dict[tuple[str, str], list[Fault]] = defaultdict(list)
+    for fault in faults:
+        alike[fault.what, fault.way_out].append(fault)
+    joined: list[Fault] = []
+    for (what, _), same in alike.items():
+        if len(same) > _FEW:
+            names = shorten(fault.tensor for fault in same)
+            text = f"{what}; the same of {len(same)} in all: {', '.join(names)}"
+            same = [dataclasses.replace(same[0], what=text)]
+        joined += same
+    return joined
+
+
+def shorten(names: Iterable[str]) -> list[str]:
+    """Names that differ in numbers alone as one: "layers.0.up", "layers.1.up" -> "layers.0-1.up".
+
+    Where several numbers differ, and not each goes with each, stars stand in their place.
+    """
+    alike: dict[tuple[str, ...], set[tuple[int, ...]]] = defaultdict(set)
+    for name in names:
+        alike[tuple(_NUMBER.split(name))].add(tuple(map(int, _NUMBER.findall(name))))
+    return [_write_numbers(texts, numbers) for texts, numbers in alike.items()]
+
+
+def _write_numbers(texts: tuple[str, ...], numbers: set[tuple[int, ...]]) -> str:
+    columns = [set(column) for column in zip(*numbers, strict=True)]
+    is_full = math.prod(map(len, columns)) == len(numbers)
+    written = [write_ranges(c) if is_full or len(c) == 1 else "*" for c in columns]
+    return "".join(text + number for text, number in zip(texts, [*written, ""], strict=True))
 
 
 def suggest(faults: Iterable[Fault], way_out: str) -> list[Fault]:

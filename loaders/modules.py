@@ -43,6 +43,11 @@ class QuantizedModule:
     encoding: Encoding
 
     @property
+    def group_size(self) -> int:
+        """Of the files. The spec's is a part of it where the last group is short."""
+        return self.encoding.group_size or self.spec.group_size
+
+    @property
     def nbytes(self) -> int:
         """Bytes in the files."""
         return sum(info.nbytes for info in self.tensors.values())

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from loaders.awq_gptq_modules import is_transposed, name_roles, plan_transposed
-from loaders.errors import CheckpointError, Fault, suggest
+from loaders.errors import CheckpointError, Fault, join_alike, shorten, suggest
 from loaders.experts import Member, Stack, are_stacked, name_slices, plan_stacks, split_name
 from loaders.folder import Scan, list_remarks, read_config, scan_tensors
 from loaders.modules import ROLES, QuantizedModule, plan_modules, split_experts
@@ -170,10 +170,10 @@ def survey_folder(folder: str | Path, *, headers_only: bool = False) -> Survey:
     modules = {*by_module, *torn, *head}
     warnings = [*remarks, *quantization.describe_unused(modules)]
     warnings += list_remarks(folder, config, {info.file for info in scan.tensors.values()})
-    warnings += _list_absent_zero_points(quantized)
+    warnings += [*_list_absent_zero_points(quantized), *_list_short_groups(quantized)]
     return Survey(
         Plan(folder, config, quantized, plain, stacks, tuple(warnings)),
-        tuple(suggest(faults, _MEND)),
+        tuple(join_alike(suggest(faults, _MEND))),
         {info.name: info for path in broken for info in by_module[path].values()},
         scan.absent,
         scan.unsound,
@@ -216,6 +216,19 @@ def _list_absent_zero_points(modules: Mapping[str, QuantizedModule]) -> list[str
     return [
         f"{absent[0]}{more}: no zero points, which compressed-tensors before 0.9.4 leaves out "
         "where all are 0: they are read as 0"
+    ]
+
+
+def _list_short_groups(modules: Mapping[str, QuantizedModule]) -> list[str]:
+    """One remark for the modules of each K."""
+    alike: dict[tuple[int, int], list[str]] = defaultdict(list)
+    for path, module in modules.items():
+        if module.encoding.group_size is not None:
+            alike[module.spec.in_features, module.group_size].append(path)
+    return [
+        f"{', '.join(shorten(paths))}: {k} input features are no multiple of group_size = {size}, "
+        f"so that the last group is read as one of {k % size}"
+        for (k, size), paths in alike.items()
     ]
 
 

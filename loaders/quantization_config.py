@@ -15,6 +15,7 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
+from loaders.auto_round_config import parse_auto_round
 from loaders.awq_gptq_config import AwqGptqConfig, parse_awq, parse_gptq
 from loaders.config_groups import FILE, MEND, REQUANTIZE, Refusal, Scheme, parse_group
 from loaders.errors import Fault
@@ -263,6 +264,8 @@ _READERS: dict[str, _Reader] = {
     "sparseml": _parse_compressed_tensors,  # its name up to 0.3
     "awq": parse_awq,
     "gptq": parse_gptq,
+    "auto-round": parse_auto_round,
+    "intel/auto-round": parse_auto_round,
 }
 
 

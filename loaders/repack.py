@@ -170,7 +170,7 @@ def _pack(
         weights["perm"] = _sort_features(tensors["weight_g_idx"])
         codes = codes[:, weights["perm"]]
     weights["packed"] = tiles_from_codes(codes, spec)
-    weights["scale"] = pad_groups(_read_scale(tensors, encoding), spec)
+    weights["scale"] = pad_groups(_read_scale(tensors, spec, encoding), spec)
     if not spec.symmetric:
         weights["zero_point"] = pad_groups(_read_zero_points(tensors, spec, encoding), spec)
     return weights
@@ -213,7 +213,7 @@ def _pack_rows(
     codes = _read_codes(tensors, spec, encoding)
     shifted = dataclasses.replace(spec, out_features=shift + spec.out_features)
     rows = {"packed": tiles_from_codes(jnp.pad(codes, ((shift, 0), (0, 0))), shifted)}
-    rows["scale"] = _read_scale(tensors, encoding).T
+    rows["scale"] = _read_scale(tensors, spec, encoding).T
     if not spec.symmetric:
         rows["zero_point"] = _read_zero_points(tensors, spec, encoding).T
     return rows
@@ -262,13 +262,22 @@ def _read_zero_points(
     else:
         aligned = encoding.words == ALIGNED
         codes = codes_from_words(found.T, encoding.bits, n, aligned=aligned).T
+    codes = _divide_groups(codes, spec, encoding)
     return (codes.astype(jnp.int16) - (1 << encoding.bits - 1)).astype(jnp.int8)
 
 
-def _read_scale(tensors: dict[str, jax.Array], encoding: Encoding) -> jax.Array:
+def _read_scale(tensors: dict[str, jax.Array], spec: QuantSpec, encoding: Encoding) -> jax.Array:
     """[N, G]."""
     scale = tensors["weight_scale"]
-    return scale.T if encoding.words in TRANSPOSED else scale
+    return _divide_groups(scale.T if encoding.words in TRANSPOSED else scale, spec, encoding)
+
+
+def _divide_groups(values: jax.Array, spec: QuantSpec, encoding: Encoding) -> jax.Array:
+    """[N, groups of the files] -> [N, G] of the tile layout, where each may be a part of one."""
+    if encoding.group_size is None:
+        return values
+    parts = encoding.group_size // spec.group_size
+    return jnp.repeat(values, parts, axis=1)[:, : spec.groups]
 
 
 def _list_optional(encoding: Encoding) -> set[str]:

@@ -28,7 +28,6 @@ from loaders.modules import QuantizedModule
 from loaders.plan import Plan
 from loaders.repack import pack, pack_expert, write_rows
 from loaders.safetensors_file import TensorInfo, read_tensor, read_tensors
-from pallas_kernels.spec import QuantSpec
 
 _AGAIN = "quantize the model again"
 
@@ -120,7 +119,7 @@ def check_values(
         return faults  # column order
     if transposed and not module.encoding.reordered:
         return faults + check_groups(groups, module)
-    return faults + _check_groups(groups, module.spec, module.tensors["weight_g_idx"], stacked)
+    return faults + _check_groups(groups, module, stacked)
 
 
 def _check_scale(scale: np.ndarray, info: TensorInfo, *, signed: bool) -> list[Fault]:
@@ -155,22 +154,22 @@ def _check_bytes(zero_points: np.ndarray, module: QuantizedModule) -> list[Fault
     return [Fault(what, info.file.name, info.name, _AGAIN)]
 
 
-def _check_groups(
-    groups: np.ndarray, spec: QuantSpec, info: TensorInfo, stacked: bool
-) -> list[Fault]:
-    """Input features that are not dealt out to the groups evenly."""
-    bad = (groups < 0) | (groups >= spec.groups)
+def _check_groups(groups: np.ndarray, module: QuantizedModule, stacked: bool) -> list[Fault]:
+    """Input features that are not dealt out to the groups evenly, but for a short last one."""
+    info, count = module.tensors["weight_g_idx"], module.encoding.count_groups(module.spec)
+    bad = (groups < 0) | (groups >= count)
     if bad.any():
         first = int(np.argmax(bad))
         what = (
-            f"{int(bad.sum())} of {groups.size} input features are in no group of {spec.groups}, "
+            f"{int(bad.sum())} of {groups.size} input features are in no group of {count}, "
             f"the first at [{first}]: {groups[first]}"
         )
         return [Fault(what, info.file.name, info.name, _AGAIN)]
-    counts = np.bincount(groups, minlength=spec.groups)
-    if (counts != spec.group_size).any():
-        first = int(np.argmax(counts != spec.group_size))
-        what = f"group {first} has {counts[first]} input features, expected {spec.group_size}"
+    counts = np.bincount(groups, minlength=count)
+    expected = np.bincount(np.arange(groups.size) // module.group_size, minlength=count)
+    if (counts != expected).any():
+        first = int(np.argmax(counts != expected))
+        what = f"group {first} has {counts[first]} input features, expected {expected[first]}"
         return [Fault(what, info.file.name, info.name, _AGAIN)]
     if stacked and (np.diff(groups) < 0).any():
         what = "the input features of an expert are reordered (act-order), which no kernel can do"

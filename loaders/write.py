@@ -28,8 +28,11 @@ SHARD_BYTES = 2_000_000_000
 _STEM = "model"  # of what transformers and vLLM look for
 _COPIED = (".json", ".txt", ".model", ".jinja")
 _TEMPLATES = "additional_chat_templates"  # named ones, beside that of chat_template.jinja
-# the last two say how AutoGPTQ and AutoAWQ packed the weights that are not there any more
-_NOT_COPIED = ("config.json", INDEX, "quantize_config.json", "quant_config.json")
+# the last three say how AutoGPTQ, AutoAWQ and AutoRound packed weights that are not there any more
+_NOT_COPIED = (
+    *("config.json", INDEX),
+    *("quantize_config.json", "quant_config.json", "quantization_config.json"),
+)
 
 
 def write_checkpoint(

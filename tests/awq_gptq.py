@@ -44,6 +44,11 @@ class Linear:
     bits: int
 
     @property
+    def group_size(self) -> int:
+        """As a config has it: -1 for one group."""
+        return -1 if self.scales.shape[1] == 1 else int((self.groups == 0).sum())
+
+    @property
     def floats(self) -> torch.Tensor:
         """[N, K], by AutoAWQ's and AutoGPTQ's formula, in the dtype of the scales.
 
@@ -73,7 +78,7 @@ def make_linear(
     """A random one; scales are float16, and negative ones are among them where symmetric."""
     rng = np.random.default_rng(seed)
     size = k if group_size == -1 else group_size
-    grouped = (n, k // size)
+    grouped = (n, -(-k // size))  # the last one may be short
     groups = np.arange(k, dtype=np.int32) // size
     zeros = rng.integers(lowest_zero, 2**bits, grouped)
     scales = rng.uniform(0.005, 0.02, grouped)
@@ -138,10 +143,9 @@ def pack_awq(linear: Linear) -> dict[str, np.ndarray]:
 
 def describe_gptq(linear: Linear, **changes: Any) -> dict[str, Any]:
     """A `quantization_config` as AutoGPTQ writes it."""
-    count = linear.scales.shape[1]
     return {
         "bits": linear.bits,
-        "group_size": -1 if count == 1 else linear.codes.shape[1] // count,
+        "group_size": linear.group_size,
         "damp_percent": 0.01,
         "desc_act": bool((np.diff(linear.groups) < 0).any()),
         "static_groups": False,
@@ -156,14 +160,28 @@ def describe_gptq(linear: Linear, **changes: Any) -> dict[str, Any]:
 
 def describe_awq(linear: Linear, **changes: Any) -> dict[str, Any]:
     """A `quantization_config` as AutoAWQ writes it."""
-    count = linear.scales.shape[1]
     return {
         "quant_method": "awq",
         "zero_point": True,
-        "group_size": -1 if count == 1 else linear.codes.shape[1] // count,
+        "group_size": linear.group_size,
         "bits": 4,
         "version": "gemm",
         "modules_to_not_convert": None,
+    } | changes
+
+
+def describe_auto_round(linear: Linear, **changes: Any) -> dict[str, Any]:
+    """A `quantization_config` as AutoRound 0.9 writes it for its own format."""
+    return {
+        "autoround_version": "0.9.3",
+        "bits": linear.bits,
+        "block_name_to_quantize": "model.layers",
+        "data_type": "int",
+        "group_size": linear.group_size,
+        "iters": 200,
+        "packing_format": "auto_round:auto_gptq",
+        "quant_method": "auto-round",
+        "sym": bool((linear.zeros == 2 ** (linear.bits - 1)).all()),
     } | changes
 
 

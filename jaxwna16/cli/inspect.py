@@ -155,7 +155,7 @@ def _list_facts(report: dict[str, Any]) -> list[tuple[str, str]]:
     from jaxwna16.cli.backends import word_choices
     from jaxwna16.cli.screen import count
 
-    facts = list(_word_sizes(report["totals"]))
+    facts = list(_word_sizes(report["totals"], report["quantized"]))
     if report["converted_from"] is not None:
         facts.append(("converted", f"from {report['converted_from']}"))
     dtype = report["load_model"]["dtype"]
@@ -201,7 +201,7 @@ def _word_skipped(entry: dict[str, Any]) -> str:
     return f"{' and '.join(what)}, {decimal(entry['bytes'])}, by load_model: {entry['reason']}"
 
 
-def _word_sizes(totals: dict[str, Any]) -> Iterator[tuple[str, str]]:
+def _word_sizes(totals: dict[str, Any], rows: list[dict[str, Any]]) -> Iterator[tuple[str, str]]:
     from rich.filesize import decimal
 
     parts = f"{decimal(totals['bytes'])} for {_round_count(totals['parameters'])} parameters"
@@ -212,7 +212,10 @@ def _word_sizes(totals: dict[str, Any]) -> Iterator[tuple[str, str]]:
         )
     yield "size", parts
     if totals["extra_bytes"]:
-        yield "widened", f"to 4 or 8 bits in memory: {decimal(totals['extra_bytes'])} more"
+        ways = ["to 4 or 8 bits"] if any(row["widened_to"] for row in rows) else []
+        ways += ["to whole groups"] if any(row["divided_to"] for row in rows) else []
+        more = decimal(totals["extra_bytes"])
+        yield "widened", f"{' and '.join(ways)} in memory: {more} more"
     if totals["bytes"]:
         yield "bfloat16", f"{decimal(totals['bfloat16_bytes'])}, {totals['ratio']:.2f} times that"
 
@@ -228,12 +231,14 @@ def _make_cells(name: str, shape: Iterable[int], kind: str, row: dict[str, Any])
 
 
 def _name_scheme(row: dict[str, Any]) -> str:
-    """As "W4 g32 asym" or "W8 channel sym", "W3 g32 sym as W4" where that is held wider."""
+    """As "W4 g32 asym" or "W8 channel sym", "W3 g32 sym as W4" where it is held otherwise."""
     group = "channel" if row["strategy"] == "channel" else f"g{row['group_size']}"
     words = [f"W{row['bits']} {group} {'sym' if row['symmetric'] else 'asym'}"]
     words += [row["packing"].upper()] if row["packing"] in ("awq", "gptq") else []
     words += ["act-order"] if row["act_order"] else []
-    words += [f"as W{row['widened_to']}"] if row["widened_to"] else []
+    held = [f"W{row['widened_to']}"] if row["widened_to"] else []
+    held += [f"g{row['divided_to']}"] if row["divided_to"] else []
+    words += ["as", *held] if held else []
     return " ".join(words)
 
 

@@ -12,6 +12,7 @@ integers. Its own functions do so as far as it has them (it packs, unpacks, and 
     32 // bits values to a word (0.17)  packed as a stream of bits
     N <= 8 at 4 bits, several groups    other strides of the zero points, which trip it up
     AutoAWQ, GPTQ                       transposed
+    a short last group                  groups divided into smaller ones with the same scale
 """
 
 from __future__ import annotations
@@ -183,6 +184,8 @@ class _Reader:
             order = self._torch.argsort(groups, stable=True)
         state, converted = self._convert(module, tensors, order)
         spec = module.spec
+        if encoding.group_size is not None:
+            state |= self._divide_groups(state, module)
         state["weight_shape"] = self._torch.tensor([spec.out_features, spec.in_features])
         scheme = self._make_scheme(
             encoding.bits,
@@ -231,6 +234,15 @@ class _Reader:
                 zero_point, moved = zero_point.as_strided(zero_point.shape, (1, 1)), True
             tensors["weight_zero_point"] = zero_point
         return tensors, moved
+
+    def _divide_groups(self, state: dict[str, Any], module: QuantizedModule) -> dict[str, Any]:
+        """What stands once for a group, for each of the smaller ones."""
+        spec, parts = module.spec, module.group_size // module.spec.group_size
+        return {
+            role: state[role].repeat_interleave(parts, 1)[:, : spec.groups].contiguous()
+            for role in ("weight_scale", "weight_zero_point")
+            if role in state
+        }
 
     def _convert_awq(self, module: QuantizedModule, tensors: dict[str, Any]) -> dict[str, Any]:
         name = "compressed_tensors.entrypoints.convert.converters.autoawq"

@@ -53,7 +53,8 @@ def list_module_rows(
             "widened_to": spec.bits if spec.bits != encoding.bits else None,
             "extra_bytes": count_extra_bytes(found),
             "strategy": "channel" if spec.groups == 1 else "group",
-            "group_size": spec.group_size,
+            "group_size": found[0].group_size,
+            "divided_to": spec.group_size if encoding.group_size else None,
             "symmetric": spec.symmetric,
             "act_order": encoding.reordered,
             "packing": encoding.words,
@@ -76,10 +77,17 @@ def _choose_backend(pattern: str, module: QuantizedModule, dtype: str, lack: str
 
 
 def count_extra_bytes(modules: Iterable[QuantizedModule]) -> int:
-    """Bytes that weights take more in memory because they are held wider than in the files."""
-    bits = sum(
-        m.spec.in_features * m.spec.out_features * (m.spec.bits - m.encoding.bits) for m in modules
-    )
+    """Bytes that weights take more in memory than in the files.
+
+    That is where integers are held wider, and where groups are divided, with a scale for each part.
+    """
+    bits = 0
+    for module in modules:
+        spec, encoding = module.spec, module.encoding
+        scale_bits = 8 * module.tensors["weight_scale"].dtype.itemsize
+        added = spec.groups - encoding.count_groups(spec)
+        bits += spec.in_features * spec.out_features * (spec.bits - encoding.bits)
+        bits += added * spec.out_features * (scale_bits + (0 if spec.symmetric else 8))
     return bits // 8
 
 

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from loaders.awq_gptq_config import AwqGptqConfig, TransposedScheme
+from loaders.awq_gptq_config import AwqGptqConfig
+from loaders.awq_gptq_schemes import TransposedScheme
 from loaders.errors import CheckpointError
 from loaders.plan import make_plan
 from loaders.quantization_config import parse_quantization
@@ -226,7 +227,6 @@ def test_what_tools_write_is_read_without_a_remark(tool):
         (GPTQ | {"rotation": "hadamard"}, "rotation", "rotations between layers"),
         (GPTQ | {"adapter": {"rank": 8}}, "adapter", "an adapter"),
         (GPTQ | {"data_type": "nv_fp"}, "data_type", "only weights that are integers"),
-        (GPTQ | {"extra_config": {"m": {"bits": 8}}}, "extra_config", "from `dynamic` alone"),
         (GPTQ | {"dynamic": ["+:.*"]}, "dynamic", "expected an object"),
         (GPTQ | {"dynamic": {"+:[": {}}}, "dynamic", "is not a regular expression"),
         (GPTQ | {"dynamic": {"+:(.*)*": {}}}, "dynamic", "could take for ever"),
