@@ -15,7 +15,6 @@ Experts of which some are packed and others not, or in another way, are a stack 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
@@ -23,7 +22,6 @@ from itertools import pairwise
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from loaders.errors import Fault, write_ranges
@@ -298,8 +296,9 @@ def _make_stack(parts: _Parts, experts: int) -> Stack:
     members = [member for _, member in parts.values()]
     bias = _read_bias(first := members[0])
     if not isinstance(first, QuantizedModule) or len({_describe(m) for m in members}) > 1:
-        # the smallest dtype that holds the numbers of all
-        dtype = functools.reduce(jnp.promote_types, map(_read_dtype, members))
+        # of several dtypes, float32 alone holds the numbers of all
+        dtypes = {_read_dtype(member) for member in members}
+        dtype = dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32)
         shape = (experts, rows, _read_sizes(first)[1])
         leaves = {"weight": jax.ShapeDtypeStruct(shape, dtype)}
         if bias is not None:
