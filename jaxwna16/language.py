@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-import operator
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 
@@ -19,8 +16,14 @@ from jaxwna16.errors import InputError
 from jaxwna16.generation import GenerationResult, generate_tokens
 from jaxwna16.generation_config import describe_unapplied
 from jaxwna16.models.causal_lm import CausalLM
+from jaxwna16.models.expanded import (
+    describe_expanded,
+    describe_leaves,
+    expand_all,
+    list_expanded,
+)
 from jaxwna16.models.families import find_family
-from jaxwna16.models.names import rename, rename_all
+from jaxwna16.models.names import check_prefix, rename, rename_all
 from jaxwna16.models.params import check_leaves, list_leaves, load_params
 from jaxwna16.models.skipped import drop_skipped
 from jaxwna16.models.tied_head import drop_tied_head
@@ -30,7 +33,7 @@ from jaxwna16.text import Tokenizer
 from loaders.converted import open_plan
 from loaders.plan import Plan
 from pallas_kernels.backends import check_backend
-from pallas_kernels.dequantize import dequantize
+from pallas_kernels.spec import QuantSpec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,16 +82,13 @@ def load_model(
     dtype = read_dtype(dtype)
     opened = open_plan(resolve_folder(path_or_hub_id))
     names = find_family(opened.config).names
-    model, plan = _fit(opened, dtype=dtype, backend=backend)
+    model, plan, expanded = _fit(opened, dtype=dtype, backend=backend)
     model.warnings = (*plan.warnings, *describe_unapplied(plan.folder))
     leaves = list_leaves(model)
     wide = {path for path in leaves if leaves[path].dtype == jnp.float32 != model.dtype}
     kept = {name for name in plan.describe_leaves() if rename(name, names) in wide}
     params = read_plan(plan, dtype=model.dtype, kept=kept, progress=progress).params
-    for path in list_embeddings(plan):
-        *parents, name = path.split(".")
-        tree = functools.reduce(operator.getitem, parents, params)
-        tree[name] = {"weight": dequantize(tree[name], plan.specs[path], model.dtype)}
+    expand_all(params, expanded, model.dtype)
     return load_params(model, params, names)
 
 
@@ -102,15 +102,13 @@ def plan_model(plan: Plan, *, dtype: Any = None, backend: str | None = None) -> 
     return _fit(plan, dtype=read_dtype(dtype), backend=backend)[0]
 
 
-def list_embeddings(plan: Plan) -> list[str]:
-    """Paths of packed embeddings. A model looks their rows up, so it holds them as floats."""
-    return [path for path in plan.specs if path.rpartition(".")[2] == "embed_tokens"]
-
-
-def _fit(plan: Plan, *, dtype: Any, backend: str | None) -> tuple[CausalLM, Plan]:
+def _fit(
+    plan: Plan, *, dtype: Any, backend: str | None
+) -> tuple[CausalLM, Plan, dict[str, QuantSpec]]:
     """The model of a checkpoint without its arrays, and the plan of the parts that are for it.
 
-    The plan's warnings say what was left out.
+    The third is what is packed there and floats in the model, by path (`list_expanded`). The plan's
+    warnings say what was left out.
 
     Raises:
       ModelError: if the architecture is not supported, if quantized modules have no place in it, or
@@ -121,10 +119,11 @@ def _fit(plan: Plan, *, dtype: Any, backend: str | None) -> tuple[CausalLM, Plan
     family = find_family(plan.config)
     config = family.read(plan.config)
     plan = drop_skipped(plan, config)
-    embeddings = list_embeddings(plan)
-    specs = {path: spec for path, spec in plan.specs.items() if path not in embeddings}
+    check_prefix([*plan.quantized, *plan.plain], family.names, str(plan.folder))
+    if config.tie_word_embeddings:
+        plan = drop_tied_head(plan, family.names)
     reordered = {path for path, module in plan.quantized.items() if module.encoding.reordered}
-    specs = rename_all(specs, family.names)
+    specs = rename_all(plan.specs, family.names)
     dtype = dtype or config.dtype or "float32"
     check_backend(backend, dtype)
     facts = {
@@ -137,22 +136,11 @@ def _fit(plan: Plan, *, dtype: Any, backend: str | None) -> tuple[CausalLM, Plan
     model.folder = str(plan.folder)
     places = list_leaves(model)
     plan = drop_zero_biases(plan, lambda name: rename(name, family.names) in places)
-    if config.tie_word_embeddings:
-        plan = drop_tied_head(plan, family.names)
-    found = rename_all(_describe_leaves(plan), family.names)
+    expanded = list_expanded(plan, places, family.names)
+    found = rename_all(describe_leaves(plan, expanded), family.names)
     check_leaves(model, found, f"{plan.folder}: tensors")
-    return model, plan
-
-
-def _describe_leaves(plan: Plan) -> dict[str, jax.ShapeDtypeStruct]:
-    """The leaves that the plan becomes in a model: embeddings are floats there."""
-    leaves = plan.describe_leaves()
-    for path in list_embeddings(plan):
-        leaves = {name: leaf for name, leaf in leaves.items() if not name.startswith(f"{path}.")}
-        spec = plan.specs[path]
-        shape = (spec.out_features, spec.in_features)
-        leaves[f"{path}.weight"] = jax.ShapeDtypeStruct(shape, jnp.float32)
-    return leaves
+    warnings = (*plan.warnings, *describe_expanded(plan, expanded))
+    return model, dataclasses.replace(plan, warnings=warnings), expanded
 
 
 def generate(

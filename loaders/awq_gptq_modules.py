@@ -58,6 +58,8 @@ def name_roles(
     Returns:
       The same modules; and the tensors of one tool where config.json names another.
     """
+    if getattr(config, "absent", ""):  # said once, of all modules
+        return dict(by_module), []
     if not isinstance(config, AwqGptqConfig):
         return dict(by_module), [
             _refuse_role(found["qweight"], "AutoAWQ or GPTQ", '"awq" or "gptq"')

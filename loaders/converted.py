@@ -38,7 +38,8 @@ from loaders.manifest import (
 from loaders.memory import require_memory_for
 from loaders.modules import QuantizedModule
 from loaders.plan import Plan, Survey, make_plan, survey_folder
-from loaders.safetensors_file import TensorInfo, read_header, read_tensor
+from loaders.repack import pack
+from loaders.safetensors_file import TensorInfo, read_header, read_tensor, read_tensors
 from loaders.stream import Progress, place_tensor, put_leaf
 from pallas_kernels.errors import SpecError
 from pallas_kernels.spec import QuantSpec
@@ -196,6 +197,18 @@ def read_leaves(plan: ConvertedPlan) -> Iterator[tuple[TensorInfo, np.ndarray]]:
             free -= info.nbytes
         for first, reading in coming:
             yield first, reading.result()
+
+
+def read_weights(module: QuantizedModule) -> dict[str, Any]:
+    """The leaf dict of one module, of a converted checkpoint or an original one.
+
+    Raises:
+      CheckpointError: if a file ends early.
+    """
+    arrays = dict(zip(module.tensors, read_tensors(module.tensors.values()), strict=True))
+    if module.encoding.words != TILES:
+        return pack(arrays, module.spec, module.encoding)
+    return {leaf: arrays[role] for leaf, role in _ROLES.items() if role in arrays}
 
 
 def check_leaf(plan: ConvertedPlan, info: TensorInfo, array: np.ndarray) -> list[Fault]:

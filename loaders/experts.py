@@ -8,6 +8,8 @@ is up alone. The second form are plain tensors of that very name (transformers 5
 (`experts.gate_up_proj.weight_packed`), or, written by llm-compressor 0.12, the same without the dot
 (`experts.gate_up_proj_packed`). Rows stay in the order of the file, also where the model
 interleaves gate and up.
+
+Experts of which some are packed and others not, or in another way, are a stack of floats.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from itertools import pairwise
 from typing import Any
 
 import jax
+import numpy as np
 
 from loaders.errors import Fault, write_ranges
 from loaders.modules import MAX_EXPERTS, PER_EXPERT, QuantizedModule
@@ -57,7 +60,8 @@ class Stack:
 
     Attributes:
       experts: E.
-      spec: of each expert, None where they are floats.
+      spec: of each expert, None where they are floats in the tree. Modules among them that are
+        packed in the files are then dequantized when they are loaded.
       leaves: name -> shape and dtype of the leaves, E in front.
       places: which expert and which first row are each module's (by path) or tensor's (by name).
     """
@@ -149,6 +153,18 @@ def plan_stacks(
     return stacks, faults
 
 
+def describe_mixed(
+    stacks: Mapping[str, Stack], quantized: Mapping[str, QuantizedModule]
+) -> list[str]:
+    """Warnings about stacks of floats that are packed in the files, at least in part."""
+    return [
+        f"{path}: {packed} of {len(stack.places)} matrices are packed, but not all in one way: "
+        "all are loaded as floats"
+        for path, stack in stacks.items()
+        if stack.spec is None and (packed := sum(name in quantized for name in stack.places))
+    ]
+
+
 def _read_count(config: Mapping[str, Any]) -> tuple[int | None, list[Fault]]:
     """How many experts config.json says a layer has, or None."""
     text = config.get("text_config")
@@ -205,18 +221,21 @@ def _list_unlike(path: str, parts: _Parts) -> Iterator[Fault]:
     """What keeps the experts of a product from being one array."""
     for kinds in _PRODUCTS.values():
         alike: dict[str, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
+        shapes = set()
         for (expert, kind), (name, member) in parts.items():
             if kind not in kinds or not member:
                 continue
             if not _can_be_stacked(member):
                 what = f"expected a float weight [N, K], found {_describe(member)}"
                 yield Fault(what, tensor=name, way_out=PER_EXPERT)
+                continue
+            shapes.add((_read_sizes(member), _read_bias(member)))
             projection = name.partition("[")[0].rpartition(".")[2]
             alike[_describe(member)][projection].append(expert)
-        if len(alike) > 1:
+        if len(shapes) > 1:
             found = "; ".join(f"{text} in {_list_experts(where)}" for text, where in alike.items())
-            what = f"the experts of one product must be alike, found {found}"
-            yield Fault(what, tensor=path, way_out="quantize them with one scheme")
+            what = f"the experts of one product must have one shape and bias, found {found}"
+            yield Fault(what, tensor=path, way_out="quantize the model again")
 
 
 def _list_experts(where: Mapping[str, list[int]]) -> str:
@@ -274,22 +293,34 @@ def _make_stack(parts: _Parts, experts: int) -> Stack:
     for (expert, kind), (name, member) in parts.items():
         held = [name] if isinstance(member, QuantizedModule) else [i.name for i in member.values()]
         places |= dict.fromkeys(held, (expert, first_rows[kind]))
-    _, member = next(iter(parts.values()))
-    if not isinstance(member, QuantizedModule):
-        leaves = {
-            role: jax.ShapeDtypeStruct((experts, rows, *info.shape[1:]), info.dtype)
-            for role, info in member.items()
-        }
+    members = [member for _, member in parts.values()]
+    bias = _read_bias(first := members[0])
+    if not isinstance(first, QuantizedModule) or len({_describe(m) for m in members}) > 1:
+        # of several dtypes, float32 alone holds the numbers of all
+        dtypes = {_read_dtype(member) for member in members}
+        dtype = dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32)
+        shape = (experts, rows, _read_sizes(first)[1])
+        leaves = {"weight": jax.ShapeDtypeStruct(shape, dtype)}
+        if bias is not None:
+            leaves["bias"] = jax.ShapeDtypeStruct(shape[:2], bias)
         return Stack(experts, None, leaves, places)
-    spec = dataclasses.replace(member.spec, out_features=rows)
-    bias = member.tensors.get("bias")
-    leaves = make_abstract(
-        spec,
-        member.tensors["weight_scale"].dtype,
-        None if bias is None else bias.dtype,
-        experts=experts,
+    spec = dataclasses.replace(first.spec, out_features=rows)
+    return Stack(
+        experts, spec, make_abstract(spec, _read_dtype(first), bias, experts=experts), places
     )
-    return Stack(experts, spec, leaves, places)
+
+
+def _read_dtype(member: Member) -> np.dtype:
+    """Of its floats, packed or not."""
+    if isinstance(member, QuantizedModule):
+        return member.tensors["weight_scale"].dtype
+    return member["weight"].dtype
+
+
+def _read_bias(member: Member) -> np.dtype | None:
+    """The dtype of the bias, if there is one."""
+    tensors = member.tensors if isinstance(member, QuantizedModule) else member
+    return tensors["bias"].dtype if "bias" in tensors else None
 
 
 def _read_sizes(member: Member) -> tuple[int, int]:

@@ -18,7 +18,15 @@ import numpy as np
 
 from loaders.awq_gptq_modules import is_transposed, name_roles, plan_transposed
 from loaders.errors import CheckpointError, Fault, join_alike, shorten, suggest
-from loaders.experts import Member, Stack, are_stacked, name_slices, plan_stacks, split_name
+from loaders.experts import (
+    Member,
+    Stack,
+    are_stacked,
+    describe_mixed,
+    name_slices,
+    plan_stacks,
+    split_name,
+)
 from loaders.folder import Scan, list_remarks, read_config, scan_tensors
 from loaders.modules import ROLES, QuantizedModule, plan_modules, split_experts
 from loaders.quantization_config import Scheme, are_tied, list_prefixes, parse_quantization
@@ -66,6 +74,12 @@ class Plan:
     def places(self) -> dict[str, str]:
         """Each module (by path) and tensor (by name) that is part of a stack -> its path."""
         return {name: path for path, stack in self.stacks.items() for name in stack.places}
+
+    @functools.cached_property
+    def expanded(self) -> frozenset[str]:
+        """Paths of packed experts that are floats in the tree, since others of their stack are."""
+        floats = {path for path, stack in self.stacks.items() if stack.spec is None}
+        return frozenset(p for p in self.quantized if self.places.get(p) in floats)
 
     def describe_leaves(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Path -> shape and dtype of every leaf of the params tree that the plan will become."""
@@ -171,6 +185,7 @@ def survey_folder(folder: str | Path, *, headers_only: bool = False) -> Survey:
     warnings = [*remarks, *quantization.describe_unused(modules)]
     warnings += list_remarks(folder, config, {info.file for info in scan.tensors.values()})
     warnings += [*_list_absent_zero_points(quantized), *_list_short_groups(quantized)]
+    warnings += describe_mixed(stacks, quantized)
     return Survey(
         Plan(folder, config, quantized, plain, stacks, tuple(warnings)),
         tuple(join_alike(suggest(faults, _MEND))),

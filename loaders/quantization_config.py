@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import re
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -45,12 +46,14 @@ class QuantizationConfig:
       ignore: names, patterns and classes of what is not quantized.
       version: of the compressed-tensors that wrote the config, or "".
       remarks: what is odd, but no fault.
+      absent: what stands where config.json should say it ("is null"), "" where it says it.
     """
 
     targets: tuple[tuple[str, Scheme | Refusal | None], ...] = ()
     ignore: tuple[str, ...] = ()
     version: str = ""
     remarks: tuple[str, ...] = ()
+    absent: str = dataclasses.field(default="", compare=False)
 
     def find_scheme(self, module: str) -> Scheme | None:
         """The scheme of a module, or None where it is ignored or no target matches."""
@@ -96,6 +99,8 @@ class QuantizationConfig:
           The faults of such groups, with the modules that are meant; and, as warnings, the
           faults of those groups that no module of the checkpoint is in.
         """
+        if self.absent and (packed := [p for p, found in modules.items() if _is_packed(found)]):
+            return [self._refuse_absence(packed, modules)], [*self.remarks]
         refusals = [group for group in self._groups.values() if isinstance(group, Refusal)]
         meant = self._find_refused(modules) if refusals else {}
         faults = [
@@ -110,6 +115,17 @@ class QuantizationConfig:
             for fault in refusal.faults
         ]
         return faults, [*self.remarks, *unmet]
+
+    def _refuse_absence(
+        self, packed: list[str], modules: Mapping[str, Mapping[str, TensorInfo]]
+    ) -> Fault:
+        tool, method, more = "compressed-tensors", '"compressed-tensors"', "the original has it"
+        if "weight_packed" not in modules[packed[0]]:
+            tool, method = "AutoAWQ or GPTQ", '"awq" or "gptq"'
+            more = "it may stand in quantize_config.json or quant_config.json"
+        what = f"{self.absent}, but modules are packed as by {tool}: {describe_modules(packed)}"
+        way_out = f"put the tool's own, with quant_method {method}, into config.json; {more}"
+        return Fault(what, FILE, _SECTIONS[0], way_out)
 
     def _find_refused(
         self, modules: Mapping[str, Mapping[str, TensorInfo]]
@@ -177,7 +193,8 @@ def parse_quantization(
     places.append((last, config.get(last)))
     places = [(field, raw) for field, raw in places if raw not in (None, {})]
     if not places:
-        return QuantizationConfig(), []
+        absent = f"is {json.dumps(config[first])}" if first in config else "is not there"
+        return QuantizationConfig(absent=absent), []
     (field, raw), *others = places
     parsed, faults = _parse(raw, field)
     remarks = tuple(
@@ -342,6 +359,11 @@ def _is_quantized(found: Mapping[str, TensorInfo]) -> bool:
     if any(role.startswith(("weight_", "input_", "output_")) for role in found):
         return True
     return "weight" in found and found["weight"].dtype_name not in _FLOATS
+
+
+def _is_packed(found: Mapping[str, TensorInfo]) -> bool:
+    """Whether a module's tensors by role are those of compressed-tensors, AutoAWQ or GPTQ."""
+    return "weight_packed" in found or found.keys() >= {"qweight", "scales"}
 
 
 def _is_matrix(found: Mapping[str, TensorInfo]) -> bool:

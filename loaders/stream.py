@@ -26,8 +26,10 @@ from loaders.host_memory import make_zeros
 from loaders.memory import require_memory_for
 from loaders.modules import QuantizedModule
 from loaders.plan import Plan
+from loaders.quantization_config import describe_modules
 from loaders.repack import pack, pack_expert, write_rows
 from loaders.safetensors_file import TensorInfo, read_tensor, read_tensors
+from pallas_kernels.dequantize import dequantize
 
 _AGAIN = "quantize the model again"
 
@@ -55,10 +57,12 @@ def load_params(
 
     Raises:
       CheckpointError: listing every tensor with scales that are not finite and above zero, or with
-        values too large for `dtype`; or if a file ends early; or, before anything is read, if the
-        arrays cannot fit into memory.
+        values too large for `dtype`; or if a file ends early; or, before any weight is read, if the
+        arrays cannot fit into memory, or if experts are reordered.
     """
     require_memory_for(plan, dtype)
+    if reordered := check_order(plan):
+        raise CheckpointError(plan.folder, reordered)
     params: dict[str, Any] = {}
     stacks: dict[str, dict[str, Any]] = {}
     faults: list[Fault] = []
@@ -66,12 +70,12 @@ def load_params(
     for part, arrays in read_parts(plan):
         name = part.name if isinstance(part, TensorInfo) else part.path
         if isinstance(part, QuantizedModule):
-            faults += check_values(part, arrays, stacked=name in plan.places)
+            faults += check_values(part, arrays)
         if name in plan.places:
             path = plan.places[name]
             leaves = stacks.get(path) or make_stack(plan.stacks[path].leaves, dtype)
             place = plan.stacks[path].places[name]
-            stacks[path], overflows = _place_expert(leaves, part, arrays, dtype, *place)
+            stacks[path], overflows = _place_expert(leaves, part, arrays, *place)
         elif isinstance(part, TensorInfo):
             wanted = None if name in kept else dtype
             leaf, overflows = place_tensor(arrays[name], wanted, part)
@@ -103,10 +107,8 @@ def check_scales(plan: Plan) -> list[Fault]:
     return faults
 
 
-def check_values(
-    module: QuantizedModule, arrays: dict[str, np.ndarray], *, stacked: bool = False
-) -> list[Fault]:
-    """Faults in the numbers of one module; `stacked` is an expert's."""
+def check_values(module: QuantizedModule, arrays: dict[str, np.ndarray]) -> list[Fault]:
+    """Faults in the numbers of one module, but for the order of an expert's (`check_order`)."""
     transposed = module.encoding.words in TRANSPOSED
     info = module.tensors["weight_scale"]
     faults = _check_scale(arrays["weight_scale"], info, signed=transposed)
@@ -119,7 +121,7 @@ def check_values(
         return faults  # column order
     if transposed and not module.encoding.reordered:
         return faults + check_groups(groups, module)
-    return faults + _check_groups(groups, module, stacked)
+    return faults + _check_groups(groups, module)
 
 
 def _check_scale(scale: np.ndarray, info: TensorInfo, *, signed: bool) -> list[Fault]:
@@ -154,7 +156,38 @@ def _check_bytes(zero_points: np.ndarray, module: QuantizedModule) -> list[Fault
     return [Fault(what, info.file.name, info.name, _AGAIN)]
 
 
-def _check_groups(groups: np.ndarray, module: QuantizedModule, stacked: bool) -> list[Fault]:
+def check_order(plan: Plan) -> list[Fault]:
+    """The fault of packed experts whose input features are reordered, one for all of them.
+
+    Where there may be such, their groups are read, and no weight.
+    """
+    infos = {
+        path: module.tensors["weight_g_idx"]
+        for path, module in plan.quantized.items()
+        if path in plan.places and path not in plan.expanded and module.encoding.reordered
+    }
+    reordered = [p for p, info in infos.items() if _are_reordered(plan.quantized[p], info)]
+    if not reordered:
+        return []
+    first = infos[reordered[0]]
+    what = (
+        "the input features of experts are reordered (act-order), which no kernel can do: "
+        f"{describe_modules(reordered)}"
+    )
+    way_out = (
+        "`jaxwna16 dequantize` makes a float copy of the checkpoint, which loads; or quantize the "
+        'model again, with actorder "weight" or none (GPTQ: "desc_act": false)'
+    )
+    return [Fault(what, first.file.name, first.name, way_out)]
+
+
+def _are_reordered(module: QuantizedModule, info: TensorInfo) -> bool:
+    """Whether groups are those of some other order than the columns', and otherwise good."""
+    groups = read_tensor(info)
+    return bool((np.diff(groups) < 0).any()) and not _check_groups(groups, module)
+
+
+def _check_groups(groups: np.ndarray, module: QuantizedModule) -> list[Fault]:
     """Input features that are not dealt out to the groups evenly, but for a short last one."""
     info, count = module.tensors["weight_g_idx"], module.encoding.count_groups(module.spec)
     bad = (groups < 0) | (groups >= count)
@@ -171,10 +204,6 @@ def _check_groups(groups: np.ndarray, module: QuantizedModule, stacked: bool) ->
         first = int(np.argmax(counts != expected))
         what = f"group {first} has {counts[first]} input features, expected {expected[first]}"
         return [Fault(what, info.file.name, info.name, _AGAIN)]
-    if stacked and (np.diff(groups) < 0).any():
-        what = "the input features of an expert are reordered (act-order), which no kernel can do"
-        way_out = 'quantize experts with actorder "weight" or none'
-        return [Fault(what, info.file.name, info.name, way_out)]
     return []
 
 
@@ -269,24 +298,28 @@ def _place_expert(
     leaves: dict[str, Any],
     part: QuantizedModule | TensorInfo,
     arrays: dict[str, np.ndarray],
-    dtype: Any,
     expert: int,
     row: int,
 ) -> tuple[dict[str, Any], list[Fault]]:
     """The leaves of a stack with one more part in them; the ones given are used up."""
-    leaves, infos = dict(leaves), {}
+    leaves = dict(leaves)
     if isinstance(part, TensorInfo):
-        infos["weight" if len(part.shape) == 2 else "bias"] = part
+        floats = {"weight" if len(part.shape) == 2 else "bias": (arrays[part.name], part)}
     else:
-        infos |= {"bias": part.tensors["bias"]} if "bias" in leaves else {}
-        grouped = {name: leaf for name, leaf in leaves.items() if name != "bias"}
-        apart = ("bias", "weight_shape", "weight_g_idx")
-        words = {role: a for role, a in arrays.items() if role not in apart}
-        leaves |= pack_expert(grouped, words, part.spec, expert, row, part.encoding)
+        floats = {"bias": (arrays["bias"], part.tensors["bias"])} if "bias" in leaves else {}
+        # the plan has read the shape; a stacked one is that of all experts
+        words = {r: a for r, a in arrays.items() if r not in ("bias", "weight_shape")}
+        if "weight" in leaves:
+            weight = dequantize(pack(words, part.spec, part.encoding), part.spec)
+            floats["weight"] = np.asarray(weight), part.tensors["weight_packed"]
+        else:
+            words.pop("weight_g_idx", None)
+            grouped = {name: leaf for name, leaf in leaves.items() if name != "bias"}
+            leaves |= pack_expert(grouped, words, part.spec, expert, row, part.encoding)
     faults: list[Fault] = []
-    for name, info in infos.items():
-        array = arrays[info.name if isinstance(part, TensorInfo) else name]
-        rows, overflows = place_tensor(array, dtype, info)
+    for name, (array, info) in floats.items():
+        wanted = leaves[name].dtype
+        rows, overflows = place_tensor(array, wanted if wanted != array.dtype else None, info)
         leaves[name] = write_rows(leaves[name], rows, expert, row)
         faults += overflows
     # as in _place_module

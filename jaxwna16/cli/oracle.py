@@ -59,6 +59,7 @@ class Oracle:
             (path, expert)
             for path, stack in plan.stacks.items()
             for expert, _ in stack.places.values()
+            if stack.spec is not None
         )
         self._waiting: dict[tuple[str, int], list[_Part]] = defaultdict(list)
         self._counts: Counter[str] = Counter(equal=0, different=0, converted=0)
@@ -74,7 +75,7 @@ class Oracle:
         Returns:
           A fault for each module with other weights.
         """
-        if module.path not in self._plan.places:
+        if module.path not in self._plan.places or module.path in self._plan.expanded:
             packed = {role: a for role, a in arrays.items() if role != "bias"}
             leaves = pack(packed, module.spec, module.encoding)
             return self._judge(module, arrays, np.asarray(dequantize(leaves, module.spec)))
@@ -104,7 +105,7 @@ class Oracle:
 
     def _compare_expert(self, path: str, parts: list[_Part]) -> list[Fault]:
         stack = self._plan.stacks[path]
-        assert stack.spec is not None  # that of floats has no modules
+        assert stack.spec is not None  # those of floats are compared one by one
         one = {
             name: jax.ShapeDtypeStruct((1, *leaf.shape[1:]), leaf.dtype)
             for name, leaf in stack.leaves.items()

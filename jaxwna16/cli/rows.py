@@ -16,7 +16,9 @@ from pallas_kernels.backends import explain
 
 _SLICE = re.compile(r"\[[0-9]+\]$")
 _EXPERTS = re.compile(r"(^|\.)experts[.\[]")
-_LOOKED_UP = "rows are looked up, so load_model holds them as floats"
+# jaxwna16.models.expanded asks the model instead, which takes flax
+_EXPANDED = re.compile(r"(.*\.)?(embed_tokens|gate|shared_expert_gate)")
+_FLOATS = "load_model holds them as floats"
 
 
 def list_module_rows(
@@ -40,6 +42,7 @@ def list_module_rows(
             scale_dtype,
             "bias" in module.tensors,
             _EXPERTS.search(path) is not None,
+            path in plan.expanded or _EXPANDED.fullmatch(path) is not None,
             skipped.get(path, ""),
         )
         alike[key].append(module)
@@ -62,16 +65,27 @@ def list_module_rows(
             "bias": bias,
             "experts": experts,
             "bytes": sum(module.nbytes for module in found),
-            **_choose_backend(pattern, found[0], dtype, lack),
+            **_choose_backend(expanded, found[0], dtype, lack),
             "skipped": reason,
         }
-        for (pattern, spec, encoding, scale_dtype, bias, experts, reason), found in alike.items()
+        for (
+            pattern,
+            spec,
+            encoding,
+            scale_dtype,
+            bias,
+            experts,
+            expanded,
+            reason,
+        ), found in alike.items()
     ]
 
 
-def _choose_backend(pattern: str, module: QuantizedModule, dtype: str, lack: str) -> dict[str, Any]:
-    if lack or pattern.rpartition(".")[2] == "embed_tokens":
-        return {"backend": None, "reason": lack or _LOOKED_UP}
+def _choose_backend(
+    expanded: bool, module: QuantizedModule, dtype: str, lack: str
+) -> dict[str, Any]:
+    if lack or expanded:
+        return {"backend": None, "reason": lack or _FLOATS}
     choice = explain(module.spec, dtype, scale_dtype=module.tensors["weight_scale"].dtype)
     return {"backend": choice.backend, "reason": choice.reason}
 

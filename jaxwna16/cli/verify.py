@@ -151,9 +151,9 @@ def _check_numbers(plan: Plan, oracle: Oracle | None) -> tuple[list[Fault], list
     """Faults and warnings about the values, read one module at a time."""
     from jaxwna16.progress import show_bytes
     from loaders.safetensors_file import TensorInfo
-    from loaders.stream import read_parts
+    from loaders.stream import check_order, read_parts
 
-    faults: list[Fault] = []
+    faults = check_order(plan)
     warnings: list[str] = []
     done = 0
     with show_bytes(f"verifying {plan.folder.name}") as report:
@@ -161,7 +161,7 @@ def _check_numbers(plan: Plan, oracle: Oracle | None) -> tuple[list[Fault], list
             if isinstance(part, TensorInfo):
                 warnings += _check_finite(part, arrays[part.name])
             else:
-                wrong, remarks = _check_module(part, arrays, part.path in plan.places, oracle)
+                wrong, remarks = _check_module(part, arrays, oracle)
                 faults += wrong
                 warnings += remarks
             done += part.nbytes
@@ -172,11 +172,11 @@ def _check_numbers(plan: Plan, oracle: Oracle | None) -> tuple[list[Fault], list
 
 
 def _check_module(
-    module: QuantizedModule, arrays: dict[str, np.ndarray], stacked: bool, oracle: Oracle | None
+    module: QuantizedModule, arrays: dict[str, np.ndarray], oracle: Oracle | None
 ) -> tuple[list[Fault], list[str]]:
     from loaders.stream import check_padding, check_values
 
-    faults = check_values(module, arrays, stacked=stacked)
+    faults = check_values(module, arrays)
     warnings = check_padding(module, arrays)
     if "bias" in arrays:
         warnings += _check_finite(module.tensors["bias"], arrays["bias"])

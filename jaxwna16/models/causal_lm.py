@@ -47,13 +47,14 @@ class CausalLM(nnx.Module):
       decoder: makes the decoder of a configuration.
       specs: module path ("lm_head", "model.layers.0.mlp.up_proj") -> spec of its packed weight. Of
         experts, `w13` (gate and up) and `w2` are such modules: "model.layers.0.mlp.experts.w13".
+        Modules that are no linears (embeddings, routers) hold floats, also where they have one, and
+        so do experts of which one product has none.
       reordered: paths of those whose input features were reordered (act-order).
       dtype: see the attribute.
       backend: of the quantized linears: None is the best available, a name that one or an error.
 
     Raises:
-      ModelError: listing specs that no linear has, or that contradict the linear's shape, and
-        experts of which one product is quantized and the other is not.
+      ModelError: listing specs that no module has, or that contradict the linear's shape.
     """
 
     def __init__(
@@ -78,7 +79,7 @@ class CausalLM(nnx.Module):
             if config.tie_word_embeddings
             else linears.make("lm_head", config.vocab_size, hidden, False)
         )
-        linears.check_all_used()
+        linears.check_all_used(self)
 
     def __call__(self, tokens: Array) -> Array:
         batch, steps = tokens.shape

@@ -141,8 +141,18 @@ class Linears:
         self.faults.append(f"{path}: expected [N, K] = {list(expected)}, found {list(found)}")
         return None
 
-    def check_all_used(self) -> None:
-        """Raise `ModelError` if there is a fault, or a spec is of no linear here."""
-        strays = [f"{path}: no linear of this model can be quantized there" for path in self.unused]
+    def check_all_used(self, model: nnx.Module) -> None:
+        """Raise `ModelError` if there is a fault, or a spec is of no module of the model.
+
+        Modules that hold floats whatever their spec says (embeddings, routers) are no strays: what
+        is packed there is expanded, see `jaxwna16.models.expanded`.
+        """
+        held = {
+            ".".join(map(str, path))
+            for path, module in (nnx.iter_modules(model) if self.unused else ())
+            if hasattr(module, "weight")
+        }
+        unused = self.unused - held
+        strays = [f"{path}: no linear of this model can be quantized there" for path in unused]
         if self.faults or strays:
             raise ModelError("quantized modules do not fit the model", self.faults + sorted(strays))

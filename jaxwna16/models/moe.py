@@ -28,7 +28,7 @@ class SparseBlock(nnx.Module):
         if moe.shared is not None:
             inner = moe.shared_intermediate_size
             setattr(self, moe.shared, MLP(hidden, inner, False, linears, f"{path}.{moe.shared}"))
-        # never quantized: one output feature
+        # floats: one output feature is too few for a kernel
         self.shared_expert_gate = (
             Dense(1, hidden, use_bias=False, dtype=linears.dtype) if moe.shared_gate else None
         )
@@ -45,7 +45,7 @@ class SparseBlock(nnx.Module):
 
 
 class Router(nnx.Module):
-    """Logits [..., E] of x [..., H]; never quantized.
+    """Logits [..., E] of x [..., H]; floats, also where files hold them packed.
 
     Attributes:
       weight: [E, H].
@@ -80,7 +80,7 @@ class Stack(nnx.Module):
 
 
 class FloatExperts(nnx.Module):
-    """Experts that are not quantized; called as `QuantMoE` is."""
+    """Experts that are floats in the model; called as `QuantMoE` is."""
 
     def __init__(self, moe: MoeConfig, hidden: int, *, dtype):
         inner = moe.intermediate_size
@@ -110,14 +110,9 @@ class FloatExperts(nnx.Module):
 
 
 def make_experts(moe: MoeConfig, hidden: int, linears: Linears, path: str) -> Any:
-    """`QuantMoE` where the specs name both products of the experts, `FloatExperts` where none."""
-    names = (f"{path}.w13", f"{path}.w2")
-    quantized = [name for name in names if name in linears.specs]
-    if len(quantized) == 1:
-        yes, no = ("w13", "w2") if quantized[0] == names[0] else ("w2", "w13")
-        linears.faults.append(f"{path}: {yes} is quantized and {no} is not; quantize both or none")
-    spec13 = linears.find_spec(names[0], 2 * moe.intermediate_size, hidden)
-    spec2 = linears.find_spec(names[1], hidden, moe.intermediate_size)
+    """`QuantMoE` where the specs name both products of the experts, else `FloatExperts`."""
+    spec13 = linears.find_spec(f"{path}.w13", 2 * moe.intermediate_size, hidden)
+    spec2 = linears.find_spec(f"{path}.w2", hidden, moe.intermediate_size)
     if spec13 is None or spec2 is None:
         return FloatExperts(moe, hidden, dtype=linears.dtype)
     return QuantMoE(

@@ -6,13 +6,17 @@ Plans and errors of the loader keep the names of the files; a model's leaves hav
 from __future__ import annotations
 
 import re
-from collections import defaultdict
-from collections.abc import Mapping
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
 from typing import TypeVar
 
 from jaxwna16.errors import ModelError
 
 Leaf = TypeVar("Leaf")
+
+_LAYERS = "model.layers."
+"""What the names of layers begin with in every definition."""
+_LAYER = re.compile(r"((?:.*?\.)?layers\.)\d+\.")
 
 
 def rename(name: str, names: Mapping[str, str]) -> str:
@@ -44,3 +48,30 @@ def rename_all(leaves: Mapping[str, Leaf], names: Mapping[str, str]) -> dict[str
     if clashes:
         raise ModelError("several parts of the checkpoint have one place in the model", clashes)
     return {name: leaves[found] for name, [found] in alike.items()}
+
+
+def check_prefix(found: Iterable[str], names: Mapping[str, str], source: str) -> None:
+    """Refuse a checkpoint all of whose layers stand under another name than the model's.
+
+    Args:
+      found: modules and tensors as the files call them.
+      names: as `rename`.
+      source: where they are, for the message.
+
+    Raises:
+      ModelError: one reason, with the prefix.
+    """
+    layers = [name for name in found if _LAYER.match(name)]
+    if not layers or any(rename(name, names).startswith(_LAYERS) for name in layers):
+        return
+    prefixes = Counter(name[: match.end(1)] for name in layers if (match := _LAYER.match(name)))
+    [(prefix, count)] = prefixes.most_common(1)
+    raise ModelError(
+        f"{source}: the names of its tensors are not the model's",
+        [
+            f"{prefix}: expected {_LAYERS}, found this before the names of {count} modules and "
+            f"tensors, and {_LAYERS} nowhere (save the model again with the tool that wrote it, or "
+            f"rename the tensors, `{prefix.removesuffix('layers.')}` to `model.`, in the files, "
+            "their index and quantization_config)"
+        ],
+    )

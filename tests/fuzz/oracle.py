@@ -226,6 +226,16 @@ def _stack(path: str, parts: Mapping[tuple[int, str], Leaves]) -> Leaves:
                 stacks[_STACKS[kind]][expert].append(parts[expert, kind])
     leaves: Leaves = {}
     for name, experts in stacks.items():
+        if _are_unlike([part for own in experts.values() for part in own]):
+            parts_of = [[_dequantize(part) for part in own] for own in experts.values()]
+            dtypes = {floats.dtype for own in parts_of for floats in own}
+            dtype = dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32)
+            floats = [np.concatenate([part.astype(dtype) for part in own]) for own in parts_of]
+            leaves[f"{path}.{name}.weight"] = np.stack(floats)
+            biases = [[p["bias"] for p in own if "bias" in p] for own in experts.values()]
+            if biases[0]:
+                leaves[f"{path}.{name}.bias"] = np.stack([np.concatenate(own) for own in biases])
+            continue
         joined = {
             leaf: np.stack(
                 [np.concatenate([part[leaf] for part in own]) for own in experts.values()]
@@ -236,6 +246,26 @@ def _stack(path: str, parts: Mapping[tuple[int, str], Leaves]) -> Leaves:
         joined["bits"] = experts[0][0]["bits"]
         leaves |= {f"{path}.{name}.{leaf}": array for leaf, array in lay_out(joined).items()}
     return leaves
+
+
+def _are_unlike(parts: list[Leaves]) -> bool:
+    """Whether one array of integers cannot hold them: their widths, groups, dtypes differ."""
+    kinds = {
+        (int(p["bits"]), p["scale"].dtype.name, p["scale"].shape[1], "zero_point" in p)
+        for p in parts
+    }
+    return len(kinds) > 1
+
+
+def _dequantize(module: Leaves) -> np.ndarray:
+    """[N, K] of one module in column order, rounded to the dtype of its scales."""
+    codes, scale = module["codes"].astype(np.int32), module["scale"]
+    size = codes.shape[1] // scale.shape[1]
+    zeros = module.get("zero_point", np.zeros(scale.shape, np.int8)).astype(np.int32)
+    q = codes - 2 ** (int(module["bits"]) - 1) - np.repeat(zeros, size, axis=1)
+    return (q.astype(np.float32) * np.repeat(scale.astype(np.float32), size, axis=1)).astype(
+        scale.dtype
+    )
 
 
 def _find_scheme(config: Mapping[str, Any], path: str) -> tuple[QuantizationArgs, str]:

@@ -100,6 +100,11 @@ def _both(*changes: Callable[[Files], None]) -> Callable[[Files], None]:
     return change
 
 
+def _change_a_dtype(header: dict[str, Any]) -> None:
+    scale = header["model.layers.0.mlp.experts.1.up_proj.weight_scale"]
+    scale["dtype"] = {"F16": "BF16", "BF16": "F16"}[scale["dtype"]]
+
+
 # what each once did, and the kind of fault that it is now; None is loaded
 BROKE: dict[str, tuple[str, Callable[[Files], None], int | None]] = {
     "negative groups were sorted as if without a sign: wrong numbers": (
@@ -113,6 +118,9 @@ BROKE: dict[str, tuple[str, Callable[[Files], None], int | None]] = {
     ),
     "an expert of seven digits was none: it stood beside the stack": (
         *("experts", _header(_rename("experts.1.", "experts.1000000.")), 14),
+    ),
+    "scales of one expert in another dtype were refused": (
+        *("experts", _header(_change_a_dtype), None),
     ),
     "a group refused and no pattern in ignore: re.error": (
         *("asymmetric", _config(_break_a_pattern), 13),

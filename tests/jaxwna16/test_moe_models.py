@@ -130,6 +130,7 @@ def make_spec(out_features: int, in_features: int) -> QuantSpec:
 
 
 def test_specs_that_fit_no_experts_are_listed():
+    """Those of routers, gates and one product alone fit: the model holds floats there."""
     config = ModelConfig.from_dict(make_reference("qwen2_moe").config.to_dict())
     path = "model.layers"
     specs = {
@@ -143,10 +144,7 @@ def test_specs_that_fit_no_experts_are_listed():
     with pytest.raises(ModelError) as raised:
         nnx.eval_shape(lambda: Llama(config, specs, dtype=jnp.float32))
     assert raised.value.reasons == (
-        f"{path}.0.mlp.experts: w13 is quantized and w2 is not; quantize both or none",
         f"{path}.1.mlp.experts.w13: expected [N, K] = [96, 64], found [48, 64]",
-        f"{path}.0.mlp.gate: no linear of this model can be quantized there",
-        f"{path}.0.mlp.shared_expert_gate: no linear of this model can be quantized there",
         f"{path}.1.mlp.up_proj: no linear of this model can be quantized there",
     )
 

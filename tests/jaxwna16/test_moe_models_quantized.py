@@ -23,10 +23,11 @@ from jaxwna16.decoding import decode, make_options
 from jaxwna16.errors import ModelError
 from jaxwna16.generation import generate_tokens, start_rows
 from jaxwna16.models.llama import Llama
+from jaxwna16.models.moe import FloatExperts
 from pallas_kernels import QuantSpec
-from tests.checkpoints import make_args, read_files
+from tests.checkpoints import compress, decompress, make_args, make_scheme, read_files
 from tests.jaxprs import find_kernels
-from tests.jaxwna16.hf_checkpoints import load_reference, write_folders
+from tests.jaxwna16.hf_checkpoints import Folders, load_reference, write_folders
 from tests.jaxwna16.hf_models import (
     choose_experts,
     forward,
@@ -175,6 +176,48 @@ def test_in_decoding_a_sparse_layer_is_four_kernels(load):
     model = jaxwna16.load_model(folders.packed, dtype="bfloat16", backend="triton")
     kernels = find_kernels(Llama.__call__, model, jnp.zeros((1, 1), jnp.int32))
     assert len(kernels) == 4 * model.config.num_hidden_layers
+
+
+def test_packed_routers_and_gates_and_experts_not_all_of_which_are_packed_are_floats(
+    load, tmp_path
+):
+    """Layer 0 has one plain gate_proj between packed ones, layer 1 no packed down_proj."""
+    _, _, whole = load(*KINDS[2])
+    args = make_args(
+        QuantSpec(bits=4, group_size=64, symmetric=True, in_features=128, out_features=128)
+    )
+    packed, floats = read_files(whole.packed), read_files(whole.floats)
+    for path in [name.removesuffix(".weight") for name in packed if name.endswith("gate.weight")]:
+        roles = compress(packed.pop(f"{path}.weight"), args)
+        packed |= {f"{path}.{role}": tensor.contiguous() for role, tensor in roles.items()}
+        floats[f"{path}.weight"] = decompress(roles, args).float()
+    plain = re.compile(r"model\.layers\.(0\.mlp\.experts\.1\.gate|1\.mlp\.experts\.\d+\.down)_proj")
+    for path in {match[0] for match in map(plain.match, packed) if match}:
+        packed = {n: t for n, t in packed.items() if not n.startswith(f"{path}.")}
+        packed[f"{path}.weight"] = floats[f"{path}.weight"].clone()
+    folders = Folders(tmp_path / "packed", tmp_path / "floats")
+    for folder, tensors in zip(folders, (packed, floats), strict=True):
+        folder.mkdir()
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((whole.packed / "config.json").read_text())
+    quantization = config["quantization_config"] | {"ignore": ["lm_head"]}
+    groups = {"routers": make_scheme(args, r"re:.*gate$").model_dump(mode="json")}
+    quantization["config_groups"] |= groups
+    config["quantization_config"] = quantization
+    (folders.packed / "config.json").write_text(json.dumps(config))
+    shutil.copy(whole.floats / "config.json", folders.floats)
+    reference, model = load_reference(folders), jaxwna16.load_model(folders.packed)
+    assert all(isinstance(layer.mlp.experts, FloatExperts) for layer in model.model.layers)
+    mixed, whole_stacks = model.warnings
+    assert mixed.startswith("model.layers.0.mlp.experts.w13: 15 of 16 matrices are packed")
+    assert whole_stacks.startswith("model.layers.0.mlp.experts.w2 and 1 more stacks: expanded")
+    tokens = random_tokens(2, 24)
+    error = relative_error(forward(model, jnp.asarray(tokens)), reference_logits(reference, tokens))
+    # float32 sums in another order; the routers before they were packed give more than 0.01
+    assert error < 1e-4
+    for layer, router in record_routers(reference, tokens).items():
+        ids, _ = choose_experts(model, layer, router.hidden)
+        np.testing.assert_array_equal(ids, router.ids)
 
 
 def test_experts_keep_the_dtype_of_their_scales(load):

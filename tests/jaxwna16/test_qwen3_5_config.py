@@ -9,7 +9,7 @@ import transformers
 
 from jaxwna16.errors import ModelError
 from jaxwna16.models.families import FAMILIES, find_family, read_config
-from jaxwna16.models.names import rename_all
+from jaxwna16.models.names import check_prefix, rename_all
 from jaxwna16.models.qwen3_5_config import MODEL_TYPES
 from loaders.plan import make_plan
 from tests.sparse import write_sparse
@@ -105,3 +105,19 @@ def test_the_block_of_a_mixtral_has_one_name_in_the_model_whatever_the_files_cal
         "model.layers.0.mlp.experts.w13.weight",
         "model.layers.0.mlp.experts.w2.weight",
     }
+
+
+def test_a_prefix_that_no_layer_should_have_is_said_once():
+    """Published files repeat "language_model."; of other names only the right one is found."""
+    names = find_family({"model_type": "qwen3_5"}).names
+    ends = [f"layers.{i}.mlp.{name}_proj" for i in range(3) for name in ("gate", "up", "down")]
+    beside = ["lm_head.weight", "model.visual.blocks.0.attn.qkv.weight"]
+    for prefix in ("model.", "model.language_model."):
+        check_prefix([*(prefix + end for end in ends), *beside], names, "c")
+    check_prefix(beside, names, "c")
+    for prefix in ("model.language_model.language_model.", "language_model.model.", ""):
+        with pytest.raises(ModelError) as raised:
+            check_prefix([*(prefix + end for end in ends), *beside], names, "c")
+        [reason] = raised.value.reasons
+        assert reason.startswith(f"{prefix}layers.: expected model.layers., found this before the")
+        assert "9 modules and tensors" in reason

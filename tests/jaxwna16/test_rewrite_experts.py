@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 
@@ -11,9 +12,11 @@ import pytest
 import torch
 
 import jaxwna16
-from jaxwna16 import InputError, QuantSpec
+from jaxwna16 import CheckpointError, InputError, QuantSpec
+from jaxwna16.cli import verify
 from jaxwna16.rewrite import DEFAULT_IGNORE
 from loaders.plan import make_plan
+from tests.awq_gptq import describe_gptq, make_linear, pack_gptq
 from tests.checkpoints import (
     assert_same_bits,
     compress,
@@ -25,6 +28,7 @@ from tests.checkpoints import (
     write_folder,
 )
 from tests.folders import make_config
+from tests.folders import prefix_names as prefix
 from tests.folders import write_folder as write_arrays
 from tests.grids import cover
 
@@ -169,6 +173,66 @@ def test_stacked_experts_are_dequantized_to_stacked_ones(tmp_path, symmetric):
     for name, tensor in dense.items():
         assert_same_bits(written[name], tensor)
     assert make_plan(tmp_path / "out").stacks.keys() == {f"{PATH}.w13", f"{PATH}.w2"}
+
+
+def test_where_load_checkpoint_refuses_act_order_dequantize_is_the_way_out(tmp_path):
+    """As in published Mixtrals of GPTQ; the floats are those of AutoGPTQ's formula."""
+    linears = {
+        f"model.layers.0.block_sparse_moe.experts.{expert}.{name}": make_linear(
+            *shape, group_size=16, symmetric=True, act_order=True, seed=10 * expert + i
+        )
+        for expert in range(2)
+        for i, (name, shape) in enumerate({"w1": (32, 64), "w3": (32, 64), "w2": (64, 32)}.items())
+    }
+    tensors = {n: a for path, x in linears.items() for n, a in prefix(path, pack_gptq(x)).items()}
+    config = {"quantization_config": describe_gptq(next(iter(linears.values())))}
+    source = write_arrays(tmp_path / "source", config, [tensors])
+    with pytest.raises(CheckpointError) as caught:
+        jaxwna16.load_checkpoint(source)
+    [fault] = caught.value.faults
+    assert "`jaxwna16 dequantize`" in fault.way_out
+    jaxwna16.dequantize_checkpoint(source, tmp_path / "out")
+    written = read_files(tmp_path / "out")
+    assert written.keys() == {f"{path}.weight" for path in linears}
+    for path, linear in linears.items():
+        assert_same_bits(written[f"{path}.weight"], linear.floats)
+    experts = jaxwna16.load_checkpoint(tmp_path / "out").find("model.layers.0.block_sparse_moe")
+    assert experts["experts"]["w13"]["weight"].shape == (2, 64, 64)
+
+
+def test_experts_plain_between_packed_ones_are_dequantized_and_converted(tmp_path):
+    """GPTQModel leaves an expert alone that no token of its calibration came to."""
+    linears = {
+        f"{PATH}.{expert}.{name}": make_linear(*shape, symmetric=True, seed=10 * expert + i)
+        for expert in range(2)
+        for i, (name, shape) in enumerate(
+            {"gate_proj": (32, 64), "up_proj": (32, 64), "down_proj": (64, 32)}.items()
+        )
+    }
+    floats = {f"{path}.weight": linear.floats.numpy() for path, linear in linears.items()}
+    plain = f"{PATH}.1.gate_proj"
+    tensors = {f"{plain}.weight": floats[f"{plain}.weight"]}
+    for path, linear in linears.items():
+        tensors |= {} if path == plain else prefix(path, pack_gptq(linear))
+    config = {"quantization_config": describe_gptq(linears[plain])}
+    source = write_arrays(tmp_path / "source", config, [tensors])
+    found = jaxwna16.load_checkpoint(source)
+    assert any("3 of 4 matrices are packed" in warning for warning in found.warnings)
+    rows = [[floats[f"{PATH}.{e}.{n}.weight"] for n in ("gate_proj", "up_proj")] for e in (0, 1)]
+    expected = np.stack([np.concatenate(pair) for pair in rows])
+    assert_same_bits(found.find(f"{PATH}.w13.weight"), expected)
+    assert found.specs.keys() == {f"{PATH}.w2"}
+    jaxwna16.convert_checkpoint(source, tmp_path / "copy")
+    assert_same_bits(
+        jaxwna16.load_checkpoint(tmp_path / "copy").find(f"{PATH}.w13.weight"), expected
+    )
+    jaxwna16.dequantize_checkpoint(source, tmp_path / "out")
+    written = read_files(tmp_path / "out")
+    assert written.keys() == floats.keys()
+    for name, array in floats.items():
+        assert_same_bits(written[name], array)
+    report = verify.run(argparse.Namespace(checkpoint=source, oracle=True))
+    assert "error" not in report and report["oracle"]["equal"] == 5
 
 
 @pytest.mark.parametrize("ignore", [r"re:.*experts", f"{PATH}.down_proj", r"re:.*\.down_proj$"])

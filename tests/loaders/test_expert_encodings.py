@@ -8,6 +8,8 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import torch
+from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
 from compressed_tensors.quantization import QuantizationArgs
 
 from loaders.errors import CheckpointError
@@ -16,10 +18,18 @@ from loaders.stream import load_params
 from pallas_kernels.dequantize import dequantize
 from pallas_kernels.spec import QuantSpec
 from tests.checkpoints import assert_same_bits, compress, decompress, make_weight, to_numpy
-from tests.folders import describe_linears, make_config, make_tensors, prefix_names, write_folder
+from tests.folders import (
+    describe_groups,
+    describe_linears,
+    make_config,
+    make_tensors,
+    prefix_names,
+    write_folder,
+)
 
 EXPERTS, INNER, HIDDEN = 3, 40, 64
 PATH = "model.layers.0.mlp.experts"
+STARRED = "model.layers.*.mlp.experts.*.down_proj"
 SHAPES = {
     "gate_proj": (INNER, HIDDEN),
     "up_proj": (INNER, HIDDEN),
@@ -96,14 +106,53 @@ def test_groups_of_experts_in_column_order_change_nothing(tmp_path, in_order):
     jax.tree.map(assert_same_bits, found, plain)
 
 
-def test_experts_whose_features_are_reordered_are_refused_by_name(tmp_path):
+def test_experts_whose_features_are_reordered_are_refused_once_with_a_way_out(tmp_path):
     tensors, config = _make_four_bits()
-    name = f"{PATH}.1.down_proj.weight_g_idx"
     groups = np.arange(INNER, dtype=np.int32)[::-1].copy() // 8
-    plan = make_plan(write_folder(tmp_path / "c", config, [tensors | {name: groups}]))
+    names = [f"{PATH}.{expert}.down_proj.weight_g_idx" for expert in (1, 2)]
+    reordered = tensors | dict.fromkeys(names, groups)
+    plan = make_plan(write_folder(tmp_path / "c", config, [reordered]))
     with pytest.raises(CheckpointError) as caught:
         load_params(plan)
     [fault] = caught.value.faults
-    assert fault.tensor == name
-    assert "reordered (act-order)" in fault.what
-    assert 'actorder "weight" or none' in fault.way_out
+    assert fault.tensor == names[0]
+    assert f"reordered (act-order), which no kernel can do: 2 modules, {STARRED}" in fault.what
+    assert "`jaxwna16 dequantize`" in fault.way_out
+
+
+def test_experts_packed_in_several_ways_are_the_floats_of_each(tmp_path):
+    """One stays plain, one has 8 bits, one act-order: float32 holds the floats of all, exactly."""
+    facts = {"symmetric": False, "strategy": "group", "group_size": 8}
+    four = QuantizationArgs(num_bits=4, scale_dtype=torch.float16, **facts)
+    eight = QuantizationArgs(num_bits=8, scale_dtype=torch.bfloat16, **facts)
+    tensors, stacks = _compress_all(four)
+    other = f"{PATH}.1.down_proj"
+    roles = compress(make_weight(SHAPES["down_proj"], seed=90), eight)
+    plain = to_numpy(make_weight(SHAPES["up_proj"], seed=91).bfloat16())
+    tensors = {n: a for n, a in tensors.items() if not n.startswith((f"{PATH}.2.up_proj", other))}
+    tensors |= prefix_names(other, {role: to_numpy(tensor) for role, tensor in roles.items()})
+    tensors[f"{PATH}.2.up_proj.weight"] = plain
+    wide = {name: floats.astype(np.float32) for name, floats in stacks.items()}
+    wide["w2"][1], wide["w13"][2, INNER:] = to_numpy(decompress(roles, eight)), plain
+    # of down_proj 0, columns are in another order than the groups of their scales
+    order = np.random.default_rng(0).permutation(INNER)
+    moved, words = (
+        f"{PATH}.0.down_proj",
+        torch.from_numpy(tensors[f"{PATH}.0.down_proj.weight_packed"]),
+    )
+    codes = unpack_from_int32(words, 4, torch.Size(SHAPES["down_proj"]))[:, order]
+    tensors[f"{moved}.weight_packed"] = to_numpy(pack_to_int32(codes.contiguous(), 4))
+    tensors[f"{moved}.weight_g_idx"] = (order // 8).astype(np.int32)
+    wide["w2"][0] = wide["w2"][0][:, order]
+    groups = {
+        name: {"targets": targets, "weights": args.model_dump(mode="json")}
+        for name, targets, args in (("rest", ["Linear"], four), ("own", [other], eight))
+    }
+    config = {"quantization_config": describe_groups(groups), "num_experts": EXPERTS}
+    plan = make_plan(write_folder(tmp_path / "c", config, [tensors]))
+    params = load_params(plan)["model"]["layers"]["0"]["mlp"]["experts"]
+    for name, floats in wide.items():
+        assert_same_bits(params[name]["weight"], floats)
+    described = plan.describe_leaves()
+    assert described[f"{PATH}.w2.weight"].dtype == np.float32
+    assert described[f"{PATH}.w13.weight"].shape == wide["w13"].shape

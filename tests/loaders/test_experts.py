@@ -143,42 +143,48 @@ def _replace(tensors, path, spec, **options):
     return _without(tensors, f"{path}.") | prefix_names(path, make_tensors(spec, **options))
 
 
-def test_gate_and_up_of_different_schemes_are_named(tmp_path):
+def _list_floats(folder) -> dict[str, str]:
+    """Path -> dtype of each stack that holds floats, and a warning about each."""
+    plan = make_plan(folder)
+    stacks = {path: stack for path, stack in plan.stacks.items() if stack.spec is None}
+    for path in stacks:
+        assert any(warning.startswith(f"{path}: ") for warning in plan.warnings)
+        assert path not in plan.specs
+    return {path: stack.leaves["weight"].dtype.name for path, stack in stacks.items()}
+
+
+def test_gate_and_up_of_different_schemes_are_floats(tmp_path):
     tensors = _make_experts()
     for expert in range(3):
         tensors = _replace(tensors, f"{PATH}.{expert}.up_proj", WIDE)
     config = make_config(FIRST, SECOND, WIDE, targets=[*TARGETS, [r"re:.*up_proj$"]])
-    [(path, what)] = _list_faults(write_folder(tmp_path / "c", config, [tensors]))
-    assert path == PATH
-    assert what == (
-        f"the experts of one product must be alike, found {TEXT} in gate_proj of experts 0-2; "
-        "W8 g32 asym [40, 64] with float32 scales in up_proj of experts 0-2"
-    )
-
-
-def test_one_expert_of_another_scheme_is_named(tmp_path):
-    tensors = _replace(_make_experts(), f"{PATH}.1.gate_proj", WIDE)
-    config = make_config(FIRST, SECOND, WIDE, targets=[*TARGETS, [f"{PATH}.1.gate_proj"]])
-    [(_, what)] = _list_faults(write_folder(tmp_path / "c", config, [tensors]))
-    assert "W8 g32 asym [40, 64] with float32 scales in gate_proj of experts 1" in what
-    assert f"{TEXT} in gate_proj of experts 0,2, up_proj of experts 0-2" in what
+    folder = write_folder(tmp_path / "c", config, [tensors])
+    assert _list_floats(folder) == {f"{PATH}.w13": "float32"}
+    assert make_plan(folder).expanded == {
+        f"{PATH}.{e}.{name}" for e in range(3) for name in ("gate_proj", "up_proj")
+    }
 
 
 def test_expert_of_another_shape_is_named(tmp_path):
     narrow = QuantSpec(bits=4, group_size=32, symmetric=False, in_features=64, out_features=32)
     tensors = _replace(_make_experts(), f"{PATH}.2.up_proj", narrow)
     [(_, what)] = _list_faults(_write(tmp_path, tensors))
-    assert "W4 g32 asym [32, 64] with float32 scales in up_proj of experts 2" in what
-
-
-def test_expert_with_scales_of_another_dtype_is_named(tmp_path):
-    path = f"{PATH}.1.down_proj"
-    tensors = _replace(_make_experts(), path, SECOND, scale_dtype=ml_dtypes.bfloat16)
-    [(_, what)] = _list_faults(_write(tmp_path, tensors))
-    assert what.endswith(
-        "found W8 g8 sym [64, 40] with float32 scales in down_proj of experts 0,2; "
-        "W8 g8 sym [64, 40] with bfloat16 scales in down_proj of experts 1"
+    assert what == (
+        f"the experts of one product must have one shape and bias, found {TEXT} in gate_proj of "
+        "experts 0-2, up_proj of experts 0-1; "
+        "W4 g32 asym [32, 64] with float32 scales in up_proj of experts 2"
     )
+
+
+def test_floats_of_several_dtypes_have_one_that_holds_them_all(tmp_path):
+    path = f"{PATH}.1.down_proj"
+    half = _replace(_make_experts(), path, SECOND, scale_dtype=ml_dtypes.bfloat16)
+    assert _list_floats(_write(tmp_path, half)) == {f"{PATH}.w2": "float32"}
+    floats = _make_floats(dtype=np.float16)
+    floats[f"{path}.weight"] = floats[f"{path}.weight"].astype(ml_dtypes.bfloat16)
+    leaves = make_plan(write_folder(tmp_path / "floats", {}, [floats])).describe_leaves()
+    assert leaves[f"{PATH}.w13.weight"].dtype == np.float16
+    assert leaves[f"{PATH}.w2.weight"].dtype == np.float32
 
 
 def test_bias_of_some_experts_or_of_several_dtypes_is_refused(tmp_path):
@@ -190,13 +196,6 @@ def test_bias_of_some_experts_or_of_several_dtypes_is_refused(tmp_path):
     biases = {f"{PATH}.{e}.down_proj.bias": np.zeros(64, dtypes[e]) for e in range(3)}
     [(_, what)] = _list_faults(_write(tmp_path, tensors | biases))
     assert "scales and float32 bias in down_proj of experts 2" in what
-
-
-def test_quantized_and_float_experts_in_one_stack_are_named(tmp_path):
-    tensors = _without(_make_experts(), f"{PATH}.1.gate_proj.")
-    tensors[f"{PATH}.1.gate_proj.weight"] = np.zeros((40, 64), np.float32)
-    [(_, what)] = _list_faults(_write(tmp_path, tensors))
-    assert "weight float32 [40, 64] in gate_proj of experts 1" in what
 
 
 def test_float_down_projections_beside_quantized_gates_work(tmp_path):

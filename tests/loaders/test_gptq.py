@@ -319,10 +319,6 @@ def test_experts_become_the_stacks_of_the_same_numbers(tmp_path):
 def test_experts_whose_features_are_reordered_are_refused(tmp_path):
     first, second = make_linear(32, 64, act_order=True), make_linear(64, 32)
     config = {"quantization_config": describe_gptq(first)}
-    faults = list_faults(write_folder(tmp_path / "c", config, [_make_experts(first, second)]))
-    assert {fault.tensor for fault in faults} == {
-        f"mlp.experts.{expert}.{name}.g_idx"
-        for expert in (0, 1)
-        for name in ("gate_proj", "up_proj")
-    }
-    assert "act-order" in faults[0].what
+    [fault] = list_faults(write_folder(tmp_path / "c", config, [_make_experts(first, second)]))
+    assert fault.tensor == "mlp.experts.0.gate_proj.g_idx"
+    assert "act-order" in fault.what and "4 modules" in fault.what

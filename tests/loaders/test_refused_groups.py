@@ -9,6 +9,8 @@ import pytest
 from loaders.errors import CheckpointError
 from loaders.plan import make_plan
 from pallas_kernels.spec import QuantSpec
+from tests.awq_gptq import make_linear, pack_gptq
+from tests.fault_kinds import find_kind
 from tests.folders import describe_weights, make_config, make_tensors, prefix_names, write_folder
 
 SPEC = QuantSpec(bits=4, group_size=32, symmetric=False, in_features=64, out_features=8)
@@ -105,3 +107,24 @@ def test_actorder_group_without_its_tensor_is_a_fault(tmp_path):
         make_plan(_write(tmp_path / "c", config, packed=PATHS[:1]))
     [fault] = caught.value.faults
     assert fault.tensor == f"{PATHS[0]}.weight_g_idx" and "missing" in fault.what
+
+
+@pytest.mark.parametrize("stated", ["is not there", "is null", "is {}"])
+@pytest.mark.parametrize("tool", ["compressed-tensors", "AutoAWQ or GPTQ"])
+def test_packed_modules_without_a_config_are_one_fault(tmp_path, tool, stated):
+    config = {} if stated == "is not there" else {"quantization_config": None}
+    config |= {"quantization_config": {}} if stated == "is {}" else {}
+    if tool == "compressed-tensors":
+        folder = _write(tmp_path / "c", config)
+    else:
+        linear = pack_gptq(make_linear(8, 64))
+        tensors = {n: a for path in PATHS for n, a in prefix_names(path, linear).items()}
+        folder = write_folder(tmp_path / "c", config, [tensors])
+    with pytest.raises(CheckpointError) as caught:
+        make_plan(folder)
+    [fault] = caught.value.faults
+    assert (fault.file, fault.tensor) == ("config.json", "quantization_config")
+    start = f"{stated}, but modules are packed as by {tool}: 6 modules, model.layers.*.mlp."
+    assert fault.what.startswith(start)
+    assert "into config.json" in fault.way_out
+    assert find_kind(fault) == 13

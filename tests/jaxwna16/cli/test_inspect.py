@@ -222,7 +222,7 @@ def test_each_module_has_its_backend_with_the_reason(call, broken):
     assert set(backends.values()) == {"xla"}
     assert all(row["reason"] and not row["experts"] for row in rows)
     lines = call("inspect", broken).out
-    assert "none for model.embed_tokens in float32: rows are looked up" in lines
+    assert "none for model.embed_tokens in float32: load_model holds them as floats" in lines
 
 
 def test_on_a_gpu_each_module_has_the_backend_of_the_models_dtype(call, broken, monkeypatch):
