@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from jaxwna16.checkpoint import read_plan, resolve_folder
@@ -229,6 +230,8 @@ def generate(
 
 def _list_items(value: Any) -> list[Any]:
     """What is in a list or the like; anything else is one item."""
+    if isinstance(value, jax.Array | np.ndarray):
+        value = value.tolist()
     several = isinstance(value, Iterable) and not isinstance(value, str | Mapping)
     return list(value) if several else [value]
 
