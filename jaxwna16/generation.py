@@ -81,8 +81,8 @@ class GenerationResult:
     def failures(self) -> list[str]:
         """Which rows ended with "nan", and at which step; one sentence each."""
         return [
-            f"prompt {row}: after {len(self.tokens[row])} new tokens the logits are no distribution "
-            "(one is NaN or +inf, or all are -inf): the row ends there"
+            f"prompt {row}: after {len(self.tokens[row])} new tokens the logits are no "
+            "distribution (one is NaN or +inf, or all are -inf): the row ends there"
             for row, reason in enumerate(self.finish_reasons)
             if reason == NAN
         ]
@@ -241,7 +241,7 @@ def _finish_rows(
 
 
 _make_cache = jax.jit(CausalLM.make_cache, static_argnums=(1, 2))
-"""Under `jit`, since zeros that are made one by one are numbers that go to the device in silence."""
+"""Under `jit`, since zeros made one by one are numbers that go to the device in silence."""
 
 
 def _send(number: int) -> jax.Array:

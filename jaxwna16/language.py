@@ -51,6 +51,7 @@ def load_model(
     dtype: Any = None,
     backend: str | None = None,
     progress: bool | None = None,
+    follow_links: bool = False,
 ) -> CausalLM:
     """Load a language model of one of `families.MODEL_TYPES`, with packed weights or without.
 
@@ -64,6 +65,7 @@ def load_model(
         config.json states, float32 where it states none.
       backend: of the quantized layers: None, "triton" or "xla" (see `quant_matmul`).
       progress: True, False, or None for a bar on a terminal only.
+      follow_links: as in `load_checkpoint`.
 
     Returns:
       An NNX module: `model(tokens)` maps int32 [B, S] to float32 logits [B, S, V].
@@ -78,7 +80,7 @@ def load_model(
       BackendError: if the backend is none, or not for this dtype.
     """
     dtype = read_dtype(dtype)
-    opened = open_plan(resolve_folder(path_or_hub_id))
+    opened = open_plan(resolve_folder(path_or_hub_id), follow_links=follow_links)
     names = find_family(opened.config).names
     model, plan = _fit(opened, dtype=dtype, backend=backend)
     model.warnings = (*plan.warnings, *describe_unapplied(plan.folder))

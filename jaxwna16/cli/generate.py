@@ -146,8 +146,8 @@ def _describe_failures(folder: str, failures: list[str]) -> dict[str, Any]:
     from jaxwna16.errors import InputError
 
     what = (
-        f"{folder}: the model computed no numbers: `jaxwna16 verify` finds NaN in the files; float16 "
-        "overflows above 65504 (--dtype float32 or bfloat16)"
+        f"{folder}: the model computed no numbers: `jaxwna16 verify` finds NaN in the files; "
+        "float16 overflows above 65504 (--dtype float32 or bfloat16)"
     )
     return describe_error(InputError(what, failures))
 

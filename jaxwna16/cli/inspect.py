@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from jaxwna16.cli.arguments import DTYPES, add_json
+from jaxwna16.cli.arguments import DTYPES, add_checkpoint, add_json
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -28,13 +28,13 @@ _LISTED = 3
 
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.description = "Show what a checkpoint holds, layer by layer. No weight is read."
-    parser.add_argument("checkpoint", metavar="DIR", help="checkpoint folder, or a name on the hub")
+    add_checkpoint(parser)
     add_json(parser, sys.modules[__name__])
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     with _without_collector():
-        return _inspect(args.checkpoint)
+        return _inspect(args.checkpoint, args.follow_links)
 
 
 @contextmanager
@@ -49,7 +49,7 @@ def _without_collector() -> Iterator[None]:
             gc.enable()
 
 
-def _inspect(checkpoint: str) -> dict[str, Any]:
+def _inspect(checkpoint: str, follow_links: bool) -> dict[str, Any]:
     from jaxwna16.checkpoint import resolve_folder
     from jaxwna16.cli import rows
     from jaxwna16.cli.backends import (
@@ -63,7 +63,8 @@ def _inspect(checkpoint: str) -> dict[str, Any]:
     from loaders.errors import CheckpointError
 
     spare_device_memory()
-    survey = open_survey(resolve_folder(checkpoint), headers_only=True)
+    folder = resolve_folder(checkpoint)
+    survey = open_survey(folder, headers_only=True, follow_links=follow_links)
     plan = survey.plan
     model, support = _describe_support(plan)
     names = [*plan.quantized, *plan.plain]

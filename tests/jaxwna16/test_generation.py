@@ -298,7 +298,11 @@ def test_lengths_are_rounded_up_by_at_most_a_quarter():
         ([1, 2], {}, "prompts: expected a list of tokens for each, [[1, 2], [3]], got [1, 2]"),
         (["ab"], {}, "prompts: expected a list of tokens for each, [[1, 2], [3]], got ['ab']"),
         (jnp.ones((1, 2)), {}, "prompt 0: expected tokens 0 .. 127, got 1.0"),
-        (jnp.arange(3), {}, "prompts: expected a list of tokens for each, [[1, 2], [3]], got [0, 1"),
+        (
+            jnp.arange(3),
+            {},
+            "prompts: expected a list of tokens for each, [[1, 2], [3]], got [0, 1",
+        ),
         (np.int32(3), {}, "prompts: expected a list of tokens for each, [[1, 2], [3]], got"),
         (np.ones((1, 2, 2), int), {}, "prompt 0: expected tokens 0 .. 127, got [1, 1]"),
         (None, {}, "prompts: expected a list of tokens for each, [[1, 2], [3]], got None"),

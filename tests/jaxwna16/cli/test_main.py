@@ -55,7 +55,7 @@ def test_ctrl_c_is_exit_code_130(call, monkeypatch):
 
 @pytest.mark.parametrize(
     "module",
-    ["jaxwna16.cli.main", "jaxwna16.cli.arguments", "numpy", "jax._src.config", "jax.numpy"],
+    ["argparse", "jaxwna16.cli.arguments", "numpy", "jax._src.config", "jax.numpy"],
 )
 def test_ctrl_c_while_modules_are_imported_is_exit_code_130(packed_folder, module):
     """-X importtime says on stderr which module has just been imported; others follow each."""
