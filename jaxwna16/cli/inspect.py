@@ -51,7 +51,7 @@ def _without_collector() -> Iterator[None]:
 
 def _inspect(checkpoint: str, follow_links: bool) -> dict[str, Any]:
     from jaxwna16.checkpoint import resolve_folder
-    from jaxwna16.cli import rows
+    from jaxwna16.cli import ignored, rows
     from jaxwna16.cli.backends import (
         describe_lack_of_devices,
         list_backends,
@@ -70,22 +70,25 @@ def _inspect(checkpoint: str, follow_links: bool) -> dict[str, Any]:
     names = [*plan.quantized, *plan.plain]
     skipped = find_skipped(list_rules(model), names) if model is not None else {}
     lack = describe_lack_of_devices()
+    is_copy = isinstance(plan, ConvertedPlan)
+    left_out = [] if is_copy else ignored.list_ignored(plan)
     quantized = rows.list_module_rows(plan, skipped, support["dtype"], lack)
     widths = sorted({module.spec.bits for module in plan.quantized.values()})
     report = {
         "folder": str(plan.folder),
-        "converted_from": plan.source if isinstance(plan, ConvertedPlan) else None,
+        "converted_from": plan.source if is_copy else None,
         "model_type": plan.config.get("model_type"),
         "architectures": plan.config.get("architectures") or [],
         "load_model": support,
         "quantized": quantized,
         "plain": rows.list_tensor_rows(plan.plain, skipped),
+        "ignored": left_out,
         "skipped": rows.list_skipped(plan, skipped),
         "unplanned": rows.list_tensor_rows(survey.unplanned, {}),
         "absent": rows.list_absent_rows(survey),
         "totals": _add_up(plan, quantized),
         "backends": [] if lack else list_backends(widths),
-        "warnings": list(plan.warnings),
+        "warnings": [*plan.warnings, *ignored.word_near(left_out)],
     }
     if survey.faults:
         report["error"] = describe_error(CheckpointError(plan.folder, survey.faults))
@@ -168,6 +171,7 @@ def _list_facts(report: dict[str, Any]) -> list[tuple[str, str]]:
     else:
         facts.append(("load_model", "does not support it (load_checkpoint does):"))
         facts += [("", reason) for reason in report["load_model"]["reasons"]]
+    facts += [("ignored", _word_ignored(row)) for row in report["ignored"]]
     facts += [("skipped", _word_skipped(entry)) for entry in report["skipped"]]
     if tensors := sum(row["count"] for row in report["unplanned"]):
         facts.append(("faulty", f"{count(tensors, 'tensor')} in the table, see the errors"))
@@ -187,6 +191,12 @@ def _word_absent(rows: list[dict[str, Any]]) -> list[str]:
         + (", …" if len(found) > _LISTED else "")
         for file, found in files.items()
     ]
+
+
+def _word_ignored(row: dict[str, Any]) -> str:
+    entries = f" ({row['entries']} entries)" if row["entries"] > 1 else ""
+    share = f"{row['modules']} of {row['of']} modules" if row["modules"] else "no module"
+    return f"{row['entry']}{entries}: {share}"
 
 
 def _word_skipped(entry: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""Links that leave the folder, as in Hugging Face's older `local_dir` layout: followed on request."""
+"""Links that leave the folder, as in older `local_dir` downloads: followed on request."""
 
 from __future__ import annotations
 
