@@ -134,8 +134,9 @@ def _read_tokens(value: Any, vocab_size: int) -> Array:
     except (TypeError, ValueError) as error:  # rows of several lengths above all
         raise InputError(f"tokens: expected integers [B, S], got {value!r:.60}") from error
     if tokens.ndim != 2:
+        found = f"shape {tokens.shape}" if tokens.ndim else repr(value)[:60]
         way_out = "; one row is [[1, 2, 3]]" if tokens.ndim == 1 else ""
-        raise InputError(f"tokens: expected integers [B, S], got shape {tokens.shape}{way_out}")
+        raise InputError(f"tokens: expected integers [B, S], got {found}{way_out}")
     if 0 in tokens.shape:
         raise InputError(f"tokens: expected at least one in each row, got shape {tokens.shape}")
     if not jnp.issubdtype(tokens.dtype, jnp.integer):
