@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from jaxwna16.dense import QuantParam as QuantParam
     from jaxwna16.errors import InputError as InputError
     from jaxwna16.errors import ModelError as ModelError
+    from jaxwna16.errors import NanWarning as NanWarning
     from jaxwna16.evaluation import measure_perplexity as measure_perplexity
     from jaxwna16.fused import gated as gated
     from jaxwna16.fused import project as project
@@ -53,7 +54,7 @@ _PLACES = {
     "jaxwna16.checkpoint": "Checkpoint load_checkpoint",
     "jaxwna16.convert": "convert_checkpoint",
     "jaxwna16.dense": "QuantDense QuantParam",
-    "jaxwna16.errors": "InputError ModelError",
+    "jaxwna16.errors": "InputError ModelError NanWarning",
     "jaxwna16.evaluation": "measure_perplexity",
     "jaxwna16.fused": "gated project",
     "jaxwna16.language": "Generation generate load_model",

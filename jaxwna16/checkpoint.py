@@ -64,6 +64,7 @@ def load_checkpoint(
     *,
     dtype: Any = None,
     progress: bool | Progress | None = None,
+    follow_links: bool = False,
 ) -> Checkpoint:
     """Load a checkpoint: compressed-tensors `pack-quantized`, AutoAWQ, GPTQ, or not quantized.
 
@@ -76,6 +77,8 @@ def load_checkpoint(
         Scales keep the dtype of the file, since it decides how weights round.
       progress: True for a bar of bytes on stderr, False for none, None for a bar on a terminal
         only; or a function called as progress(bytes_done, bytes_total, name).
+      follow_links: read files also where they are links that leave the folder, as in Hugging Face's
+        older `local_dir` layout; without it they are refused.
 
     Returns:
       The arrays, on JAX's default device.
@@ -86,7 +89,8 @@ def load_checkpoint(
         than float32, bfloat16 and float16.
     """
     dtype = read_dtype(dtype)
-    return read_plan(open_plan(resolve_folder(path_or_hub_id)), dtype=dtype, progress=progress)
+    plan = open_plan(resolve_folder(path_or_hub_id), follow_links=follow_links)
+    return read_plan(plan, dtype=dtype, progress=progress)
 
 
 def read_plan(
@@ -122,6 +126,8 @@ def resolve_folder(path_or_hub_id: str | os.PathLike[str]) -> Path:
     """
     path = Path(path_or_hub_id)
     name = os.fspath(path_or_hub_id)
+    if not name:  # a variable that is not set; as a path it would be the working folder
+        raise InputError("the checkpoint's name is empty: name a folder (. is this one)")
     if path.exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
         return path
     hub = import_extra("huggingface_hub", "text")

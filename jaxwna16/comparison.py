@@ -133,12 +133,15 @@ def _diverge(
     return jnp.maximum(terms.sum(axis=-1), 0.0), agreement
 
 
-def open_plans(names: Sequence[str | os.PathLike[str]], text: str) -> list[Plan]:
+def open_plans(
+    names: Sequence[str | os.PathLike[str]], text: str, *, follow_links: bool = False
+) -> list[Plan]:
     """Plan the checkpoints, and check that all have the first one's tokenizer and vocabulary.
 
     Args:
       names: folders, or names on the Hugging Face hub.
       text: what they are to be compared on; all must make the same tokens of it.
+      follow_links: as in `load_checkpoint`.
 
     Raises:
       CheckpointError: listing the faults of a checkpoint.
@@ -147,7 +150,7 @@ def open_plans(names: Sequence[str | os.PathLike[str]], text: str) -> list[Plan]
     """
     if len(names) < 2:
         raise InputError(f"a comparison takes at least two checkpoints, got {len(names)}")
-    plans = [open_plan(resolve_folder(name)) for name in names]
+    plans = [open_plan(resolve_folder(name), follow_links=follow_links) for name in names]
     tokenizers = [Tokenizer.from_folder(plan.folder) for plan in plans]
     faults = [
         f"{plan.folder}: {fault}"
@@ -195,7 +198,13 @@ def compare_checkpoints(
     reference: nnx.Module | None = None
     for name, plan in zip(names, plans, strict=True):
         start = time.perf_counter()
-        model = load_model(plan.folder, dtype=dtype, backend=backend, progress=progress)
+        model = load_model(
+            plan.folder,
+            dtype=dtype,
+            backend=backend,
+            progress=progress,
+            follow_links=plan.follow_links,
+        )
         load_seconds = time.perf_counter() - start
         found = measure_perplexity(model, tokens, **windows)
         distance = Divergence(0.0, 1.0, found.tokens)

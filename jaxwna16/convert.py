@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from jaxwna16 import __version__
+from jaxwna16.checkpoint import resolve_folder
 from jaxwna16.progress import show_bytes
 from loaders.converted import hash_leaf, plan_original
 from loaders.errors import CheckpointError, Fault
@@ -33,6 +34,7 @@ def convert_checkpoint(
     destination: str | os.PathLike[str],
     *,
     progress: bool | None = None,
+    follow_links: bool = False,
 ) -> None:
     """Write a copy of a checkpoint that `load_checkpoint` reads without repacking.
 
@@ -43,19 +45,20 @@ def convert_checkpoint(
       source: a checkpoint that `load_checkpoint` reads.
       destination: the folder to make; it must not exist.
       progress: True, False, or None for a bar on a terminal only.
+      follow_links: as in `load_checkpoint`.
 
     Raises:
       CheckpointError: listing every fault of the source, bad scales included; or if it changes
         meanwhile, if it is such a copy itself, or if the destination exists.
     """
-    plan = plan_original(source)
+    plan = plan_original(resolve_folder(source), follow_links=follow_links)
     names = list_files(plan.folder, _list_shards(plan))
     with show_bytes(f"converting {plan.folder.name}", visible=progress) as report:
         meter = _Meter(report, plan.nbytes)
         with build_folder(Path(destination)) as folder:
             before = take_stamps(plan.folder, names)
             meter.total += sum(size for size, _ in before.values())
-            copy_companions(plan.folder, folder)
+            copy_companions(plan.folder, folder, follow_links=follow_links)
             leaves = _write_leaves(plan, folder, meter)
             fingerprint = take_fingerprint(plan.folder, names, meter.add)
             _check_unchanged(plan, before, fingerprint)

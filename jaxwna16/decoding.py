@@ -17,7 +17,7 @@ import numpy as np
 from jax import lax
 
 from jaxwna16.models.causal_lm import CausalLM
-from jaxwna16.sampling import sample
+from jaxwna16.sampling import are_sound, sample
 
 Array = jax.Array
 
@@ -62,6 +62,7 @@ class Progress(NamedTuple):
       scores: as `tokens`, or None.
       lengths: int32 [B], tokens of each prompt.
       done: bool [B], whether the row has ended: it is neither computed with nor added to.
+      unsound: bool [B], whether it ended because its logits were no distribution.
     """
 
     step: Array
@@ -69,6 +70,7 @@ class Progress(NamedTuple):
     scores: Scores | None
     lengths: Array
     done: Array
+    unsound: Array
     cache: Any
 
 
@@ -78,13 +80,12 @@ def make_options(
     # Rounded up in number, so that another number of stop tokens is not another program.
     stops = np.full(round_up(max(len(stop_tokens), 1)), NO_TOKEN - 1, np.int32)
     stops[: len(stop_tokens)] = stop_tokens
-    return Options(
-        key=jax.random.key(seed),
-        temperature=jnp.float32(temperature),
-        top_k=jnp.int32(top_k),
-        top_p=jnp.float32(top_p),
-        stop_tokens=jnp.asarray(stops),
-    )
+    numbers = np.uint32(seed), np.float32(temperature), np.int32(top_k), np.float32(top_p)
+    seed_array, *others = jax.device_put((*numbers, stops))
+    return Options(_make_key(seed_array), *others)
+
+
+_make_key = jax.jit(jax.random.key)
 
 
 def round_up(length: int) -> int:
@@ -140,6 +141,7 @@ def choose_first(
         scores=scores,
         lengths=lengths,
         done=jnp.zeros(batch, bool),
+        unsound=jnp.zeros(batch, bool),
         cache=cache,
     )
     return _add_tokens(progress, model.logits(hidden), options)
@@ -162,18 +164,27 @@ def decode(model: CausalLM, progress: Progress, options: Options, until: Array) 
 
 
 def _add_tokens(progress: Progress, logits: Array, options: Options) -> Progress:
-    """Choose the next token of every row that is not done, from logits [B, V]."""
+    """Choose the next token of every row that is not done, from logits [B, V].
+
+    A row whose logits are no distribution gets none, and ends.
+    """
     step = progress.step
     step_key = jax.random.fold_in(options.key, step)
     drawn = sample(logits, step_key, options.temperature, options.top_k, options.top_p)
-    chosen = jnp.where(progress.done, NO_TOKEN, drawn)
+    unsound = ~(progress.done | are_sound(logits))
+    chosen = jnp.where(progress.done | unsound, NO_TOKEN, drawn)
     stops = (chosen[:, None] == options.stop_tokens[None, :]).any(axis=1)
     scores = progress.scores
     if scores is not None:
         new = _score(logits, drawn, scores.ids.shape[-1])
         scores = Scores(*(_put(old, x, step) for old, x in zip(scores, new, strict=True)))
-    tokens, done = _put(progress.tokens, chosen, step), progress.done | stops
-    return progress._replace(step=step + 1, tokens=tokens, scores=scores, done=done)
+    return progress._replace(
+        step=step + 1,
+        tokens=_put(progress.tokens, chosen, step),
+        scores=scores,
+        done=progress.done | stops | unsound,
+        unsound=progress.unsound | unsound,
+    )
 
 
 def _score(logits: Array, chosen: Array, likeliest: int) -> Scores:

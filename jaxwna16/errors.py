@@ -1,4 +1,4 @@
-"""Errors of the public face; all of them are `Wna16Error` and `ValueError`."""
+"""Errors of the public face, all of them `Wna16Error` and `ValueError`, and its one warning."""
 
 from __future__ import annotations
 
@@ -22,3 +22,7 @@ class ModelError(_ListingError):
 
 class InputError(_ListingError):
     """What was asked of a model (prompts, sampling options, text) is impossible."""
+
+
+class NanWarning(RuntimeWarning):
+    """Generation of a row ended because the model's logits for it are no distribution."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -23,8 +24,11 @@ from jaxwna16.decoding import (
     prefill,
     round_up,
 )
-from jaxwna16.errors import InputError
+from jaxwna16.errors import InputError, NanWarning
 from jaxwna16.models.causal_lm import CausalLM
+
+NAN = "nan"
+"""The finish reason of a row whose logits are no distribution."""
 
 Stream = Callable[[list[list[int]]], Mapping[int, int] | None]
 
@@ -42,7 +46,8 @@ class GenerationResult:
 
     Attributes:
       tokens: the generated tokens, without the prompt and without the stop token.
-      finish_reasons: "stop" if a stop token (or `stream`) ended the row, else "length".
+      finish_reasons: "stop" if a stop token (or `stream`) ended the row; "nan" if the logits for
+        its next token were no distribution (one is NaN or +inf, or all are -inf); else "length".
       logprobs: the natural logarithm of each token's probability, or None if not asked for.
       top_logprobs: for each token, pairs (token, logarithm) of the n likeliest, likeliest first.
       prompt_tokens: of all prompts together.
@@ -72,6 +77,16 @@ class GenerationResult:
         """0.0 if every row ended with its first token."""
         return self.decoded_tokens / self.decode_seconds if self.decoded_tokens else 0.0
 
+    @property
+    def failures(self) -> list[str]:
+        """Which rows ended with "nan", and at which step; one sentence each."""
+        return [
+            f"prompt {row}: after {len(self.tokens[row])} new tokens the logits are no "
+            "distribution (one is NaN or +inf, or all are -inf): the row ends there"
+            for row, reason in enumerate(self.finish_reasons)
+            if reason == NAN
+        ]
+
 
 def generate_tokens(
     model: CausalLM,
@@ -91,9 +106,11 @@ def generate_tokens(
 
     Rows are independent: a row's logits do not depend on its neighbours, and with the same seed and
     the same place in the batch neither do its draws. Nor do they depend on `prefill_chunk` or on
-    `stream`, but for the rounding of sums in another order.
+    `stream`, but for the rounding of sums in another order. A row whose logits are no distribution
+    ends before that token, with the finish reason "nan" and a `NanWarning`; the others go on.
 
     Args:
+      prompts: tokens of each: lists, or arrays of NumPy or JAX, also one array [B, S] for all.
       temperature: 0 is greedy.
       top_k: draw among the k most likely tokens; 0 is off.
       top_p: draw among the most likely tokens that together reach this probability; 1 is off.
@@ -111,7 +128,7 @@ def generate_tokens(
     Raises:
       InputError: listing everything wrong with the prompts and the options.
     """
-    stop_tokens = tuple(stop_tokens)
+    stop_tokens, prompts = tuple(stop_tokens), _list_numbers(prompts)
     faults = [
         *_list_prompt_faults(model, prompts, max_new_tokens, prefill_chunk),
         *_list_option_faults(temperature, top_k, top_p, seed, stop_tokens),
@@ -125,19 +142,21 @@ def generate_tokens(
     progress, prefill_seconds = start_rows(
         model, prompts, options, max_new_tokens, logprobs, prefill_chunk
     )
-    progress = jax.block_until_ready(decode(model, progress, options, jnp.int32(1)))
+    progress = jax.block_until_ready(decode(model, progress, options, _send(1)))
     ready = time.perf_counter()
     progress, kept = _finish_rows(model, progress, options, max_new_tokens, stream)
     finished = time.perf_counter()
 
-    generated = np.asarray(progress.tokens)
+    generated, done, unsound = jax.device_get((progress.tokens, progress.done, progress.unsound))
     lengths = _measure_rows(generated, stop_tokens)
     for row, length in kept.items():
         lengths[row] = min(lengths[row], length)
     logprobs_of_rows, likeliest = _list_scores(progress.scores, lengths)
-    return GenerationResult(
+    # a row may have gone on, and even failed, behind the place where `stream` ended it
+    stopped = np.isin(np.arange(len(done)), list(kept)) | (done & ~unsound)
+    result = GenerationResult(
         tokens=_cut_rows(generated, lengths),
-        finish_reasons=["stop" if row else "length" for row in np.asarray(progress.done)],
+        finish_reasons=np.select([stopped, unsound], ["stop", NAN], "length").tolist(),
         logprobs=logprobs_of_rows,
         top_logprobs=likeliest,
         prompt_tokens=sum(map(len, prompts)),
@@ -146,6 +165,9 @@ def generate_tokens(
         decode_seconds=finished - ready,
         decoded_tokens=int((generated[:, 1:] != NO_TOKEN).sum()),
     )
+    for failure in result.failures:
+        warnings.warn(failure, NanWarning, stacklevel=2)
+    return result
 
 
 def start_rows(
@@ -165,26 +187,26 @@ def start_rows(
     for row, prompt in zip(tokens, prompts, strict=True):
         row[: len(prompt)] = prompt
     width = round_up(max_new_tokens)
-    cache = model.make_cache(batch, round_up(longest) + width)
+    cache = _make_cache(model, batch, round_up(longest) + width)
 
     def cut_piece(begin: int) -> tuple[jax.Array, jax.Array, jax.Array]:
         start = np.minimum(begin, lengths)
         count = np.minimum(lengths - start, chunk)
-        piece = tokens[:, begin : begin + chunk]
-        return jnp.asarray(piece), jnp.asarray(start), jnp.asarray(count)
+        return jax.device_put((tokens[:, begin : begin + chunk], start, count))
 
     facts = {"width": width, "likeliest": logprobs}
+    sent = jax.device_put(lengths)
     program = prefill.lower(model, *cut_piece(0), cache)
     program.compile()
     last, _ = program.out_info
-    choose_first.lower(model, last, jnp.asarray(lengths), cache, options, **facts).compile()
+    choose_first.lower(model, last, sent, cache, options, **facts).compile()
 
     started = time.perf_counter()
     hidden, cache = prefill(model, *cut_piece(0), cache)
     for begin in range(chunk, longest, chunk):
         last, cache = prefill(model, *cut_piece(begin), cache)
-        hidden = jnp.where(jnp.asarray(lengths > begin)[:, None], last, hidden)
-    progress = choose_first(model, hidden, jnp.asarray(lengths), cache, options, **facts)
+        hidden = jnp.where(jax.device_put(lengths > begin)[:, None], last, hidden)
+    progress = choose_first(model, hidden, sent, cache, options, **facts)
     jax.block_until_ready(progress)
     return progress, time.perf_counter() - started
 
@@ -197,25 +219,33 @@ def _finish_rows(
     stream: Stream | None,
 ) -> tuple[Progress, dict[int, int]]:
     """Generate until all rows are done; also how many tokens are kept of those `stream` ended."""
-    stops = tuple(np.asarray(options.stop_tokens).tolist())
+    stops = tuple(jax.device_get(options.stop_tokens).tolist())
     kept: dict[int, int] = {}
     reported, steps = 0, 1
     while True:
-        done, step = np.asarray(progress.done), int(progress.step)
+        done, step = jax.device_get(progress.done), int(jax.device_get(progress.step))
         if stream is not None:
-            new = np.asarray(progress.tokens)[:, reported:step]
+            new = jax.device_get(progress.tokens)[:, reported:step]
             ended = stream(_cut_rows(new, _measure_rows(new, stops))) or {}
             reported = step
             kept |= ended
             done = done | np.isin(np.arange(len(done)), list(ended))
-            progress = progress._replace(done=jnp.asarray(done))
+            progress = progress._replace(done=jax.device_put(done))
         if done.all() or step >= max_new_tokens:
             return progress, kept
         until = max_new_tokens if stream is None else min(step + steps, max_new_tokens)
         began = time.perf_counter()
-        progress = jax.block_until_ready(decode(model, progress, options, jnp.int32(until)))
-        seconds = (time.perf_counter() - began) / (int(progress.step) - step)
+        progress = jax.block_until_ready(decode(model, progress, options, _send(until)))
+        seconds = (time.perf_counter() - began) / (jax.device_get(progress.step) - step)
         steps = max(1, int(STREAM_SECONDS / seconds))
+
+
+_make_cache = jax.jit(CausalLM.make_cache, static_argnums=(1, 2))
+"""Under `jit`, since zeros made one by one are numbers that go to the device in silence."""
+
+
+def _send(number: int) -> jax.Array:
+    return jax.device_put(np.int32(number))
 
 
 def _choose_chunk(longest: int, batch: int, prefill_chunk: int | None) -> int:
@@ -243,12 +273,19 @@ def _list_scores(
     """Of each row the logarithms, and for each token the likeliest with theirs."""
     if scores is None:
         return None, None
-    chosen, numbers, ids = (_cut_rows(np.asarray(x), lengths) for x in scores)
+    chosen, numbers, ids = (_cut_rows(x, lengths) for x in jax.device_get(scores))
     pairs = [
         [list(zip(*token, strict=True)) for token in zip(*row, strict=True)]
         for row in zip(ids, numbers, strict=True)
     ]
     return chosen, pairs
+
+
+def _list_numbers(value: Any) -> Any:
+    """Arrays as lists of Python's numbers, also those in lists; all else stays as it is."""
+    if isinstance(value, jax.Array | np.ndarray):
+        return jax.device_get(value).tolist()
+    return list(map(_list_numbers, value)) if isinstance(value, list | tuple) else value
 
 
 def _list_prompt_faults(

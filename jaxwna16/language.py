@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from jaxwna16.checkpoint import read_plan, resolve_folder
@@ -53,6 +54,7 @@ def load_model(
     dtype: Any = None,
     backend: str | None = None,
     progress: bool | None = None,
+    follow_links: bool = False,
 ) -> CausalLM:
     """Load a language model of one of `families.MODEL_TYPES`, with packed weights or without.
 
@@ -66,6 +68,7 @@ def load_model(
         config.json states, float32 where it states none.
       backend: of the quantized layers: None, "triton" or "xla" (see `quant_matmul`).
       progress: True, False, or None for a bar on a terminal only.
+      follow_links: as in `load_checkpoint`.
 
     Returns:
       An NNX module: `model(tokens)` maps int32 [B, S] to float32 logits [B, S, V].
@@ -80,7 +83,7 @@ def load_model(
       BackendError: if the backend is none, or not for this dtype.
     """
     dtype = read_dtype(dtype)
-    opened = open_plan(resolve_folder(path_or_hub_id))
+    opened = open_plan(resolve_folder(path_or_hub_id), follow_links=follow_links)
     names = find_family(opened.config).names
     model, plan, expanded = _fit(opened, dtype=dtype, backend=backend)
     model.warnings = (*plan.warnings, *describe_unapplied(plan.folder))
@@ -217,6 +220,8 @@ def generate(
 
 def _list_items(value: Any) -> list[Any]:
     """What is in a list or the like; anything else is one item."""
+    if isinstance(value, jax.Array | np.ndarray):
+        value = value.tolist()
     several = isinstance(value, Iterable) and not isinstance(value, str | Mapping)
     return list(value) if several else [value]
 

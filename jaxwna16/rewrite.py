@@ -15,6 +15,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from jaxwna16.checkpoint import resolve_folder
 from jaxwna16.dtypes import read_dtype
 from jaxwna16.errors import InputError
 from jaxwna16.progress import show_bytes
@@ -52,6 +53,7 @@ def quantize_checkpoint(
     ignore: Iterable[str] = DEFAULT_IGNORE,
     dtype: Any = None,
     progress: bool | None = None,
+    follow_links: bool = False,
 ) -> None:
     """Round the linear weights of a Hugging Face folder to the nearest integers.
 
@@ -70,6 +72,7 @@ def quantize_checkpoint(
         replaces `DEFAULT_IGNORE`, the head and routers (`gate`, `router`, `shared_expert_gate`).
       dtype: float dtype the whole checkpoint is cast to first; None keeps each tensor's own.
       progress: True, False, or None for a bar on a terminal only.
+      follow_links: as in `load_checkpoint`.
 
     Raises:
       CheckpointError: listing every fault of the source, or every weight that the group size does
@@ -79,7 +82,7 @@ def quantize_checkpoint(
     """
     dtype = read_dtype(dtype)
     _check_numbers(bits, group_size)
-    plan = plan_original(source)
+    plan = plan_original(resolve_folder(source), follow_links=follow_links)
     if plan.quantized:
         fault = Fault(
             f"{len(plan.quantized)} modules are quantized already", way_out="dequantize it first"
@@ -116,6 +119,7 @@ def dequantize_checkpoint(
     *,
     dtype: Any = None,
     progress: bool | None = None,
+    follow_links: bool = False,
 ) -> None:
     """Write a checkpoint's weights as floats, the same bits as compressed-tensors' `decompress`.
 
@@ -127,6 +131,7 @@ def dequantize_checkpoint(
       dtype: float dtype that every float tensor is cast to at the end; None is the scales' dtype
         for the weights and its own for every other tensor.
       progress: True, False, or None for a bar on a terminal only.
+      follow_links: as in `load_checkpoint`.
 
     Raises:
       CheckpointError: listing every fault of the source, bad scales included; naming a tensor with
@@ -134,7 +139,7 @@ def dequantize_checkpoint(
       InputError: if nothing in it is quantized, or `dtype` is none of these.
     """
     dtype = read_dtype(dtype)
-    plan = plan_original(source)
+    plan = plan_original(resolve_folder(source), follow_links=follow_links)
     if not plan.quantized:
         raise InputError(f"{plan.folder}: no module is quantized")
     if faults := check_scales(plan):
@@ -173,7 +178,13 @@ def _write(
                 done += part.nbytes
                 report(done, plan.nbytes, "")
 
-        write_checkpoint(Path(destination), list_tensors(), config, beside=plan.folder)
+        write_checkpoint(
+            Path(destination),
+            list_tensors(),
+            config,
+            beside=plan.folder,
+            follow_links=plan.follow_links,
+        )
 
 
 def _convert(

@@ -24,7 +24,7 @@ def sample(logits: Array, key: Array, temperature: Array, top_k: Array, top_p: A
       top_p: float32, draw among the fewest tokens whose probabilities reach p; 1 is off.
 
     Returns:
-      Tokens, int32 [B].
+      Tokens, int32 [B]. Those of rows that are no distribution (`are_sound`) mean nothing.
     """
     filtered = (top_k > 0) | (top_p < 1)
     branch = jnp.where(temperature > 0, 1 + filtered.astype(jnp.int32), 0)
@@ -32,10 +32,20 @@ def sample(logits: Array, key: Array, temperature: Array, top_k: Array, top_p: A
         branch,
         [
             lambda: jnp.argmax(logits, axis=-1).astype(jnp.int32),
-            lambda: _draw(logits / temperature, key),
-            lambda: _draw(filter_logits(logits / temperature, top_k, top_p), key),
+            lambda: _draw(_cool(logits, temperature), key),
+            lambda: _draw(filter_logits(_cool(logits, temperature), top_k, top_p), key),
         ],
     )
+
+
+def are_sound(logits: Array) -> Array:
+    """Whether each row of logits [B, V] is a distribution; bool [B].
+
+    It is none if a logit is NaN or +inf, or if all are -inf. A part may be -inf: such tokens have
+    the probability 0.
+    """
+    # comparisons, and not a maximum: they are False for NaN on every platform
+    return (logits < jnp.inf).all(axis=-1) & (logits > -jnp.inf).any(axis=-1)
 
 
 def filter_logits(logits: Array, top_k: Array, top_p: Array) -> Array:
@@ -51,6 +61,11 @@ def filter_logits(logits: Array, top_k: Array, top_p: Array) -> Array:
     smallest = jnp.min(jnp.where(nucleus, ordered, jnp.inf), axis=-1, keepdims=True)
     smallest = jnp.minimum(smallest, ordered[:, -1:])  # the likeliest stays even if p rounds to 0
     return jnp.where(logits >= jnp.maximum(smallest, kth), logits, -jnp.inf)
+
+
+def _cool(logits: Array, temperature: Array) -> Array:
+    """Logits over the temperature, the largest at 0: a small temperature makes none infinite."""
+    return (logits - jnp.max(logits, axis=-1, keepdims=True)) / temperature
 
 
 def _draw(logits: Array, key: Array) -> Array:

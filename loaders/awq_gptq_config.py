@@ -124,6 +124,14 @@ class AwqGptqConfig:
         unmet = f"{FILE}: quant_method is {self.method}, but no module is packed"
         return [], [*self.remarks, unmet]
 
+    def match_ignored(self, modules: Collection[str]) -> dict[str, list[str]]:
+        """Each entry of `modules_to_not_convert` and the modules that it keeps plain."""
+        return {name: self._match_kept(name, modules) for name in self.kept}
+
+    def _match_kept(self, name: str, modules: Collection[str]) -> list[str]:
+        [pattern] = dataclasses.replace(self, kept=(name,))._kept_patterns
+        return [path for path in modules if path.endswith(name) or pattern.match(path)]
+
     def describe_unused(self, modules: Collection[str]) -> list[str]:
         """Warnings about patterns that match no module, and about names in one for a field."""
         unused = [

@@ -94,44 +94,47 @@ class ConvertedPlan(Plan):
         }
 
 
-def open_plan(folder: str | Path) -> Plan:
-    """Plan a checkpoint folder, converted or not.
+def open_plan(folder: str | Path, *, follow_links: bool = False) -> Plan:
+    """Plan a checkpoint folder, converted or not; `follow_links` as in `make_plan`.
 
     Raises:
       CheckpointError: listing every fault; of a converted one, also that the checkpoint which it
         was made from is still at its place and is another one now.
     """
     folder = Path(folder)
-    return _plan_converted(folder) if is_converted(folder) else make_plan(folder)
+    make = _plan_converted if is_converted(folder, follow_links=follow_links) else make_plan
+    return make(folder, follow_links=follow_links)
 
 
-def open_survey(folder: str | Path, *, headers_only: bool = False) -> Survey:
+def open_survey(
+    folder: str | Path, *, headers_only: bool = False, follow_links: bool = False
+) -> Survey:
     """Plan as much of a checkpoint folder as can be planned; of a converted one, all or nothing.
 
     Args:
       folder: the checkpoint folder.
-      headers_only: as in `survey_folder`.
+      headers_only, follow_links: as in `survey_folder`.
 
     Raises:
       CheckpointError: as `survey_folder`; of a converted one, listing every fault.
     """
     folder = Path(folder)
-    if is_converted(folder):
-        return Survey(_plan_converted(folder))
-    return survey_folder(folder, headers_only=headers_only)
+    if is_converted(folder, follow_links=follow_links):
+        return Survey(_plan_converted(folder, follow_links=follow_links))
+    return survey_folder(folder, headers_only=headers_only, follow_links=follow_links)
 
 
-def plan_original(folder: str | os.PathLike[str]) -> Plan:
-    """Plan a checkpoint folder whose tensors are needed as they came.
+def plan_original(folder: str | os.PathLike[str], *, follow_links: bool = False) -> Plan:
+    """Plan a checkpoint folder whose tensors are needed as they came; arguments as `make_plan`.
 
     Raises:
       CheckpointError: as `make_plan`, and if it is a converted one.
     """
     folder = Path(folder)
-    if not is_converted(folder):
-        return make_plan(folder)
+    if not is_converted(folder, follow_links=follow_links):
+        return make_plan(folder, follow_links=follow_links)
     try:
-        source = read_manifest(folder).source.folder
+        source = read_manifest(folder, follow_links=follow_links).source.folder
     except CheckpointError:
         source = "the checkpoint that it was made from"
     what = "this is a converted copy, which holds a model only as it is computed with"
@@ -224,14 +227,14 @@ def hash_leaf(array: np.ndarray) -> str:
     return hashlib.sha256(array.reshape(-1).view(np.uint8).data).hexdigest()
 
 
-def _plan_converted(folder: Path) -> ConvertedPlan:
-    config = read_config(folder)
-    manifest = read_manifest(folder)
+def _plan_converted(folder: Path, *, follow_links: bool = False) -> ConvertedPlan:
+    config = read_config(folder, follow_links=follow_links)
+    manifest = read_manifest(folder, follow_links=follow_links)
     faults = []
     if not names_method(config):
         what = f"is not that of a converted checkpoint, though {MANIFEST} lies beside it"
         faults.append(Fault(what, CONFIG, f"{SECTIONS[0]}.quant_method", _AGAIN))
-    infos, wrong = _read_headers(folder, manifest)
+    infos, wrong = _read_headers(folder, manifest, follow_links)
     faults += wrong
     changes, remarks = check_source(manifest.source, MANIFEST)
     faults += changes
@@ -274,19 +277,22 @@ def _plan_converted(folder: Path) -> ConvertedPlan:
         infos,
         stacks,
         (*manifest.warnings, *remarks),
+        follow_links=follow_links,
         digests={name: leaf.sha256 for name, leaf in manifest.leaves.items()},
         source=manifest.source.folder,
     )
 
 
-def _read_headers(folder: Path, manifest: Manifest) -> tuple[dict[str, TensorInfo], list[Fault]]:
+def _read_headers(
+    folder: Path, manifest: Manifest, follow_links: bool
+) -> tuple[dict[str, TensorInfo], list[Fault]]:
     """The tensors of the files that the manifest names, and where it and they disagree."""
     infos: dict[str, TensorInfo] = {}
     faults: list[Fault] = []
     unread = set()
     for file in sorted({leaf.file for leaf in manifest.leaves.values()}):
         try:
-            header = read_header(check_file(folder, file))
+            header = read_header(check_file(folder, file, follow_links=follow_links))
         except CheckpointError as error:
             faults += error.faults
             unread.add(file)

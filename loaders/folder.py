@@ -1,7 +1,8 @@
 """A checkpoint folder: its config.json and the tensors of its safetensors files, headers only.
 
-Nothing outside of the folder is opened, whatever its files say or link to, and in it nothing but
-config.json, the index and safetensors files: code and pickles stay closed.
+Nothing outside of the folder is opened, whatever its files say or link to, unless the caller asks
+with `follow_links` (Hugging Face's older `local_dir` layout: links into the hub's cache); and in it
+nothing but config.json, the index and safetensors files: code and pickles stay closed.
 """
 
 from __future__ import annotations
@@ -25,6 +26,10 @@ _MAX_NESTING = 64
 _SUFFIX = ".safetensors"
 _PICKLES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
 _AGAIN = "download the checkpoint again"
+_FOLLOW = (
+    "pass follow_links=True, on the command line --follow-links, if you trust where it leads; or "
+    "put the file itself into the folder"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +49,7 @@ class Scan:
     unsound: frozenset[str] = frozenset()
 
 
-def read_config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path, *, follow_links: bool = False) -> dict[str, Any]:
     """Read config.json.
 
     Raises:
@@ -54,10 +59,10 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise CheckpointError(
             folder, [Fault("this is not a folder", way_out="name a checkpoint folder")]
         )
-    return read_json(folder / CONFIG)
+    return read_json(folder / CONFIG, follow_links=follow_links)
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path, *, follow_links: bool = False) -> dict[str, Any]:
     """Read a JSON object from a file of the checkpoint.
 
     Raises:
@@ -65,7 +70,7 @@ def read_json(path: Path) -> dict[str, Any]:
         nested deeply, or has a key twice.
     """
     try:
-        with open_file(check_file(path.parent, path.name)) as file:
+        with open_file(check_file(path.parent, path.name, follow_links=follow_links)) as file:
             if os.fstat(file.fileno()).st_size > MAX_JSON_BYTES:
                 raise ValueError(f"it has more than {MAX_JSON_BYTES} bytes")
             text = file.readall().decode("utf-8")
@@ -99,7 +104,7 @@ def _check_nesting(value: object) -> None:
         raise ValueError(f"nested more than {_MAX_NESTING} levels deep")
 
 
-def list_tensors(folder: Path) -> dict[str, TensorInfo]:
+def list_tensors(folder: Path, *, follow_links: bool = False) -> dict[str, TensorInfo]:
     """List every tensor of the checkpoint, in the order in which it lies in the files.
 
     The index is followed where there is one; else the folder holds `model.safetensors`.
@@ -108,23 +113,23 @@ def list_tensors(folder: Path) -> dict[str, TensorInfo]:
       CheckpointError: listing shards that are missing, unsafe to open or malformed, and tensors on
         which the index and the headers disagree.
     """
-    scan = scan_tensors(folder)
+    scan = scan_tensors(folder, follow_links=follow_links)
     if scan.faults:
         raise CheckpointError(folder, scan.faults)
     return dict(scan.tensors)
 
 
-def scan_tensors(folder: Path) -> Scan:
+def scan_tensors(folder: Path, *, follow_links: bool = False) -> Scan:
     """Read the headers of all files that there are, whatever is wrong with the others.
 
     Raises:
       CheckpointError: if there is no file at all, or no index that can be read.
     """
     if not os.path.lexists(folder / INDEX):
-        single = _find_single(folder)
+        single = _find_single(folder, follow_links)
         tensors, wrong = scan_header(single)
         return Scan(tensors, tuple(wrong), unsound=frozenset([single.name] if wrong else []))
-    weight_map = read_json(folder / INDEX).get("weight_map")
+    weight_map = read_json(folder / INDEX, follow_links=follow_links).get("weight_map")
     if (
         not isinstance(weight_map, dict)
         or not weight_map
@@ -141,7 +146,7 @@ def scan_tensors(folder: Path) -> Scan:
     for shard, expected in sorted(names.items()):
         try:
             _check_name(folder, shard)
-            header, wrong = scan_header(check_file(folder, shard))
+            header, wrong = scan_header(check_file(folder, shard, follow_links=follow_links))
         except CheckpointError as error:
             faults += error.faults
             continue
@@ -185,8 +190,10 @@ def list_remarks(folder: Path, config: Mapping[str, Any], files: Collection[Path
     return remarks
 
 
-def check_file(folder: Path, name: str) -> Path:
+def check_file(folder: Path, name: str, *, follow_links: bool = False) -> Path:
     """The path of a file of the checkpoint, provided that opening it stays inside the folder.
+
+    With `follow_links` it may leave the folder, for a file.
 
     Raises:
       CheckpointError: if it does not, or if there is no such file.
@@ -194,9 +201,9 @@ def check_file(folder: Path, name: str) -> Path:
     path, fault = folder / name, None
     try:
         real = path.resolve(strict=True)
-        if not any(real.is_relative_to(root) for root in _list_roots(folder)):
+        if not follow_links and not any(real.is_relative_to(root) for root in _list_roots(folder)):
             what = "the file is a link that leaves the checkpoint folder"
-            fault = Fault(what, name, "", "put the file itself into the folder")
+            fault = Fault(what, name, "", _FOLLOW)
         elif not real.is_file():
             fault = Fault("this is not a file", name, "", _AGAIN)
     except FileNotFoundError:
@@ -217,7 +224,7 @@ def _check_name(folder: Path, shard: str) -> None:
         raise CheckpointError(folder, [Fault(what, INDEX, repr(shard), way_out)])
 
 
-def _find_single(folder: Path) -> Path:
+def _find_single(folder: Path, follow_links: bool) -> Path:
     """The one file of a checkpoint without an index."""
     names = [] if os.path.lexists(folder / SINGLE) else _list_names(folder)
     shards = [name for name in names if name.endswith(_SUFFIX)]
@@ -227,7 +234,7 @@ def _find_single(folder: Path) -> Path:
     elif pickles:
         what = f"the file is missing; {pickles[0]} is a pickle, which can run code: never opened"
     else:
-        return check_file(folder, SINGLE)
+        return check_file(folder, SINGLE, follow_links=follow_links)
     way_out = _AGAIN if shards else "save the model as safetensors"
     raise CheckpointError(folder, [Fault(what, SINGLE, way_out=way_out)])
 

@@ -125,12 +125,12 @@ class Manifest:
         return table | {"sha256": hash_table(table)}
 
 
-def is_converted(folder: Path) -> bool:
+def is_converted(folder: Path, *, follow_links: bool = False) -> bool:
     """Whether a folder is, or says that it is, a converted checkpoint."""
     if os.path.lexists(folder / MANIFEST):
         return True
     try:
-        return names_method(read_json(folder / CONFIG))
+        return names_method(read_json(folder / CONFIG, follow_links=follow_links))
     except CheckpointError:
         return False  # whatever it is
 
@@ -141,7 +141,7 @@ def names_method(config: Mapping[str, Any]) -> bool:
     return isinstance(section, dict) and section.get("quant_method") == METHOD
 
 
-def read_manifest(folder: Path) -> Manifest:
+def read_manifest(folder: Path, *, follow_links: bool = False) -> Manifest:
     """Read and check the manifest by itself.
 
     Raises:
@@ -150,7 +150,7 @@ def read_manifest(folder: Path) -> Manifest:
     if not os.path.lexists(folder / MANIFEST):
         what = f"the file is missing: {CONFIG} says that this is a converted checkpoint"
         raise CheckpointError(folder, [Fault(what, MANIFEST, "", "convert it again")])
-    table = read_json(folder / MANIFEST)
+    table = read_json(folder / MANIFEST, follow_links=follow_links)
     faults = list(_check_versions(table)) or list(_check_table(table))
     if not faults and hash_table(table) != table["sha256"]:
         faults = [_make_fault("sha256", "it was changed after it was written")]

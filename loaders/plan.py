@@ -50,6 +50,7 @@ class Plan:
       plain: all other tensors by name, in the order of the files; stacked experts one by one, too.
       stacks: what experts become, by path: "….experts.w13" and "….experts.w2".
       warnings: remarks that are no faults, one sentence each.
+      follow_links: whether files were read that are links which leave the folder.
     """
 
     folder: Path
@@ -58,6 +59,7 @@ class Plan:
     plain: Mapping[str, TensorInfo]
     stacks: Mapping[str, Stack]
     warnings: tuple[str, ...] = ()
+    follow_links: bool = False
 
     @functools.cached_property
     def nbytes(self) -> int:
@@ -127,32 +129,39 @@ class Survey:
     incomplete: frozenset[str] = frozenset()
 
 
-def make_plan(folder: str | Path) -> Plan:
+def make_plan(folder: str | Path, *, follow_links: bool = False) -> Plan:
     """Plan a checkpoint folder.
+
+    Args:
+      folder: the checkpoint folder.
+      follow_links: read files also where they are links that leave the folder.
 
     Raises:
       CheckpointError: listing every fault of the config, the files and the modules.
     """
-    survey = survey_folder(folder)
+    survey = survey_folder(folder, follow_links=follow_links)
     if survey.faults:
         raise CheckpointError(survey.plan.folder, survey.faults)
     return survey.plan
 
 
-def survey_folder(folder: str | Path, *, headers_only: bool = False) -> Survey:
+def survey_folder(
+    folder: str | Path, *, headers_only: bool = False, follow_links: bool = False
+) -> Survey:
     """Plan as much of a checkpoint folder as can be planned.
 
     Args:
       folder: the checkpoint folder.
       headers_only: leave `weight_shape` unread where the headers tell what it must hold.
+      follow_links: as in `make_plan`.
 
     Raises:
       CheckpointError: if there is no folder, no config.json, or no file in it with a header.
     """
     folder = Path(folder)
-    config = read_config(folder)
+    config = read_config(folder, follow_links=follow_links)
     quantization, faults = parse_quantization(config)
-    scan = _scan(folder, faults)
+    scan = _scan(folder, faults, follow_links)
     by_module, clashes = _group_by_module(scan.tensors)
     by_module, misnamed = name_roles(by_module, quantization)
     clashes += misnamed
@@ -187,7 +196,7 @@ def survey_folder(folder: str | Path, *, headers_only: bool = False) -> Survey:
     warnings += [*_list_absent_zero_points(quantized), *_list_short_groups(quantized)]
     warnings += describe_mixed(stacks, quantized)
     return Survey(
-        Plan(folder, config, quantized, plain, stacks, tuple(warnings)),
+        Plan(folder, config, quantized, plain, stacks, tuple(warnings), follow_links),
         tuple(join_alike(suggest(faults, _MEND))),
         {info.name: info for path in broken for info in by_module[path].values()},
         scan.absent,
@@ -196,10 +205,10 @@ def survey_folder(folder: str | Path, *, headers_only: bool = False) -> Survey:
     )
 
 
-def _scan(folder: Path, faults: list[Fault]) -> Scan:
+def _scan(folder: Path, faults: list[Fault], follow_links: bool) -> Scan:
     """The files; without any that can be read, they and `faults` are raised."""
     try:
-        scan = scan_tensors(folder)
+        scan = scan_tensors(folder, follow_links=follow_links)
     except CheckpointError as error:
         raise CheckpointError(folder, [*faults, *error.faults]) from None
     if scan.faults and not scan.tensors:

@@ -75,6 +75,19 @@ class QuantizationConfig:
             and not (name in patterns and any(map(patterns[name].match, paths)))
         ]
 
+    def match_ignored(self, modules: Collection[str]) -> dict[str, list[str]]:
+        """Each entry of `ignore` and the modules that it matches, by name, pattern or class."""
+        found: dict[str, list[str]] = {}
+        known, patterns = set(modules), self._ignore_patterns
+        for name in dict.fromkeys(self.ignore):
+            if name in patterns:
+                found[name] = [path for path in modules if patterns[name].match(path)]
+            elif name in known:
+                found[name] = [name]
+            else:
+                found[name] = [path for path in modules if name in name_classes(path)]
+        return found
+
     def describe_unused(self, modules: Collection[str]) -> list[str]:
         """The same as warnings; names that differ in numbers alone are in one."""
         alike: dict[str, list[str]] = defaultdict(list)

@@ -41,6 +41,7 @@ def write_checkpoint(
     config: Mapping[str, Any],
     *,
     beside: Path,
+    follow_links: bool = False,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Write `tensors` and `config` to a new folder.
@@ -51,6 +52,7 @@ def write_checkpoint(
       config: what becomes config.json.
       beside: the source checkpoint, whose tokenizer, generation config, chat template and license
         files are copied.
+      follow_links: copy these also where they are links that leave the source.
       shard_bytes: a shard is closed when it holds this much.
 
     Raises:
@@ -58,7 +60,7 @@ def write_checkpoint(
         be read.
     """
     with build_folder(destination) as folder:
-        copy_companions(beside, folder)
+        copy_companions(beside, folder, follow_links=follow_links)
         weight_map, size = write_shards(folder, tensors, shard_bytes=shard_bytes)
         if len(set(weight_map.values())) > 1:
             index = {"metadata": {"total_size": size}, "weight_map": weight_map}
@@ -81,11 +83,11 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
-def copy_companions(source: Path, folder: Path) -> None:
+def copy_companions(source: Path, folder: Path, *, follow_links: bool = False) -> None:
     """Copy what lies beside the weights: tokenizer, generation config, chat template, license.
 
     Raises:
-      CheckpointError: if one of them is a link that leaves the checkpoint.
+      CheckpointError: if one of them is a link that leaves the checkpoint, without `follow_links`.
     """
     templates = source / _TEMPLATES
     if templates.is_dir():
@@ -94,7 +96,7 @@ def copy_companions(source: Path, folder: Path) -> None:
         wanted = path.suffix in _COPIED or path.stem.upper().startswith("LICENSE")
         if wanted and path.is_file() and path.name not in _NOT_COPIED:
             name = str(path.relative_to(source))
-            shutil.copyfile(check_file(source, name), folder / name)
+            shutil.copyfile(check_file(source, name, follow_links=follow_links), folder / name)
 
 
 def write_shards(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import jax
@@ -22,6 +23,21 @@ def read_array(name: str, value: Any) -> jax.Array:
         return jnp.asarray(value)
     except (TypeError, ValueError) as error:
         raise SpecError(f"{name} must be an array, got {type(value).__name__}") from error
+
+
+def read_count(name: str, value: Any) -> int:
+    """The integer of at least 0 that `value` is.
+
+    Raises:
+      SpecError: naming the argument, if it is none.
+    """
+    try:
+        count = -1 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        count = -1
+    if count < 0:
+        raise SpecError(f"{name} must be an integer of at least 0, got {value!r}")
+    return count
 
 
 def read_dtype(name: str, value: Any) -> np.dtype:

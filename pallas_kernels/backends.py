@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.arguments import read_dtype
+from pallas_kernels.arguments import read_count, read_dtype
 from pallas_kernels.device import UNKNOWN, find_device
 from pallas_kernels.errors import BackendError, SpecError
 from pallas_kernels.schedule import choose, describe
@@ -47,18 +47,20 @@ def explain(
       dtype: dtype of x.
       platform: "cpu", "cuda", "rocm" or "tpu"; None is the default device's.
       backend: what the caller asks for, as in `quant_matmul`.
-      tokens: M, the rows of x; with it the choice names the schedule, too.
+      tokens: M, the rows of x; with it the choice names the schedule, too, unless it is 0.
       scale_dtype: dtype of the scales; None is that of x.
 
     Raises:
       BackendError: if the named backend cannot serve this dtype or platform, or there is no such
         platform.
-      SpecError: if no backend takes x, or scales, of this dtype, or `spec` is none.
+      SpecError: if no backend takes x, or scales, of this dtype, `spec` is none, or `tokens` is no
+        number of rows.
     """
     if not isinstance(spec, QuantSpec):
         raise SpecError(f"spec must be a QuantSpec, got {type(spec).__name__}")
     dtype = read_dtype("x", dtype)
     scale_dtype = dtype if scale_dtype is None else read_dtype("scale_dtype", scale_dtype)
+    tokens = None if tokens is None else read_count("tokens", tokens)
     check_backend(backend, dtype)
     if platform is None:
         platform = _platform(jax.devices()[0])

@@ -19,9 +19,24 @@ def add_json(parser: argparse.ArgumentParser, verb: object) -> None:
     parser.set_defaults(verb=verb)
 
 
+def add_checkpoint(parser: argparse.ArgumentParser) -> None:
+    """Add the checkpoint."""
+    parser.add_argument("checkpoint", metavar="DIR", help="checkpoint folder, or a name on the hub")
+    add_links(parser)
+
+
+def add_links(parser: argparse.ArgumentParser) -> None:
+    """Add whether links that leave a checkpoint's folder are followed."""
+    parser.add_argument(
+        "--follow-links",
+        action="store_true",
+        help="read files also where they are links that leave the folder",
+    )
+
+
 def add_model(parser: argparse.ArgumentParser) -> None:
     """Add the checkpoint and how it is computed with."""
-    parser.add_argument("checkpoint", metavar="DIR", help="checkpoint folder, or a name on the hub")
+    add_checkpoint(parser)
     add_computation(parser)
 
 
@@ -73,3 +88,4 @@ def add_rewrite(parser: argparse.ArgumentParser, source: str) -> None:
     parser.add_argument(
         "--dtype", choices=DTYPES, help="cast every float tensor; by default none is"
     )
+    add_links(parser)

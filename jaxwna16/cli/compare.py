@@ -8,7 +8,7 @@ import math
 import sys
 from typing import TYPE_CHECKING, Any
 
-from jaxwna16.cli.arguments import add_computation, add_json, add_windows
+from jaxwna16.cli.arguments import add_computation, add_json, add_links, add_windows
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -26,6 +26,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         help="checkpoint folders, or names on the hub; the first is what the others are held to",
     )
+    add_links(parser)
     add_computation(parser)
     add_windows(parser)
     parser.add_argument(
@@ -47,7 +48,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.plot is not None:
         check_target(args.plot)
     keep_compiled()
-    plans = open_plans(args.checkpoints, read_text(args.text))
+    plans = open_plans(args.checkpoints, read_text(args.text), follow_links=args.follow_links)
     _, tokens = read_windows(args, Tokenizer.from_folder(plans[0].folder), plans)
     compared = compare_checkpoints(
         plans,

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jaxwna16.cli.arguments import add_json
+from jaxwna16.cli.arguments import add_json, add_links
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -21,6 +21,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("source", metavar="DIR", help="checkpoint folder, or a name on the hub")
     parser.add_argument("destination", metavar="DST", help="folder to make; it must not exist")
+    add_links(parser)
     add_json(parser, sys.modules[__name__])
 
 
@@ -32,9 +33,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
     source, destination = resolve_folder(args.source), Path(args.destination)
     started = time.perf_counter()
-    convert_checkpoint(source, destination)
+    convert_checkpoint(source, destination, follow_links=args.follow_links)
     seconds = time.perf_counter() - started
-    old, new = open_plan(source), open_plan(destination)
+    old, new = open_plan(source, follow_links=args.follow_links), open_plan(destination)
     return {
         "source": str(source),
         "destination": str(destination),

@@ -31,8 +31,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
     source, destination = resolve_folder(args.source), Path(args.destination)
     started = time.perf_counter()
-    dequantize_checkpoint(source, destination, dtype=args.dtype)
-    return compare(source, destination, time.perf_counter() - started)
+    dequantize_checkpoint(source, destination, dtype=args.dtype, follow_links=args.follow_links)
+    seconds = time.perf_counter() - started
+    return compare(source, destination, seconds, follow_links=args.follow_links)
 
 
 def show(report: dict[str, Any], console: Console) -> None:

@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from jaxwna16.text import Tokenizer
     from loaders.converted import open_plan
 
-    plan = open_plan(resolve_folder(args.checkpoint))
+    plan = open_plan(resolve_folder(args.checkpoint), follow_links=args.follow_links)
     tokenizer = Tokenizer.from_folder(plan.folder)
     text, tokens = read_windows(args, tokenizer, [plan])
     model, facts = open_model(args)

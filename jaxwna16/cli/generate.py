@@ -73,9 +73,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
+    import warnings
+
     from jaxwna16.cli.model import open_model, open_tokenizer
     from jaxwna16.cli.screen import make_console
-    from jaxwna16.errors import InputError
+    from jaxwna16.errors import InputError, NanWarning
     from jaxwna16.language import generate
 
     if args.logprobs is not None and not args.json:
@@ -87,7 +89,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     chat = tokenizer.has_chat_template if args.chat is None else args.chat
     model, facts = open_model(args)
     streams = len(prompts) == 1 and not args.json
-    with make_console(stderr=True).status("compiling and generating") as status:
+    with (
+        make_console(stderr=True).status("compiling and generating") as status,
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore", NanWarning)  # the report says it
 
         def print_piece(texts: list[str]) -> None:
             status.stop()
@@ -119,7 +125,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "prefill_tokens_per_second": result.prefill_tokens_per_second,
         "decode_tokens_per_second": result.decode_tokens_per_second,
     }
-    return {
+    report = {
         **facts,
         "chat": chat,
         "prompts": prompts,
@@ -130,6 +136,20 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "timings": timings,
         "warnings": list(model.warnings),
     }
+    if result.failures:
+        report["error"] = _describe_failures(facts["folder"], result.failures)
+    return report
+
+
+def _describe_failures(folder: str, failures: list[str]) -> dict[str, Any]:
+    from jaxwna16.cli.faults import describe_error
+    from jaxwna16.errors import InputError
+
+    what = (
+        f"{folder}: the model computed no numbers: `jaxwna16 verify` finds NaN in the files; "
+        "float16 overflows above 65504 (--dtype float32 or bfloat16)"
+    )
+    return describe_error(InputError(what, failures))
 
 
 def _read_prompts(path: str) -> list[str]:

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from jaxwna16.cli.arguments import DTYPES, add_json
+from jaxwna16.cli.arguments import DTYPES, add_checkpoint, add_json
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -28,13 +28,13 @@ _LISTED = 3
 
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.description = "Show what a checkpoint holds, layer by layer. No weight is read."
-    parser.add_argument("checkpoint", metavar="DIR", help="checkpoint folder, or a name on the hub")
+    add_checkpoint(parser)
     add_json(parser, sys.modules[__name__])
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     with _without_collector():
-        return _inspect(args.checkpoint)
+        return _inspect(args.checkpoint, args.follow_links)
 
 
 @contextmanager
@@ -49,9 +49,9 @@ def _without_collector() -> Iterator[None]:
             gc.enable()
 
 
-def _inspect(checkpoint: str) -> dict[str, Any]:
+def _inspect(checkpoint: str, follow_links: bool) -> dict[str, Any]:
     from jaxwna16.checkpoint import resolve_folder
-    from jaxwna16.cli import rows
+    from jaxwna16.cli import ignored, rows
     from jaxwna16.cli.backends import (
         describe_lack_of_devices,
         list_backends,
@@ -63,28 +63,32 @@ def _inspect(checkpoint: str) -> dict[str, Any]:
     from loaders.errors import CheckpointError
 
     spare_device_memory()
-    survey = open_survey(resolve_folder(checkpoint), headers_only=True)
+    folder = resolve_folder(checkpoint)
+    survey = open_survey(folder, headers_only=True, follow_links=follow_links)
     plan = survey.plan
     model, support = _describe_support(plan)
     names = [*plan.quantized, *plan.plain]
     skipped = find_skipped(list_rules(model), names) if model is not None else {}
     lack = describe_lack_of_devices()
+    is_copy = isinstance(plan, ConvertedPlan)
+    left_out = [] if is_copy else ignored.list_ignored(plan)
     quantized = rows.list_module_rows(plan, skipped, support["dtype"], lack)
     widths = sorted({module.spec.bits for module in plan.quantized.values()})
     report = {
         "folder": str(plan.folder),
-        "converted_from": plan.source if isinstance(plan, ConvertedPlan) else None,
+        "converted_from": plan.source if is_copy else None,
         "model_type": plan.config.get("model_type"),
         "architectures": plan.config.get("architectures") or [],
         "load_model": support,
         "quantized": quantized,
         "plain": rows.list_tensor_rows(plan.plain, skipped),
+        "ignored": left_out,
         "skipped": rows.list_skipped(plan, skipped),
         "unplanned": rows.list_tensor_rows(survey.unplanned, {}),
         "absent": rows.list_absent_rows(survey),
         "totals": _add_up(plan, quantized),
         "backends": [] if lack else list_backends(widths),
-        "warnings": list(plan.warnings),
+        "warnings": [*plan.warnings, *ignored.word_near(left_out)],
     }
     if survey.faults:
         report["error"] = describe_error(CheckpointError(plan.folder, survey.faults))
@@ -167,6 +171,7 @@ def _list_facts(report: dict[str, Any]) -> list[tuple[str, str]]:
     else:
         facts.append(("load_model", "does not support it (load_checkpoint does):"))
         facts += [("", reason) for reason in report["load_model"]["reasons"]]
+    facts += [("ignored", _word_ignored(row)) for row in report["ignored"]]
     facts += [("skipped", _word_skipped(entry)) for entry in report["skipped"]]
     if tensors := sum(row["count"] for row in report["unplanned"]):
         facts.append(("faulty", f"{count(tensors, 'tensor')} in the table, see the errors"))
@@ -186,6 +191,12 @@ def _word_absent(rows: list[dict[str, Any]]) -> list[str]:
         + (", …" if len(found) > _LISTED else "")
         for file, found in files.items()
     ]
+
+
+def _word_ignored(row: dict[str, Any]) -> str:
+    entries = f" ({row['entries']} entries)" if row["entries"] > 1 else ""
+    share = f"{row['modules']} of {row['of']} modules" if row["modules"] else "no module"
+    return f"{row['entry']}{entries}: {share}"
 
 
 def _word_skipped(entry: dict[str, Any]) -> str:

@@ -5,41 +5,79 @@ does the work and returns a plain dict, `show(report, console)` prints that dict
 `--json` the dict itself is printed. A report on a faulty input says so under "error"; a verb whose
 report can hold failures of other kinds has `judge(report)`, which gives the exit code. What a verb
 needs beyond the standard library is imported in `run` and `show`, so that `--help` does not wait
-for JAX.
+for JAX. This module itself imports nothing of ours until `main` runs, so that what interrupts an
+import ends the process without a traceback (`_interruptible_imports`).
 
 Exit codes: 0 good, 1 the input is at fault, 2 the call is, 130 interrupted.
 """
 
 from __future__ import annotations
 
-import argparse
-import io
-import json
 import os
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
+from typing import TYPE_CHECKING
 
-from jaxwna16.cli import (
-    bench,
-    convert,
-    dequantize,
-    doctor,
-    evaluate,
-    generate,
-    harness,
-    inspect,
-    quantize,
-    verify,
-)
+if TYPE_CHECKING:
+    import argparse
 
 _DESCRIPTION = "Packed WNA16 checkpoints (compressed-tensors pack-quantized) in JAX."
 _EPILOG = "`jaxwna16 VERB --help` explains a verb. Exit codes: 0 good, 1 bad input, 2 bad call."
 _INTERRUPTED = 130
 _PIPE_CLOSED = 141
+_IMPORTING = "<frozen importlib._bootstrap>"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb and return the exit code; `argv` None is the process's own arguments."""
+    with _interruptible_imports():
+        try:
+            return _call(argv)
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            return _INTERRUPTED
+        except BrokenPipeError:
+            # the reader (`| head`) has left; the interpreter must not trip over it while closing
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return _PIPE_CLOSED
+
+
+@contextmanager
+def _interruptible_imports() -> Iterator[None]:
+    """Within it SIGINT ends the process at once while a module is being imported.
+
+    An exception does not get through all of an import: libraries catch it, or Python prints it as
+    one that it ignores. Nothing is half-done then, so that nothing has to be cleaned up.
+    """
+    is_ours = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    try:
+        if is_ours:  # else somebody has decided what an interrupt does
+            signal.signal(signal.SIGINT, _interrupt)
+    except ValueError:  # not the main thread, which alone gets signals
+        is_ours = False
+    try:
+        yield
+    finally:
+        if is_ours:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    caller = frame
+    while caller is not None:
+        if caller.f_code.co_filename == _IMPORTING:
+            os.write(2, b"interrupted\n")
+            os._exit(_INTERRUPTED)
+        caller = caller.f_back
+    signal.default_int_handler(number, frame)
+
+
+def _call(argv: Sequence[str] | None) -> int:
+    import io
+
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # what the terminal cannot write must not end us
             stream.reconfigure(errors="backslashreplace")
@@ -47,18 +85,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = _make_parser().parse_args(argv)
     except SystemExit as end:  # argparse has printed the help, or what is wrong with the call
         return int(end.code or 0)
-    try:
-        return _run(args)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return _INTERRUPTED
-    except BrokenPipeError:
-        # the reader (`| head`) has left; the interpreter must not trip over it while closing
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return _PIPE_CLOSED
+    return _run(args)
 
 
 def _make_parser() -> argparse.ArgumentParser:
+    import argparse
+
+    from jaxwna16.cli import (
+        bench,
+        convert,
+        dequantize,
+        doctor,
+        evaluate,
+        generate,
+        harness,
+        inspect,
+        quantize,
+        verify,
+    )
+
     parser = argparse.ArgumentParser("jaxwna16", description=_DESCRIPTION, epilog=_EPILOG)
     parser.add_argument("-V", "--version", action="version", version=f"jaxwna16 {_read_version()}")
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
@@ -91,6 +136,8 @@ def _read_version() -> str:
 
 
 def _run(args: argparse.Namespace) -> int:
+    import json
+
     from jaxwna16.cli.arguments import CallError
     from jaxwna16.cli.faults import describe_error, show_error
     from jaxwna16.cli.screen import make_console

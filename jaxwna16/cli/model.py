@@ -24,7 +24,7 @@ from loaders.plan import Plan
 
 def open_tokenizer(args: argparse.Namespace) -> Tokenizer:
     """The tokenizer of a checkpoint whose headers are in order: what takes no time comes first."""
-    plan = open_plan(resolve_folder(args.checkpoint))
+    plan = open_plan(resolve_folder(args.checkpoint), follow_links=args.follow_links)
     return Tokenizer.from_folder(plan.folder)
 
 
@@ -80,7 +80,7 @@ def open_model(args: argparse.Namespace) -> tuple[CausalLM, dict[str, Any]]:
     dtype = choose_dtype(args.dtype)
     folder = resolve_folder(args.checkpoint)
     started = time.perf_counter()
-    model = load_model(folder, dtype=dtype, backend=args.backend)
+    model = load_model(folder, dtype=dtype, backend=args.backend, follow_links=args.follow_links)
     facts = {
         "folder": str(folder),
         "dtype": jax.numpy.dtype(model.dtype).name,

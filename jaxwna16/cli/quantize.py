@@ -62,8 +62,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         symmetric=args.symmetric,
         ignore=DEFAULT_IGNORE if args.ignore is None else filter(None, args.ignore),
         dtype=args.dtype,
+        follow_links=args.follow_links,
     )
-    return compare(source, destination, time.perf_counter() - started) | {
+    seconds = time.perf_counter() - started
+    return compare(source, destination, seconds, follow_links=args.follow_links) | {
         "bits": args.bits,
         "group_size": args.group_size,
         "symmetric": args.symmetric,

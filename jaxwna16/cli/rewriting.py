@@ -12,9 +12,11 @@ from jaxwna16.cli.screen import escape_controls
 from loaders.plan import make_plan
 
 
-def compare(source: Path, destination: Path, seconds: float) -> dict[str, Any]:
+def compare(
+    source: Path, destination: Path, seconds: float, *, follow_links: bool
+) -> dict[str, Any]:
     """Sizes of both checkpoints; `modules` are the quantized ones of either."""
-    old, new = make_plan(source), make_plan(destination)
+    old, new = make_plan(source, follow_links=follow_links), make_plan(destination)
     return {
         "source": str(source),
         "destination": str(destination),

@@ -8,7 +8,7 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
-from jaxwna16.cli.arguments import add_json
+from jaxwna16.cli.arguments import add_checkpoint, add_json
 
 if TYPE_CHECKING:
     import numpy as np
@@ -28,7 +28,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "numbers, and whether the model that config.json names finds all its tensors. Lists every "
         "fault; the exit code is 1 if there is one."
     )
-    parser.add_argument("checkpoint", metavar="DIR", help="checkpoint folder, or a name on the hub")
+    add_checkpoint(parser)
     parser.add_argument(
         "--oracle",
         action="store_true",
@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from loaders.errors import CheckpointError
 
     started = time.perf_counter()
-    survey = open_survey(resolve_folder(args.checkpoint))
+    survey = open_survey(resolve_folder(args.checkpoint), follow_links=args.follow_links)
     plan = survey.plan
     oracle = Oracle(plan) if args.oracle else None
     model, faults = _check_model(survey)

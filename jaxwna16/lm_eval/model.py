@@ -51,6 +51,7 @@ class JaxWNA16LM(TemplateLM):
         tokenizer.json says. True puts a BOS there also if tokenizer.json does not.
       prefix_token_id: stands before a text without a context; None is BOS, else EOS.
       seed: of the draws, where a task asks for them.
+      follow_links: as in `load_model`.
       device: ignored, JAX has chosen (JAX_PLATFORMS).
 
     Raises:
@@ -71,6 +72,7 @@ class JaxWNA16LM(TemplateLM):
         add_bos_token: bool | None = None,
         prefix_token_id: int | None = None,
         seed: int = 0,
+        follow_links: bool = False,
         device: str | None = None,
         **unknown: Any,
     ):
@@ -81,7 +83,7 @@ class JaxWNA16LM(TemplateLM):
         if add_bos_token not in (None, True, False):
             raise InputError(f"model_args: add_bos_token: expected a bool, got {add_bos_token!r}")
         folder = resolve_folder(pretrained)
-        config = read_config(open_plan(folder).config)
+        config = read_config(open_plan(folder, follow_links=follow_links).config)
         limit, vocab_size = config.max_length, config.vocab_size
         if max_length is None:
             max_length = limit
@@ -100,7 +102,9 @@ class JaxWNA16LM(TemplateLM):
         self._batches = 0
         self.tokenizer = Tokenizer.from_folder(folder)
         self._prefix = find_prefix(self.tokenizer) if prefix_token_id is None else prefix_token_id
-        self.model = load_model(folder, dtype=choose_dtype(dtype), backend=backend)
+        self.model = load_model(
+            folder, dtype=choose_dtype(dtype), backend=backend, follow_links=follow_links
+        )
         for warning in self.model.warnings:
             _log.warning("%s: %s", folder, warning)
 

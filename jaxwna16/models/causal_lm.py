@@ -7,8 +7,11 @@ from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
+from jax.typing import ArrayLike
 
+from jaxwna16.errors import InputError
 from jaxwna16.models.language_config import LanguageConfig
 from jaxwna16.models.layers import Dense, Embedding, Linears, multiply
 from pallas_kernels.spec import QuantSpec
@@ -81,7 +84,16 @@ class CausalLM(nnx.Module):
         )
         linears.check_all_used(self)
 
-    def __call__(self, tokens: Array) -> Array:
+    def __call__(self, tokens: ArrayLike) -> Array:
+        """Logits for each token; one outside the vocabulary gives NaN.
+
+        Args:
+          tokens: integers [B, S], at least one; an array of JAX or NumPy, or lists.
+
+        Raises:
+          InputError: if they are something else.
+        """
+        tokens = _read_tokens(tokens, self.config.vocab_size)
         batch, steps = tokens.shape
         start, count = jnp.zeros(batch, jnp.int32), jnp.full(batch, steps, jnp.int32)
         hidden, _ = self.model(tokens, start, count, None)
@@ -114,6 +126,26 @@ class CausalLM(nnx.Module):
         if isinstance(self.lm_head, Dense):
             return multiply(hidden, self.lm_head.weight[...])
         return self.lm_head(hidden).astype(jnp.float32)
+
+
+def _read_tokens(value: Any, vocab_size: int) -> Array:
+    """Tokens as int32 [B, S]; what is outside the vocabulary stays outside, however wide it is."""
+    try:
+        tokens = value if isinstance(value, Array) else np.asarray(value)
+    except (TypeError, ValueError) as error:  # rows of several lengths above all
+        raise InputError(f"tokens: expected integers [B, S], got {value!r:.60}") from error
+    if tokens.ndim != 2:
+        found = f"shape {tokens.shape}" if tokens.ndim else repr(value)[:60]
+        way_out = "; one row is [[1, 2, 3]]" if tokens.ndim == 1 else ""
+        raise InputError(f"tokens: expected integers [B, S], got {found}{way_out}")
+    if 0 in tokens.shape:
+        raise InputError(f"tokens: expected at least one in each row, got shape {tokens.shape}")
+    if not jnp.issubdtype(tokens.dtype, jnp.integer):
+        raise InputError(f"tokens: expected integers [B, S], got {tokens.dtype} {tokens.shape}")
+    if tokens.dtype.itemsize >= 4 and tokens.dtype != jnp.int32:
+        least = -1 if jnp.issubdtype(tokens.dtype, jnp.signedinteger) else 0
+        tokens = tokens.clip(least, vocab_size)
+    return jnp.asarray(tokens, jnp.int32)
 
 
 @jax.jit

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ import torch
 
 from jaxwna16 import decoding, generation
 from jaxwna16.decoding import round_up
-from jaxwna16.errors import InputError
+from jaxwna16.errors import InputError, NanWarning
 from jaxwna16.generation import generate_tokens, start_rows
 from tests.jaxwna16.hf_models import convert, make_reference, random_tokens, reference_logits
 
@@ -122,6 +123,63 @@ def test_a_stream_can_end_rows(monkeypatch):
     assert [len(row) for row in result.logprobs] == [NEW, 3, NEW]
 
 
+@pytest.fixture(scope="module")
+def sick():
+    """A model that is sick of one token, and the row and place where it comes to that first."""
+    whole = generate_tokens(make_pair("llama")[1], PROMPTS, max_new_tokens=NEW).tokens
+    seen = {token for prompt in PROMPTS for token in prompt} | {*whole[0], *whole[2]}
+    place, token = next((i, t) for i, t in enumerate(whole[1]) if i > 4 and t not in seen)
+    assert token not in whole[1][:place]
+    model = convert(make_reference("llama"))
+    embedding = model.model.embed_tokens.weight
+    embedding[...] = embedding[...].at[token].set(jnp.nan)
+    return model, token, [whole[0], whole[1][: place + 1], whole[2]]
+
+
+@pytest.mark.parametrize("stream", [None, lambda new: None])
+def test_a_row_whose_logits_become_nan_ends_there_and_the_others_go_on(sick, stream):
+    model, _, expected = sick
+    steps = len(expected[1])
+    with pytest.warns(NanWarning, match=f"prompt 1: after {steps} new tokens the logits are no"):
+        result = generate_tokens(
+            model, PROMPTS, max_new_tokens=NEW, stream=stream, logprobs=None if stream else 3
+        )
+    assert result.tokens == expected
+    assert result.finish_reasons == ["length", "nan", "length"]
+    assert [failure[:8] for failure in result.failures] == ["prompt 1"]
+    if result.logprobs is not None:
+        assert [len(row) for row in result.logprobs] == [NEW, steps, NEW]
+        assert np.isfinite(result.logprobs[1]).all()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_a_prompt_with_nan_logits_gets_no_token_and_its_neighbours_get_theirs(
+    sick, model, temperature
+):
+    unwell, token, _ = sick
+    prompts = [PROMPTS[0], [*PROMPTS[1][:-1], token], PROMPTS[2]]
+    options = {"max_new_tokens": 4, "temperature": temperature}
+    with pytest.warns(NanWarning, match="prompt 1: after 0 new tokens"):
+        result = generate_tokens(unwell, prompts, **options)
+    well = generate_tokens(model, prompts, **options)
+    assert token not in [*well.tokens[0], *well.tokens[2]]
+    assert result.tokens == [well.tokens[0], [], well.tokens[2]]
+    assert result.finish_reasons == ["length", "nan", "length"]
+
+
+def test_what_a_stream_has_ended_before_is_not_nan(sick):
+    model, _, expected = sick
+    taken = []
+
+    def end_row_1(new):
+        taken.extend(new[1])
+        return {1: 2} if len(taken) >= 2 else {}
+
+    result = generate_tokens(model, PROMPTS, max_new_tokens=NEW, stream=end_row_1)
+    assert result.tokens[1] == expected[1][:2]
+    assert result.finish_reasons == ["length", "stop", "length"]
+
+
 def test_logprobs_are_those_of_the_model_before_any_option_changes_them():
     """Both logits are within 1e-4 of the largest, and log_softmax adds the error of its sum."""
     reference, model = make_pair("qwen2, second layer sliding")
@@ -204,9 +262,26 @@ def test_one_new_token_needs_no_decoding(model):
     assert [len(row) for row in result.tokens] == [1, 1, 1]
 
 
-def test_numpy_prompts_are_prompts(model):
-    result = generate_tokens(model, [np.array(PROMPTS[0])], max_new_tokens=3)
-    assert result.tokens == generate_tokens(model, [PROMPTS[0]], max_new_tokens=3).tokens
+@pytest.mark.parametrize("kind", [jnp.asarray, np.asarray, tuple, lambda p: list(jnp.asarray(p))])
+def test_arrays_and_lists_of_numbers_are_prompts(model, kind):
+    prompt = PROMPTS[0]
+    expected = generate_tokens(model, [prompt], max_new_tokens=3).tokens
+    for prompts in ([kind(prompt)], kind([prompt])):
+        assert generate_tokens(model, prompts, max_new_tokens=3).tokens == expected
+
+
+def test_nothing_goes_to_the_device_in_silence(model):
+    """What comes back is read by `device_get` as well; on a CPU the guard cannot see that."""
+
+    def generate(prompts=PROMPTS, **options):
+        return generate_tokens(model, prompts, max_new_tokens=NEW, **options).tokens
+
+    options = {"stop_tokens": [3], "logprobs": 2, "prefill_chunk": 4, "stream": lambda new: None}
+    expected = generate(), generate(temperature=0.7, top_k=9, seed=2**32 - 1, **options)
+    arrays = [jnp.asarray(prompt) for prompt in PROMPTS]
+    with jax.transfer_guard("disallow"):
+        assert generate(arrays) == expected[0]
+        assert generate(temperature=0.7, top_k=9, seed=2**32 - 1, **options) == expected[1]
 
 
 def test_lengths_are_rounded_up_by_at_most_a_quarter():
@@ -222,6 +297,14 @@ def test_lengths_are_rounded_up_by_at_most_a_quarter():
         ([], {}, "prompts: expected at least one, got none"),
         ([1, 2], {}, "prompts: expected a list of tokens for each, [[1, 2], [3]], got [1, 2]"),
         (["ab"], {}, "prompts: expected a list of tokens for each, [[1, 2], [3]], got ['ab']"),
+        (jnp.ones((1, 2)), {}, "prompt 0: expected tokens 0 .. 127, got 1.0"),
+        (
+            jnp.arange(3),
+            {},
+            "prompts: expected a list of tokens for each, [[1, 2], [3]], got [0, 1",
+        ),
+        (np.int32(3), {}, "prompts: expected a list of tokens for each, [[1, 2], [3]], got"),
+        (np.ones((1, 2, 2), int), {}, "prompt 0: expected tokens 0 .. 127, got [1, 1]"),
         (None, {}, "prompts: expected a list of tokens for each, [[1, 2], [3]], got None"),
         ([[1], []], {}, "prompt 1: empty, a model needs at least one token to continue"),
         ([[1, 128]], {}, "prompt 0: expected tokens 0 .. 127, got 128"),

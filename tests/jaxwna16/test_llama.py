@@ -9,6 +9,7 @@ import pytest
 import torch
 from flax import nnx
 
+from jaxwna16.errors import InputError
 from jaxwna16.models.config import ModelConfig
 from jaxwna16.models.llama import Llama
 from tests.jaxwna16.hf_models import (
@@ -118,6 +119,58 @@ def test_what_is_behind_a_token_does_not_change_its_logits():
 def test_a_token_outside_the_vocabulary_gives_nan_and_not_another_tokens_logits(stray):
     model = convert(make_reference("llama"))
     assert jnp.isnan(forward(model, jnp.array([[3, stray]], jnp.int32))[:, 1]).all()
+
+
+TOKENS = [[3, 70, 5]]
+
+
+@pytest.mark.parametrize(
+    "tokens",
+    [
+        TOKENS,
+        (tuple(TOKENS[0]),),
+        *(np.array(TOKENS, dtype) for dtype in ("int64", "uint64", "uint8", "int8")),
+        *(jnp.array(TOKENS, dtype) for dtype in ("uint32", "int8")),
+    ],
+)
+def test_integers_of_every_kind_are_tokens(tokens):
+    model = convert(make_reference("llama"))
+    expected = forward(model, jnp.array(TOKENS, jnp.int32))
+    np.testing.assert_allclose(model(tokens), expected, rtol=2e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    "stray", [2**40, -(2**32), 2**32 + 3, np.uint32(2**32 - 1), np.uint64(2**63), np.int64(128)]
+)
+def test_a_token_too_wide_for_32_bits_is_not_another_one(stray):
+    """-(2**32) and 2**32 + 3 would be the tokens 0 and 3."""
+    model = convert(make_reference("llama"))
+    kind = stray.dtype if isinstance(stray, np.generic) else np.int64
+    kinds = [np.array([[3, stray]], kind)]
+    kinds += [jnp.asarray(kinds[0])] if kind == np.uint32 else []
+    for tokens in kinds:
+        assert jnp.isnan(model(tokens)[:, 1]).all()
+
+
+@pytest.mark.parametrize(
+    ("tokens", "reason"),
+    [
+        ([1, 2], r"got shape \(2,\); one row is \[\[1, 2, 3\]\]"),
+        (jnp.ones((1, 2, 3), jnp.int32), r"got shape \(1, 2, 3\)"),
+        (jnp.ones((1, 2)), r"got float32 \(1, 2\)"),
+        ([[True]], "got bool"),
+        ([[1], [2, 3]], r"got \[\[1\], \[2, 3\]\]"),
+        (np.zeros((2, 0), np.int32), r"at least one in each row, got shape \(2, 0\)"),
+        (jnp.zeros((0, 3), jnp.int32), r"at least one in each row, got shape \(0, 3\)"),
+        ([[]], "at least one in each row"),
+        ("Hello", "got 'Hello'"),
+        (None, "got None"),
+    ],
+)
+def test_what_is_no_batch_of_tokens_is_refused(tokens, reason):
+    model = convert(make_reference("llama"))
+    with pytest.raises(InputError, match=f"^tokens: expected .*{reason}"):
+        model(tokens)
 
 
 def test_under_eval_shape_no_array_is_made_and_paths_are_the_checkpoints():

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import TopKLogitsWarper, TopPLogitsWarper
 
-from jaxwna16.sampling import filter_logits, sample
+from jaxwna16.sampling import are_sound, filter_logits, sample
 
 VOCAB = 50
 
@@ -58,6 +58,28 @@ def test_temperature_zero_takes_the_largest_and_the_first_of_equals():
     logits = make_logits(4)
     logits[2, [7, 9]] = 100
     np.testing.assert_array_equal(draw(logits, temperature=0.0), logits.argmax(axis=1))
+
+
+@pytest.mark.parametrize("temperature", [1e-45, 1e-40, 1e-37, 1e-5])
+@pytest.mark.parametrize("top_k", [0, 2])
+def test_the_smallest_temperatures_are_greedy(temperature, top_k):
+    """The largest two of these rows differ by 0.01 and more, which is 1000 at 1e-5."""
+    logits = make_logits(8)
+    assert (np.diff(np.sort(logits, axis=1)[:, -2:]) > 0.01).all()
+    np.testing.assert_array_equal(
+        draw(logits, temperature=temperature, top_k=top_k), logits.argmax(axis=1)
+    )
+
+
+def test_rows_of_which_torch_makes_probabilities_are_the_sound_ones():
+    kinds = np.array([0.0, -np.inf, np.inf, np.nan, 3e38], np.float32)
+    rows = np.stack(np.meshgrid(kinds, kinds, kinds), axis=-1).reshape(-1, 3)
+    expected = torch.softmax(torch.from_numpy(rows), dim=-1).isfinite().all(dim=-1)
+    np.testing.assert_array_equal(are_sound(jnp.asarray(rows)), expected.numpy())
+    drawn = [draw(rows, temperature=temperature) for temperature in (0.0, 1.0)]
+    for tokens in drawn:  # never what has the probability 0
+        chosen = np.take_along_axis(rows, tokens[:, None], axis=1)[:, 0]
+        assert np.isfinite(chosen[expected]).all()
 
 
 @pytest.mark.parametrize(("temperature", "top_k", "top_p"), [(0.7, 0, 1.0), (1.5, 5, 0.9)])

@@ -359,3 +359,8 @@ def test_what_is_explained_is_a_spec_and_scales_are_floats():
         explain(None, "bfloat16", platform="cuda", tokens=4)
     with pytest.raises(SpecError, match=r"scale_dtype must be .* got int8"):
         explain(make_weights()[0], "bfloat16", tokens=4, scale_dtype="int8")
+    for tokens in (-3, 2.0, True, "4"):
+        with pytest.raises(SpecError, match="tokens must be an integer of at least 0, got"):
+            explain(make_weights()[0], "bfloat16", tokens=tokens)
+    assert explain(make_weights()[0], "bfloat16", platform="cuda", tokens=0).schedule is None
+    assert explain(make_weights()[0], "bfloat16", platform="cuda", tokens=np.int64(4)).schedule

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+import jaxwna16
 from tests.jaxwna16.cli.checkpoints import edit_config, edit_tensors
 
 Q = "model.layers.0.self_attn.q_proj"
@@ -139,3 +140,13 @@ def test_with_json_the_error_is_an_object_with_every_fault(call, broken):
         f"{Q}.weight_zero_point",
         f"{Q}.weight_scale",
     }
+
+
+def test_an_empty_name_is_not_the_working_folder(call, packed_folder, monkeypatch, tmp_path):
+    monkeypatch.chdir(packed_folder)
+    for argv in (["inspect", ""], ["verify", ""], ["convert", "", "x"]):
+        outcome = call(*argv)
+        assert (outcome.code, outcome.out) == (1, "")
+        assert "the checkpoint's name is empty" in outcome.err
+    with pytest.raises(jaxwna16.InputError, match="the checkpoint's name is empty"):
+        jaxwna16.dequantize_checkpoint("", tmp_path / "made")

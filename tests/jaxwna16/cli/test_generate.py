@@ -9,13 +9,16 @@ import subprocess
 import sys
 
 import jax
+import numpy as np
 import pytest
+from tokenizers import pre_tokenizers
 
 from jaxwna16 import generate, load_model
 from jaxwna16.cli.compiled import keep_compiled
-from tests.jaxwna16.cli.checkpoints import CHAT
+from tests.jaxwna16.cli.checkpoints import CHAT, edit_tensors
 
 PROMPTS = ("A dark night", "Once")
+ENCODED_O = sorted(pre_tokenizers.ByteLevel.alphabet()).index("O")
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +54,28 @@ def test_the_report_has_texts_tokens_reasons_and_timings(call, packed_folder, ex
     assert report["chat"] is False
     assert report["dtype"] == "float32"
     assert report["timings"]["prompt_tokens"] == len(PROMPTS[1])
+
+
+def test_nan_logits_are_an_error_beside_the_report(call, broken):
+    """The embedding of a letter is NaN, as where a quantizer went wrong."""
+
+    def spoil(tensors):
+        tensors["model.embed_tokens.weight"][ENCODED_O] = np.nan
+
+    edit_tensors(broken, spoil)
+    prompts = ["--prompt", PROMPTS[0], "--prompt", PROMPTS[1], "--max-new-tokens", 12]
+    outcome = call("generate", broken, *prompts, "--json")
+    assert outcome.code == 1
+    report = outcome.report
+    assert report["finish_reasons"][1] == "nan"
+    assert report["tokens"][1] == [] and report["texts"][1] == ""
+    assert len(report["tokens"][0]) > 0
+    assert "the model computed no numbers" in report["error"]["message"]
+    what = {fault["what"].partition(" the logits")[0] for fault in report["error"]["faults"]}
+    assert "prompt 1: after 0 new tokens" in what
+    outcome = call("generate", broken, "--prompt", PROMPTS[1], "--max-new-tokens", 12)
+    assert (outcome.code, outcome.out) == (1, "\n")
+    assert "prompt 0: after 0 new tokens the logits are no distribution" in outcome.err
 
 
 def test_logprobs_are_in_the_report_token_by_token(call, packed_folder):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 
@@ -50,6 +51,38 @@ def test_ctrl_c_is_exit_code_130(call, monkeypatch):
     outcome = call("inspect", "anything")
     assert outcome.code == 130
     assert outcome.err == "interrupted\n"
+
+
+@pytest.mark.parametrize(
+    "module",
+    ["argparse", "jaxwna16.cli.arguments", "numpy", "jax._src.config", "jax.numpy"],
+)
+def test_ctrl_c_while_modules_are_imported_is_exit_code_130(packed_folder, module):
+    """-X importtime says on stderr which module has just been imported; others follow each."""
+    script = "import sys; from jaxwna16.cli.main import main; sys.exit(main())"
+    command = [sys.executable, "-X", "importtime", "-c", script, "inspect", packed_folder]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if line.decode().rpartition("|")[2].strip() == module:
+                break
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate()
+    said = [line for line in err.splitlines() if not line.startswith(b"import time:")]
+    assert (process.returncode, said, out) == (130, [b"interrupted"], b"")
+
+
+def test_what_an_interrupt_does_is_left_to_who_has_decided_it(call):
+    calls = []
+    before = signal.signal(signal.SIGINT, lambda *_: calls.append(1))
+    try:
+        assert call("--version").code == 0
+        signal.raise_signal(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert calls == [1]
+    assert call("--version").code == 0
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_a_reader_that_leaves_early_is_no_error(packed_folder):

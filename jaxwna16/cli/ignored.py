@@ -1,0 +1,96 @@
+"""What config.json leaves unquantized on purpose: how many modules each entry of that list means.
+
+An entry that means fewer modules than it was meant to is no fault that a reader could notice: the
+others are quantized, and good integers. So the counts are shown, and what was almost matched.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from loaders.experts import split_name
+from loaders.patterns import compile_pattern
+from loaders.plan import Plan
+from loaders.quantization_config import parse_quantization, star_numbers
+
+_SLICE = re.compile(r"\[[0-9]+\]$")
+_WORD = re.compile(r"[A-Za-z_]\w{3,}")
+_PATTERN = "re:"
+_ALIKE = 0.85  # shared_experts and shared_expert are 0.96 alike, q_proj and k_proj 0.83
+
+
+def list_ignored(plan: Plan) -> list[dict[str, Any]]:
+    """The entries of the ignore list, names that differ in numbers alone as one.
+
+    `modules` are those with a matrix that an entry matches, `of` those alike: with the same names
+    but for the numbers of layers and experts. `near` is a spelling of an entry without modules that
+    would match packed ones, `near_modules` of them; else "" and 0.
+    """
+    quantization, _ = parse_quantization(dict(plan.config))
+    packed = _list_unsliced([*plan.quantized])
+    plain = [split_name(name) for name, info in plan.plain.items() if len(info.shape) > 1]
+    modules = [*packed, *_list_unsliced([path for path, role in plain if role == "weight"])]
+    alike = Counter(map(star_numbers, modules))
+    families: dict[str, list[str]] = defaultdict(list)
+    matched = quantization.match_ignored(modules)
+    for name in matched:
+        families[name if name.startswith(_PATTERN) else star_numbers(name)].append(name)
+    rows = []
+    for entry, names in families.items():
+        found = {module for name in names for module in matched[name]}
+        near, count = ("", 0) if found else find_near(entry, packed)
+        rows.append(
+            {
+                "entry": entry,
+                "entries": len(names),
+                "modules": len(found),
+                "of": sum(alike[path] for path in set(map(star_numbers, found))),
+                "near": near,
+                "near_modules": count,
+            }
+        )
+    return rows
+
+
+def word_near(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """A warning for each entry that means nothing and is almost the name of packed modules."""
+    return [
+        f"config.json: {row['entry']!r} is to be ignored and matches no module; {row['near']!r} "
+        f"would match {row['near_modules']}, which are quantized"
+        for row in rows
+        if row["near"]
+    ]
+
+
+def find_near(entry: str, packed: Sequence[str]) -> tuple[str, int]:
+    """The spelling of an entry, one word changed, that matches most packed modules; or "", 0."""
+    starred = Counter(map(star_numbers, packed))
+    words = {word for path in starred for word in path.split(".")}
+    found = {near: _count(near, packed, starred) for near in _respell(entry, words)}
+    best = max(found, key=lambda near: found[near], default="")
+    return (best, found[best]) if found.get(best) else ("", 0)
+
+
+def _respell(entry: str, words: set[str]) -> Iterator[str]:
+    for word in _WORD.finditer(entry, len(_PATTERN) if entry.startswith(_PATTERN) else 0):
+        for other in difflib.get_close_matches(word[0], words - {word[0]}, cutoff=_ALIKE):
+            yield entry[: word.start()] + other + entry[word.end() :]
+
+
+def _count(entry: str, packed: Sequence[str], starred: Counter[str]) -> int:
+    if not entry.startswith(_PATTERN):
+        return starred[entry]
+    try:
+        pattern = compile_pattern(entry.removeprefix(_PATTERN))
+    except ValueError:
+        return 0
+    return sum(pattern.match(path) is not None for path in packed)
+
+
+def _list_unsliced(paths: Sequence[str]) -> list[str]:
+    """Paths in the files: stacked experts, which a plan has one by one, are one module there."""
+    return list(dict.fromkeys(_SLICE.sub("", path) for path in paths))
