@@ -80,7 +80,7 @@ def load_model(
     opened = open_plan(resolve_folder(path_or_hub_id))
     names = find_family(opened.config).names
     model, plan = _fit(opened, dtype=dtype, backend=backend)
-    model.warnings = (*plan.warnings, *describe_unapplied(plan.folder))
+    warnings = (*plan.warnings, *describe_unapplied(plan.folder))
     leaves = list_leaves(model)
     wide = {path for path in leaves if leaves[path].dtype == jnp.float32 != model.dtype}
     kept = {name for name in plan.describe_leaves() if rename(name, names) in wide}
@@ -89,7 +89,9 @@ def load_model(
         *parents, name = path.split(".")
         tree = functools.reduce(operator.getitem, parents, params)
         tree[name] = {"weight": dequantize(tree[name], plan.specs[path], model.dtype)}
-    return load_params(model, params, names)
+    model = load_params(model, params, names)
+    model.folder, model.warnings = str(plan.folder), warnings
+    return model
 
 
 def plan_model(plan: Plan, *, dtype: Any = None, backend: str | None = None) -> CausalLM:
@@ -134,7 +136,6 @@ def _fit(plan: Plan, *, dtype: Any, backend: str | None) -> tuple[CausalLM, Plan
     }
     make = family.open_class()
     model = nnx.eval_shape(lambda: make(config, specs, **facts))
-    model.folder = str(plan.folder)
     places = list_leaves(model)
     plan = drop_zero_biases(plan, lambda name: rename(name, family.names) in places)
     if config.tie_word_embeddings:
@@ -205,7 +206,11 @@ def generate(
         raise InputError(f"prompts {empty} are empty: give each at least one character")
     if tokenizer is None:
         if model.folder is None:
-            raise InputError("the model was not loaded from a folder: pass tokenizer=")
+            raise InputError(
+                "the model knows no checkpoint folder, since it was not loaded from one or is what "
+                "nnx.merge, jax.device_put or a jitted function made of such a model: pass "
+                "tokenizer=, or set model.folder"
+            )
         tokenizer = Tokenizer.from_folder(model.folder)
     if chat:
         encoded = [tokenizer.encode_chat([{"role": "user", "content": p}]) for p in prompts]

@@ -12,7 +12,7 @@ import jax
 import pytest
 
 from jaxwna16 import generate, load_model
-from jaxwna16.cli.compiled import keep_compiled
+from jaxwna16.programs import keep_programs
 from tests.jaxwna16.cli.checkpoints import CHAT
 
 PROMPTS = ("A dark night", "Once")
@@ -116,7 +116,7 @@ def test_no_folder_is_made_where_the_user_has_chosen(monkeypatch, tmp_path, on, 
     try:
         for name, value in zip(names, (on, own), strict=True):
             jax.config.update(name, value)
-        keep_compiled()
+        keep_programs()
         assert jax.config.jax_compilation_cache_dir == own
         assert list(tmp_path.iterdir()) == []
     finally:
