@@ -79,7 +79,7 @@ def _list_arrays(model: Any) -> list[jax.Array]:
     return [leaf for leaf in jax.tree.leaves(model) if isinstance(leaf, jax.Array)]
 
 
-def _list_devices(model: Any) -> set[jax.Device]:
+def _list_devices(model: Any) -> set[Any]:
     return {device for array in _list_arrays(model) for device in array.devices()}
 
 

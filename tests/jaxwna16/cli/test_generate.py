@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import pytest
@@ -116,7 +117,7 @@ def test_no_folder_is_made_where_the_user_has_chosen(monkeypatch, tmp_path, on, 
     try:
         for name, value in zip(names, (on, own), strict=True):
             jax.config.update(name, value)
-        keep_programs()
+        assert keep_programs() == (Path(own) if own else None)
         assert jax.config.jax_compilation_cache_dir == own
         assert list(tmp_path.iterdir()) == []
     finally:
