@@ -192,7 +192,8 @@ def start_rows(
         )
         if max_new_tokens > 1:
             begun = foresee(programs["first"], model)
-            programs["decode"] = decode.lower(model, begun, options, jnp.int32(1))
+            until = jax.ShapeDtypeStruct((), jnp.int32)
+            programs["decode"] = decode.lower(model, begun, options, until)
     compilation = Compilation(programs)
     compilation.wait("prefill", "first")
 

@@ -10,11 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from jaxwna16 import generation
-from jaxwna16.decoding import make_options, round_up
+from jaxwna16 import decoding, generation
+from jaxwna16.decoding import round_up
 from jaxwna16.errors import InputError
 from jaxwna16.generation import generate_tokens, start_rows
-from jaxwna16.programs import trace_counts
 from tests.jaxwna16.hf_models import convert, make_reference, random_tokens, reference_logits
 
 PROMPTS = [random_tokens(n, seed=n).tolist() for n in (7, 19, 3)]
@@ -59,7 +58,7 @@ def test_greedy_tokens_of_a_batch_equal_those_of_transformers_row_by_row(family)
 
 def test_decoding_is_traced_once_whatever_the_number_of_tokens_and_the_options(model):
     generate_tokens(model, PROMPTS[:2], max_new_tokens=17)
-    before = dict(trace_counts)
+    before = dict(decoding.trace_counts)
     for new, temperature in [(17, 0.0), (25, 0.7), (30, 1.3)]:
         generate_tokens(
             model,
@@ -71,13 +70,13 @@ def test_decoding_is_traced_once_whatever_the_number_of_tokens_and_the_options(m
             stop_tokens=range(new - 16),
             stream=lambda new_tokens: None,
         )
-    assert dict(trace_counts) == before
+    assert dict(decoding.trace_counts) == before
 
 
 def test_the_first_call_of_a_shape_traces_decoding_once(model):
-    trace_counts.clear()
+    decoding.trace_counts.clear()
     generate_tokens(model, [PROMPTS[0]] * 5, max_new_tokens=40)
-    assert trace_counts == {"prefill": 1, "first": 1, "decode": 1}
+    assert decoding.trace_counts == {"prefill": 1, "first": 1, "decode": 1}
 
 
 @pytest.mark.parametrize(("seconds", "sizes"), [(0.0, [1] * NEW), (1e9, [1, 1, NEW - 2])])
@@ -257,7 +256,7 @@ def test_all_reasons_are_listed_at_once(model):
 
 def test_the_cache_has_the_models_dtype_and_room_for_every_token():
     model = convert(make_reference("llama"), dtype=jnp.bfloat16)
-    options = make_options(0.0, 0, 1.0, 0, ())
+    options = decoding.make_options(0.0, 0, 1.0, 0, ())
     cache = start_rows(model, PROMPTS, options, NEW)[0].cache
     assert len(cache) == 2
     assert cache[0].k.shape == cache[1].v.shape == (3 * 2, 32 + 48, 16)
