@@ -141,8 +141,6 @@ def describe(result: dict[str, Any]) -> str:
 
 def tabulate(result: dict[str, Any]) -> str:
     """The figures of a result as a Markdown table, with the run they come from."""
-    machine = result["machine"]
-    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     if "samples" in result:
         lines = ["| case | engine | tokens/s (median) | least - most | ratio to transformers |"]
         lines += ["|---|---|---:|---:|---:|"]
@@ -165,11 +163,16 @@ def tabulate(result: dict[str, Any]) -> str:
                     f"| {row['gigabytes_per_second']:.2f} "
                     f"| {row['peak_bytes'] / 1e6:.0f} | {bound} |"
                 )
-    origin = (
+    return "\n".join([*lines, "", tell_origin(result["machine"])])
+
+
+def tell_origin(machine: dict[str, Any]) -> str:
+    """The run that a table comes from: date, commit, machine and versions."""
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    return (
         f"{machine['date']}, commit {machine['commit'][:10]}, {machine['cores']} cores of "
         f"{machine['processor']}, Python {machine['python']}, {versions}."
     )
-    return "\n".join([*lines, "", origin])
 
 
 def fill(name: str, text: str) -> None:

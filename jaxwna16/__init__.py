@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from jaxwna16.language import generate as generate
     from jaxwna16.language import load_model as load_model
     from jaxwna16.moe import QuantMoE as QuantMoE
+    from jaxwna16.programs import keep_programs as keep_programs
     from jaxwna16.rewrite import dequantize_checkpoint as dequantize_checkpoint
     from jaxwna16.rewrite import quantize_checkpoint as quantize_checkpoint
     from jaxwna16.text import Tokenizer as Tokenizer
@@ -59,6 +60,7 @@ _PLACES = {
     "jaxwna16.fused": "gated project",
     "jaxwna16.language": "Generation generate load_model",
     "jaxwna16.moe": "QuantMoE",
+    "jaxwna16.programs": "keep_programs",
     "jaxwna16.rewrite": "dequantize_checkpoint quantize_checkpoint",
     "jaxwna16.text": "Tokenizer",
     "loaders.errors": "CheckpointError",

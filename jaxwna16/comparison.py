@@ -22,6 +22,7 @@ from jaxwna16.checkpoint import resolve_folder
 from jaxwna16.errors import InputError
 from jaxwna16.evaluation import check_batch, check_finite, cut_windows, measure_perplexity
 from jaxwna16.language import load_model
+from jaxwna16.programs import trace_counts
 from jaxwna16.progress import show_steps
 from jaxwna16.text import Tokenizer
 from loaders.converted import open_plan
@@ -120,6 +121,7 @@ def _diverge(
     tokens: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
     """KL divergences float32 [B, S - 1], and bool [B, S - 1]: whether the most likely agree."""
+    trace_counts["divergence"] += 1
     reference, model = (
         nnx.merge(graphdef, state)(tokens)[:, :-1].astype(jnp.float32)
         for graphdef, state in zip(graphdefs, states, strict=True)

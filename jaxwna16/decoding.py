@@ -6,7 +6,6 @@ call to the next.
 
 from __future__ import annotations
 
-import collections
 import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -17,15 +16,13 @@ import numpy as np
 from jax import lax
 
 from jaxwna16.models.causal_lm import CausalLM
+from jaxwna16.programs import trace_counts
 from jaxwna16.sampling import are_sound, sample
 
 Array = jax.Array
 
 NO_TOKEN = -1
 """What stands in `Progress.tokens` where nothing was generated."""
-
-trace_counts: collections.Counter[str] = collections.Counter()
-"""How often "prefill", "first" and "decode" were traced in this process."""
 
 
 class Options(NamedTuple):

@@ -17,6 +17,7 @@ import numpy as np
 from flax import nnx
 
 from jaxwna16.errors import InputError, ModelError
+from jaxwna16.programs import trace_counts
 from jaxwna16.progress import show_steps
 
 if TYPE_CHECKING:
@@ -187,6 +188,7 @@ def find_prefix(tokenizer: Tokenizer) -> int | None:
 @functools.partial(jax.jit, static_argnums=0)
 def _score(graphdef: nnx.GraphDef, state: nnx.State, tokens: jax.Array) -> jax.Array:
     """Negative log-likelihoods, float32 [B, S - 1]: each token given those before it in its row."""
+    trace_counts["perplexity"] += 1
     logits = nnx.merge(graphdef, state)(tokens)[:, :-1].astype(jnp.float32)
     targets = tokens[:, 1:, None]
     chosen = jnp.take_along_axis(logits, targets, axis=-1, mode="fill")[..., 0]

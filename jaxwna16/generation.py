@@ -26,6 +26,7 @@ from jaxwna16.decoding import (
 )
 from jaxwna16.errors import InputError, NanWarning
 from jaxwna16.models.causal_lm import CausalLM
+from jaxwna16.programs import Compilation, foresee, is_spread
 
 NAN = "nan"
 """The finish reason of a row whose logits are no distribution."""
@@ -51,9 +52,11 @@ class GenerationResult:
       logprobs: the natural logarithm of each token's probability, or None if not asked for.
       top_logprobs: for each token, pairs (token, logarithm) of the n likeliest, likeliest first.
       prompt_tokens: of all prompts together.
-      compile_seconds: tracing and compiling; about 0 when these shapes ran before.
+      compile_seconds: tracing, and waiting for what is compiled; about 0 when these shapes ran
+        before.
       prefill_seconds: running the prompts, up to the first token of each row. The first run of
-        a program includes preparations of XLA (0.5 s for 30 layers on CPU): measure a second one.
+        a program includes preparations of XLA (0.5 s for 30 layers on CPU), and shares a CPU with
+        the compiling of the decode loop: measure a second one.
       decode_seconds: all tokens after the first, including the calls of `stream`.
       decoded_tokens: tokens computed in that time, stop tokens included.
     """
@@ -121,9 +124,10 @@ def generate_tokens(
       prefill_chunk: tokens of each prompt that are run at once. Memory for attention's weights is
         that many times the row's whole length. None is up to 512, fewer in a wide batch, or the
         whole prompt where the model's rope asks for that.
-      stream: called with the new tokens of each row, first with one each and then about every
-        `STREAM_SECONDS`, or for every token where one takes longer. It may return {row: n}: these
-        rows end, and n of their tokens are kept.
+      stream: called with the new tokens of each row, first with one each, as soon as the prompts
+        have run (the decode loop may still be compiling), and then about every `STREAM_SECONDS`,
+        or for every token where one takes longer. It may return {row: n}: these rows end, and n of
+        their tokens are kept.
 
     Raises:
       InputError: listing everything wrong with the prompts and the options.
@@ -139,13 +143,16 @@ def generate_tokens(
     options = make_options(temperature, top_k, top_p, seed, stop_tokens)
 
     started = time.perf_counter()
-    progress, prefill_seconds = start_rows(
+    progress, prefill_seconds, compilation = start_rows(
         model, prompts, options, max_new_tokens, logprobs, prefill_chunk
     )
-    progress = jax.block_until_ready(decode(model, progress, options, _send(1)))
     ready = time.perf_counter()
-    progress, kept = _finish_rows(model, progress, options, max_new_tokens, stream)
+    progress, kept, waited = _finish_rows(
+        model, progress, options, max_new_tokens, stream, compilation
+    )
     finished = time.perf_counter()
+    compilation.wait()
+    waited_after = time.perf_counter() - finished
 
     generated, done, unsound = jax.device_get((progress.tokens, progress.done, progress.unsound))
     lengths = _measure_rows(generated, stop_tokens)
@@ -160,9 +167,9 @@ def generate_tokens(
         logprobs=logprobs_of_rows,
         top_logprobs=likeliest,
         prompt_tokens=sum(map(len, prompts)),
-        compile_seconds=ready - started - prefill_seconds,
+        compile_seconds=ready - started - prefill_seconds + waited + waited_after,
         prefill_seconds=prefill_seconds,
-        decode_seconds=finished - ready,
+        decode_seconds=finished - ready - waited,
         decoded_tokens=int((generated[:, 1:] != NO_TOKEN).sum()),
     )
     for failure in result.failures:
@@ -177,8 +184,11 @@ def start_rows(
     max_new_tokens: int,
     logprobs: int | None = None,
     prefill_chunk: int | None = None,
-) -> tuple[Progress, float]:
-    """Run the prompts and choose the first tokens; also the seconds that takes once compiled."""
+) -> tuple[Progress, float, Compilation]:
+    """Run the prompts and choose the first tokens, while the decode loop is still compiled.
+
+    Also the seconds that takes once compiled, and what compiles the loop.
+    """
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
     longest, batch = int(lengths.max()), len(prompts)
     whole = model.config.whole_prompts
@@ -196,10 +206,16 @@ def start_rows(
 
     facts = {"width": width, "likeliest": logprobs}
     sent = jax.device_put(lengths)
-    program = prefill.lower(model, *cut_piece(0), cache)
-    program.compile()
-    last, _ = program.out_info
-    choose_first.lower(model, last, sent, cache, options, **facts).compile()
+    programs = {"prefill": prefill.lower(model, *cut_piece(0), cache)}
+    if not is_spread(model):
+        last, filled = foresee(programs["prefill"], model)
+        programs["first"] = choose_first.lower(model, last, sent, filled, options, **facts)
+        if max_new_tokens > 1:
+            begun = foresee(programs["first"], model)
+            until = jax.ShapeDtypeStruct((), jnp.int32)
+            programs["decode"] = decode.lower(model, begun, options, until)
+    compilation = Compilation(programs)
+    compilation.wait("prefill", "first")
 
     started = time.perf_counter()
     hidden, cache = prefill(model, *cut_piece(0), cache)
@@ -208,7 +224,7 @@ def start_rows(
         hidden = jnp.where(jax.device_put(lengths > begin)[:, None], last, hidden)
     progress = choose_first(model, hidden, sent, cache, options, **facts)
     jax.block_until_ready(progress)
-    return progress, time.perf_counter() - started
+    return progress, time.perf_counter() - started, compilation
 
 
 def _finish_rows(
@@ -217,11 +233,15 @@ def _finish_rows(
     options: Options,
     max_new_tokens: int,
     stream: Stream | None,
-) -> tuple[Progress, dict[int, int]]:
-    """Generate until all rows are done; also how many tokens are kept of those `stream` ended."""
+    compilation: Compilation,
+) -> tuple[Progress, dict[int, int], float]:
+    """Generate until all rows are done.
+
+    Also how many tokens are kept of those `stream` ended, and the seconds until the loop could run.
+    """
     stops = tuple(jax.device_get(options.stop_tokens).tolist())
     kept: dict[int, int] = {}
-    reported, steps = 0, 1
+    reported, steps, waited = 0, 1, 0.0
     while True:
         done, step = jax.device_get(progress.done), int(jax.device_get(progress.step))
         if stream is not None:
@@ -229,12 +249,20 @@ def _finish_rows(
             ended = stream(_cut_rows(new, _measure_rows(new, stops))) or {}
             reported = step
             kept |= ended
-            done = done | np.isin(np.arange(len(done)), list(ended))
-            progress = progress._replace(done=jax.device_put(done))
+            if ended:
+                done = done | np.isin(np.arange(len(done)), list(ended))
+                # an array of the device's, so that it is bound to it only where the others are
+                progress = progress._replace(done=progress.done | jax.device_put(done))
         if done.all() or step >= max_new_tokens:
-            return progress, kept
+            return progress, kept, waited
         until = max_new_tokens if stream is None else min(step + steps, max_new_tokens)
         began = time.perf_counter()
+        if step == 1:
+            compilation.wait("decode")
+            # no token yet, but XLA's preparations
+            progress = jax.block_until_ready(decode(model, progress, options, _send(1)))
+            waited = time.perf_counter() - began
+            began += waited
         progress = jax.block_until_ready(decode(model, progress, options, _send(until)))
         seconds = (time.perf_counter() - began) / (jax.device_get(progress.step) - step)
         steps = max(1, int(STREAM_SECONDS / seconds))

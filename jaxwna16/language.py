@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -86,13 +87,15 @@ def load_model(
     opened = open_plan(resolve_folder(path_or_hub_id), follow_links=follow_links)
     names = find_family(opened.config).names
     model, plan, expanded = _fit(opened, dtype=dtype, backend=backend)
-    model.warnings = (*plan.warnings, *describe_unapplied(plan.folder))
+    warnings = (*plan.warnings, *describe_unapplied(plan.folder))
     leaves = list_leaves(model)
     wide = {path for path in leaves if leaves[path].dtype == jnp.float32 != model.dtype}
     kept = {name for name in plan.describe_leaves() if rename(name, names) in wide}
     params = read_plan(plan, dtype=model.dtype, kept=kept, progress=progress).params
     expand_all(params, expanded, model.dtype)
-    return load_params(model, params, names)
+    model = load_params(model, params, names)
+    model.folder, model.warnings = str(plan.folder), warnings
+    return model
 
 
 def plan_model(plan: Plan, *, dtype: Any = None, backend: str | None = None) -> CausalLM:
@@ -136,7 +139,6 @@ def _fit(
     }
     make = family.open_class()
     model = nnx.eval_shape(lambda: make(config, specs, **facts))
-    model.folder = str(plan.folder)
     places = list_leaves(model)
     plan = drop_zero_biases(plan, lambda name: rename(name, family.names) in places)
     expanded = list_expanded(plan, places, family.names)
@@ -196,7 +198,11 @@ def generate(
         raise InputError(f"prompts {empty} are empty: give each at least one character")
     if tokenizer is None:
         if model.folder is None:
-            raise InputError("the model was not loaded from a folder: pass tokenizer=")
+            raise InputError(
+                "the model knows no checkpoint folder, since it was not loaded from one or is what "
+                "nnx.merge, jax.device_put or a jitted function made of such a model: pass "
+                "tokenizer=, or set model.folder"
+            )
         tokenizer = Tokenizer.from_folder(model.folder)
     if chat:
         encoded = [tokenizer.encode_chat([{"role": "user", "content": p}]) for p in prompts]

@@ -131,6 +131,7 @@ class Tokenizer:
         add_generation_prompt: bool = True,
         *,
         continue_final_message: bool = False,
+        variables: Mapping[str, Any] | None = None,
     ) -> str:
         """Write a conversation as the one text that the model was trained to read.
 
@@ -140,6 +141,7 @@ class Tokenizer:
           add_generation_prompt: whether to end with the beginning of the assistant's answer.
           continue_final_message: whether to end with the text of the last message, for the model to
             go on with; without `add_generation_prompt`.
+          variables: what else the template is to see, as {"enable_thinking": False}.
 
         Raises:
           InputError: if there is no template, it is broken or refuses the messages, or a message is
@@ -147,28 +149,30 @@ class Tokenizer:
         """
         plain = copy_messages(messages)
         if not continue_final_message:
-            return self._render(plain, add_generation_prompt)
+            return self._render(plain, add_generation_prompt, variables)
         if add_generation_prompt:
             raise InputError(
                 "continue_final_message leaves the last message open, so that no answer begins: "
                 "pass add_generation_prompt=False"
             )
         text = mark_end(plain[-1])
-        chat = self._render(plain, False)
+        chat = self._render(plain, False, variables)
         try:
             return cut_at_mark(chat, text)
         except InputError as error:
             raise InputError(f"{self.source}: {error}") from error
 
-    def _render(self, plain: list[dict[str, Any]], add_generation_prompt: bool) -> str:
+    def _render(
+        self,
+        plain: list[dict[str, Any]],
+        add_generation_prompt: bool,
+        variables: Mapping[str, Any] | None,
+    ) -> str:
         template = self._template
+        seen = {**self.special_tokens, "tools": None, "documents": None, **(variables or {})}
         try:
             return template.render(
-                self.special_tokens,
-                messages=plain,
-                tools=None,
-                documents=None,
-                add_generation_prompt=add_generation_prompt,
+                seen, messages=plain, add_generation_prompt=add_generation_prompt
             )
         except Exception as error:  # a template can raise anything, and it is not our code
             roles = ", ".join(message["role"] for message in plain)

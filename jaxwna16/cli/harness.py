@@ -23,10 +23,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Hand over to the harness, which prints its tables and writes its files itself."""
-    from jaxwna16.cli.compiled import keep_compiled
     from jaxwna16.extras import import_extra
+    from jaxwna16.programs import keep_programs
 
-    keep_compiled()
+    keep_programs()
     command: Any = import_extra("lm_eval.__main__", "eval")
     importlib.import_module("jaxwna16.lm_eval")  # registers the model
     before = sys.argv

@@ -11,12 +11,12 @@ import jax
 import numpy as np
 
 from jaxwna16.checkpoint import resolve_folder
-from jaxwna16.cli.compiled import keep_compiled
 from jaxwna16.errors import InputError
 from jaxwna16.evaluation import cut_windows, find_prefix, read_text
 from jaxwna16.language import load_model
 from jaxwna16.models.causal_lm import CausalLM
 from jaxwna16.models.families import read_config
+from jaxwna16.programs import keep_programs
 from jaxwna16.text import Tokenizer
 from loaders.converted import open_plan
 from loaders.plan import Plan
@@ -76,7 +76,7 @@ def read_windows(
 
 def open_model(args: argparse.Namespace) -> tuple[CausalLM, dict[str, Any]]:
     """The model that `arguments.add_model` describes, and what a report says about it."""
-    keep_compiled()
+    keep_programs()
     dtype = choose_dtype(args.dtype)
     folder = resolve_folder(args.checkpoint)
     started = time.perf_counter()

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -20,11 +21,19 @@ from jaxwna16.checkpoint import resolve_folder
 from jaxwna16.cli.model import choose_dtype
 from jaxwna16.errors import InputError
 from jaxwna16.evaluation import find_prefix
-from jaxwna16.language import continue_tokens, load_model
+from jaxwna16.language import Generation, continue_tokens, load_model
 from jaxwna16.lm_eval.batches import BatchSize, read_batch_size
-from jaxwna16.lm_eval.options import Options, read_number, read_options
+from jaxwna16.lm_eval.options import (
+    Options,
+    read_flag,
+    read_number,
+    read_options,
+    read_template_args,
+)
 from jaxwna16.lm_eval.scoring import Request, Scored, score_requests
+from jaxwna16.lm_eval.thinking import cut_answer, read_end
 from jaxwna16.models.families import read_config
+from jaxwna16.stop_strings import find_stop_tokens
 from jaxwna16.text import Tokenizer
 from loaders.converted import open_plan
 
@@ -50,6 +59,11 @@ class JaxWNA16LM(TemplateLM):
       add_bos_token: whether a text begins with the tokenizer's special tokens; None is as
         tokenizer.json says. True puts a BOS there also if tokenizer.json does not.
       prefix_token_id: stands before a text without a context; None is BOS, else EOS.
+      enable_thinking: what the chat template sees under this name; None is nothing. With True only
+        generative tasks can be run, and `think_end_token` is needed.
+      think_end_token: the text or the token that ends the thinking; the answer is what follows the
+        last of them, and stop strings end the answer alone.
+      chat_template_args: other variables of the chat template, as an object or its JSON.
       seed: of the draws, where a task asks for them.
       follow_links: as in `load_model`.
       device: ignored, JAX has chosen (JAX_PLATFORMS).
@@ -69,8 +83,11 @@ class JaxWNA16LM(TemplateLM):
         max_batch_size: int | None = None,
         max_length: int | None = None,
         max_gen_toks: int = 256,
-        add_bos_token: bool | None = None,
+        add_bos_token: bool | str | None = None,
         prefix_token_id: int | None = None,
+        enable_thinking: bool | str | None = None,
+        think_end_token: str | int | None = None,
+        chat_template_args: Mapping[str, Any] | str | None = None,
         seed: int = 0,
         follow_links: bool = False,
         device: str | None = None,
@@ -80,8 +97,11 @@ class JaxWNA16LM(TemplateLM):
         del device
         if unknown:
             raise InputError(f"model_args: the model jaxwna16 has no {', '.join(sorted(unknown))}")
-        if add_bos_token not in (None, True, False):
-            raise InputError(f"model_args: add_bos_token: expected a bool, got {add_bos_token!r}")
+        self.add_bos_token = read_flag("add_bos_token", add_bos_token)
+        self.enable_thinking = read_flag("enable_thinking", enable_thinking)
+        self.chat_template_args = read_template_args(chat_template_args)
+        if self.enable_thinking is not None:
+            self.chat_template_args["enable_thinking"] = self.enable_thinking
         folder = resolve_folder(pretrained)
         config = read_config(open_plan(folder, follow_links=follow_links).config)
         limit, vocab_size = config.max_length, config.vocab_size
@@ -91,7 +111,6 @@ class JaxWNA16LM(TemplateLM):
             prefix_token_id = read_number("prefix_token_id", prefix_token_id, 0, vocab_size - 1)
         self.max_length = read_number("max_length", max_length, 1, limit)
         self.max_gen_toks = read_number("max_gen_toks", max_gen_toks, 1)
-        self.add_bos_token = add_bos_token
         self.seed = read_number("seed", seed, 0, 2**31 - 1)
         self._batch_size = BatchSize(
             rows=read_batch_size(batch_size),
@@ -102,6 +121,9 @@ class JaxWNA16LM(TemplateLM):
         self._batches = 0
         self.tokenizer = Tokenizer.from_folder(folder)
         self._prefix = find_prefix(self.tokenizer) if prefix_token_id is None else prefix_token_id
+        self.think_end_token = read_end(
+            think_end_token, self.enable_thinking, self.tokenizer, vocab_size
+        )
         self.model = load_model(
             folder, dtype=choose_dtype(dtype), backend=backend, follow_links=follow_links
         )
@@ -129,7 +151,11 @@ class JaxWNA16LM(TemplateLM):
     @property
     def tokenizer_name(self) -> str:
         """What the harness's cache of requests calls the tokenizer and its chat template."""
-        return self.tokenizer.source.replace("/", "__")
+        name = self.tokenizer.source.replace("/", "__")
+        if not self.chat_template_args:
+            return name
+        variables = json.dumps(self.chat_template_args, sort_keys=True, default=str)
+        return f"{name}__{hashlib.sha256(variables.encode()).hexdigest()[:8]}"
 
     def get_model_info(self) -> dict[str, Any]:
         """What the harness writes into its results beside the figures."""
@@ -195,8 +221,46 @@ class JaxWNA16LM(TemplateLM):
 
     def _render(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
         return self.tokenizer.render_chat(
-            messages, add_generation_prompt, continue_final_message=not add_generation_prompt
+            messages,
+            add_generation_prompt,
+            continue_final_message=not add_generation_prompt,
+            variables=self.chat_template_args,
         )
+
+    def loglikelihood(
+        self, requests: list[Instance], disable_tqdm: bool = False
+    ) -> list[tuple[float, bool]]:
+        """For each context and continuation the latter's log-likelihood, and whether it is greedy.
+
+        Raises:
+          InputError: with `enable_thinking`, and if there is nothing to score.
+        """
+        if self.enable_thinking:
+            names = sorted({name for request in requests if (name := request.task_name)})
+            raise InputError(
+                "enable_thinking=True is for generative tasks alone: a choice that is scored right "
+                f"behind the prompt leaves no room for thinking (tasks: {', '.join(names)})"
+            )
+        for number, request in enumerate(requests):
+            if not any(request.args):
+                raise InputError(f"request {number}: context and continuation are empty")
+        return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """Tokens of both; a context without any is the prefix token, as an empty one is.
+
+        Blanks at its end belong to the continuation, so that a context of blanks has none if no
+        BOS is put before it.
+        """
+        if context:
+            before, after = super()._encode_pair(context, continuation)
+        else:
+            before, after = [], self.tok_encode(continuation, add_special_tokens=False)
+        if before:
+            return before, after
+        if after[:1] == [self.prefix_token_id]:
+            return after[:1], after[1:]
+        return [self.prefix_token_id], after
 
     def loglikelihood_rolling(
         self, requests: list[Instance], disable_tqdm: bool = False
@@ -264,14 +328,27 @@ class JaxWNA16LM(TemplateLM):
                     # the same seed again would draw the same numbers for the same row
                     self._batches += 1
                     seed = self.seed + self._batches
-                    found = continue_tokens(
-                        self.model, self.tokenizer, rows, seed=seed, **options._asdict()
-                    )
-                    for n, text in zip(chunk, found.texts, strict=False):
+                    found = self._continue(rows, options, seed)
+                    for n, text in zip(chunk, found, strict=False):
                         texts[n] = text
                         self.cache_hook.add_partial("generate_until", asked[n], text)
                     bar.update(len(chunk))
         return texts
+
+    def _continue(self, rows: list[list[int]], options: Options, seed: int) -> list[str]:
+        """Continue prompts; of a model that thinks, the answers."""
+        if self.think_end_token is None:
+            return self._generate(rows, options, seed).texts
+        # in the thinking a stop string is a word like any other, unless it is a token by itself
+        stop = tuple(s for s in options.stop if find_stop_tokens(self.tokenizer, [s]))
+        found = self._generate(rows, options._replace(stop=stop), seed)
+        return [
+            cut_answer(self.tokenizer, tokens, self.think_end_token, options.stop)
+            for tokens in found.result.tokens
+        ]
+
+    def _generate(self, rows: list[list[int]], options: Options, seed: int) -> Generation:
+        return continue_tokens(self.model, self.tokenizer, rows, seed=seed, **options._asdict())
 
     def _encode_prompt(self, text: str, options: Options) -> list[int]:
         room = self.max_length - options.max_new_tokens

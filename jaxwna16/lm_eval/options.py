@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -10,6 +11,11 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from jaxwna16.errors import InputError
 
 _OPTIONS = {"until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p"}
+_FLAGS: dict[object, bool | None] = {
+    **{True: True, "true": True, "1": True, False: False, "false": False, "0": False},
+    **{None: None, "none": None},
+}
+_OWN_VARIABLES = ("messages", "add_generation_prompt", "continue_final_message", "chat_template")
 
 
 class Options(NamedTuple):
@@ -57,3 +63,40 @@ def read_number(name: str, value: Any, lowest: int, highest: int | None = None) 
             f"model_args: {name}: expected an integer {limits}, got {value!r}; or leave it out"
         )
     return number
+
+
+def read_flag(name: str, value: Any) -> bool | None:
+    """Read a bool of `model_args`, which may come as a word; None, or "none", is not given.
+
+    Raises:
+      InputError: if it is none of these.
+    """
+    try:
+        return _FLAGS[value.lower() if isinstance(value, str) else value]
+    except (KeyError, TypeError):
+        raise InputError(
+            f"model_args: {name}: expected a bool (True or False), got {value!r}; or leave it out"
+        ) from None
+
+
+def read_template_args(value: Any) -> dict[str, Any]:
+    """Read `chat_template_args`: an object, or the text of one in JSON; None is an empty one.
+
+    Raises:
+      InputError: if it is neither, or names a variable that the harness itself sets.
+    """
+    try:
+        found = json.loads(value) if isinstance(value, str) else {} if value is None else value
+    except ValueError:
+        found = value
+    if not isinstance(found, Mapping):
+        raise InputError(
+            f"model_args: chat_template_args: expected an object, got {value!r}: in --model_args "
+            """'{"pretrained": "DIR", "chat_template_args": {"name": 1}}' it is written so"""
+        )
+    if taken := [name for name in _OWN_VARIABLES if name in found]:
+        raise InputError(
+            f"model_args: chat_template_args: {', '.join(taken)} cannot be among them, these are "
+            "set by the harness (--apply_chat_template)"
+        )
+    return dict(found)

@@ -16,6 +16,7 @@ from flax import nnx
 
 from jaxwna16.errors import InputError, ModelError
 from jaxwna16.lm_eval.batches import BatchSize, next_power
+from jaxwna16.programs import trace_counts
 
 Scored = tuple[float, bool]
 Request = tuple[tuple[str, str] | None, list[int], list[int]]
@@ -54,7 +55,8 @@ def score_requests(
       tokens is the most likely one.
 
     Raises:
-      InputError: if a continuation has no tokens, or more than the model reads.
+      InputError: if a context or a continuation has no tokens, or the latter more than the model
+        reads.
       ModelError: if a log-likelihood is not a number.
     """
     rows = sorted(_share_rows(requests, max_length), key=lambda row: -len(row.tokens))
@@ -76,6 +78,11 @@ def _share_rows(requests: Sequence[Request], max_length: int) -> list[Row]:
             raise InputError(
                 f"request {number}: the continuation has {len(continuation)} tokens of its own, "
                 f"and can have 1 to {max_length} (max_length)"
+            )
+        if not context:
+            raise InputError(
+                f"request {number}: the context has no tokens, so that nothing stands before the "
+                "continuation's first: put a prefix token there (prefix_token_id)"
             )
         whole = (*context, *continuation)
         if len(whole) > max_length + 1:
@@ -120,6 +127,7 @@ def _score(
       one, bool [B, S - 1]; log-probabilities of `choices` [B, C] after the last token, and the most
       likely token there, int32 [B].
     """
+    trace_counts["loglikelihood"] += 1
     logits = nnx.merge(graphdef, state)(tokens).astype(jnp.float32)
     normalizers = jax.nn.logsumexp(logits, axis=-1)
     best = jnp.argmax(logits, axis=-1)

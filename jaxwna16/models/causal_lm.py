@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Collection, Mapping
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from jaxwna16.models.layers import Dense, Embedding, Linears, multiply
 from pallas_kernels.spec import QuantSpec
 
 Array = jax.Array
+T = TypeVar("T")
 
 
 class Decoder(Protocol):
@@ -33,6 +35,23 @@ class Decoder(Protocol):
         ...
 
 
+class Beside(Generic[T]):
+    """An attribute that lies beside its object, where NNX does not take it for a part of the graph.
+
+    Objects are told apart by identity. What is made of one, a copy too, has the default.
+    """
+
+    def __init__(self, default: T):
+        self._default = default
+        self._values: weakref.WeakKeyDictionary[object, T] = weakref.WeakKeyDictionary()
+
+    def __get__(self, owner: object, kind: type | None = None) -> T:
+        return self._values.get(owner, self._default)
+
+    def __set__(self, owner: object, value: T) -> None:
+        self._values[owner] = value
+
+
 class CausalLM(nnx.Module):
     """A language model: `model(tokens)` maps int32 [B, S] to float32 logits [B, S, V].
 
@@ -43,7 +62,10 @@ class CausalLM(nnx.Module):
     Attributes:
       config: what it was constructed from.
       dtype: dtype of activations, cache and plain weights. In float32 products are full float32.
-      folder: the checkpoint folder it was loaded from, if any: where its tokenizer is.
+      folder: the checkpoint folder it was loaded from, if any: where its tokenizer is. Neither it
+        nor `warnings` is a part of the pytree, so that models of one architecture share programs.
+        So what `nnx.merge`, `jax.device_put` or a jitted function makes of a model has neither,
+        until it is given them.
       warnings: remarks about that checkpoint, what was left out by rule among them.
 
     Args:
@@ -60,6 +82,9 @@ class CausalLM(nnx.Module):
       ModelError: listing specs that no module has, or that contradict the linear's shape.
     """
 
+    folder = Beside[str | None](None)
+    warnings = Beside[tuple[str, ...]](())
+
     def __init__(
         self,
         decoder: Callable[[Any, Linears], Decoder],
@@ -72,8 +97,8 @@ class CausalLM(nnx.Module):
     ):
         self.config = config
         self.dtype = jnp.dtype(dtype)
-        self.folder: str | None = None
-        self.warnings: tuple[str, ...] = ()
+        # the names that were ever set are in the graph, so they are to be those of every model
+        self.folder, self.warnings = None, ()
         linears = Linears(specs or {}, self.dtype, backend, reordered)
         self.model = decoder(config, linears)
         hidden = self.model.embed_tokens.features

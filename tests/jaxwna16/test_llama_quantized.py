@@ -99,7 +99,7 @@ def test_greedy_tokens_equal_those_of_the_dequantized_weights():
 def test_no_float_copy_of_a_weight_lives_through_the_decode_loop():
     _, model = quantize_reference(*KINDS[0])
     options = make_options(0.0, 0, 1.0, 0, ())
-    progress, _ = start_rows(model, [[1, 2, 3]], options, 16)
+    progress, *_ = start_rows(model, [[1, 2, 3]], options, 16)
     program = decode.lower(model, progress, options, jnp.int32(1)).compile().as_text()
     carried = [line for line in program.splitlines() if re.search(r"\bwhile\(", line)]
     assert any("u16[" in line for line in carried)

@@ -161,7 +161,7 @@ def test_perplexity_is_that_of_the_decompressed_weights(load):
 def test_no_float_copy_of_all_experts_is_made_in_the_decode_loop(load):
     _, model, _ = load(*KINDS[0])
     options = make_options(0.0, 0, 1.0, 0, ())
-    progress, _ = start_rows(model, [[1, 2, 3]], options, 16)
+    progress, *_ = start_rows(model, [[1, 2, 3]], options, 16)
     program = decode.lower(model, progress, options, jnp.int32(1)).compile().as_text()
     assert re.search(r"u16\[8,", program)  # the stack, packed
     assert not re.search(r"(f32|bf16)\[8,(512,128|128,256)\]", program)

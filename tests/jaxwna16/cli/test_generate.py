@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -14,7 +15,7 @@ import pytest
 from tokenizers import pre_tokenizers
 
 from jaxwna16 import generate, load_model
-from jaxwna16.cli.compiled import keep_compiled
+from jaxwna16.programs import keep_programs
 from tests.jaxwna16.cli.checkpoints import CHAT, edit_tensors
 
 PROMPTS = ("A dark night", "Once")
@@ -141,7 +142,7 @@ def test_no_folder_is_made_where_the_user_has_chosen(monkeypatch, tmp_path, on, 
     try:
         for name, value in zip(names, (on, own), strict=True):
             jax.config.update(name, value)
-        keep_compiled()
+        assert keep_programs() == (Path(own) if own else None)
         assert jax.config.jax_compilation_cache_dir == own
         assert list(tmp_path.iterdir()) == []
     finally:

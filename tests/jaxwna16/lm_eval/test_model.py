@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import pytest
 import transformers
@@ -14,6 +15,7 @@ from jaxwna16.evaluation import measure_perplexity, read_text
 from jaxwna16.generation import generate_tokens
 from jaxwna16.lm_eval import JaxWNA16LM
 from jaxwna16.lm_eval.batches import BatchSize, read_batch_size, round_up
+from jaxwna16.lm_eval.options import read_flag
 from jaxwna16.lm_eval.scoring import _pad as scoring_pad
 from tests.jaxwna16.lm_eval.conftest import TEXT
 
@@ -58,6 +60,18 @@ def make_hf(folder, **options) -> HFLM:
     return twin
 
 
+@pytest.fixture(scope="module")
+def make_whole_hf(folder):
+    """`hf` with its weights, which are loaded once."""
+    weights = transformers.AutoModelForCausalLM.from_pretrained(folder)
+
+    def make(**options) -> HFLM:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        return HFLM(pretrained=weights, tokenizer=tokenizer, **options)
+
+    return make
+
+
 def ask(*arguments) -> Instance:
     return Instance(request_type="loglikelihood", doc={}, arguments=arguments, idx=0)
 
@@ -75,6 +89,30 @@ def test_texts_become_the_tokens_of_hf(make_model, folder, options):
             assert model.tok_encode(text, add_special_tokens=special) == expected, (text, special)
     for pair in PAIRS:
         assert model._encode_pair(*pair) == twin._encode_pair(*pair), pair
+
+
+@pytest.mark.parametrize(
+    ("given", "flag"),
+    [("True", True), ("false", False), ("None", None), (1, True), (0, False), (None, None)],
+)
+def test_a_bool_may_come_as_a_word(given, flag):
+    assert read_flag("enable_thinking", given) is flag
+
+
+def test_blanks_without_a_bos_stand_after_the_prefix_token(make_model, make_whole_hf):
+    """`hf` fails there; what it says of the same text after an empty context is the value."""
+    model = make_model(add_bos_token="False")
+    pairs = [(" ", "Sir Walter Elliot"), ("\n", "b"), (" ", "A")]
+    whole = [ask("", context + continuation) for context, continuation in pairs]
+    expected = make_whole_hf(add_bos_token=False).loglikelihood(whole, disable_tqdm=True)
+    for requests in (whole, [ask(*pair) for pair in pairs]):
+        found = model.loglikelihood(requests, disable_tqdm=True)
+        assert [x for x, _ in found] == pytest.approx([x for x, _ in expected], abs=1e-3)
+        assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
+    with pytest.raises(InputError, match="request 1: the context has no tokens"):
+        model._loglikelihood_tokens([(None, [0], [5]), (None, [], [5, 6])], disable_tqdm=True)
+    with pytest.raises(InputError, match="request 0: context and continuation are empty"):
+        model.loglikelihood([ask("", "")], disable_tqdm=True)
 
 
 def test_a_bos_is_added_where_the_tokenizer_itself_adds_none(make_model, folder):
@@ -100,6 +138,57 @@ def test_chats_become_the_text_of_hf(make_model, folder, add_generation_prompt, 
     assert model.chat_template(False) is None
     with pytest.raises(InputError, match="'tool_use'"):
         model.chat_template("tool_use")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"enable_thinking": False},
+        {"enable_thinking": True, "think_end_token": "</think>"},
+        {"chat_template_args": {"enable_thinking": False, "style": "terse "}},
+        {
+            "chat_template_args": {"enable_thinking": True, "bos_token": ""},
+            "enable_thinking": False,
+        },
+    ],
+)
+def test_the_chat_template_sees_what_that_of_hf_sees(make_model, make_whole_hf, options):
+    chat = [{"role": "user", "content": "Who?"}]
+    expected = make_whole_hf(**options).apply_chat_template(chat)
+    words = {name: str(x) if type(x) in (bool, int) else x for name, x in options.items()}
+    if "chat_template_args" in options:
+        words["chat_template_args"] = json.dumps(options["chat_template_args"])
+    models = [make_model(**options), make_model(**words)]
+    assert [model.apply_chat_template(chat) for model in models] == [expected] * 2
+    assert models[0].tokenizer_name != make_model().tokenizer_name
+
+
+def test_the_answer_follows_the_thinking_as_in_hf(make_model, make_whole_hf):
+    request = ask("Sir", {"max_gen_toks": 24})
+    [whole] = make_model().generate_until([request], disable_tqdm=True)
+    tokens = make_model().tokenizer.encode(whole, add_special_tokens=False)
+    ends = (whole[9:11], tokens[len(tokens) // 2], "not there")
+    for end in ends:
+        expected = make_whole_hf(think_end_token=end).generate_until([request], disable_tqdm=True)
+        model = make_model(think_end_token=end, enable_thinking=True)
+        assert model.generate_until([request], disable_tqdm=True) == expected
+        assert (expected == [whole]) == (end == "not there")
+    # a stop string in the thinking is none, and one in the answer ends it
+    answer = whole.split(ends[0])[-1].lstrip()
+    stops = [whole[2:4], answer[3:]]
+    assert stops[0] not in answer
+    model = make_model(think_end_token=ends[0])
+    stopped = ask("Sir", {"max_gen_toks": 24, "until": stops})
+    assert model.generate_until([stopped], disable_tqdm=True) == [answer[:3]]
+    # texts omit special tokens, so that the text of one would never be found
+    assert make_model(think_end_token="</s>").think_end_token == 1
+
+
+def test_a_model_that_thinks_is_not_asked_for_choices(make_model):
+    model = make_model(enable_thinking="true", think_end_token="7")
+    assert model.think_end_token == 7
+    with pytest.raises(InputError, match="generative tasks alone"):
+        model.loglikelihood([ask("a", "b")], disable_tqdm=True)
 
 
 def test_eval_perplexity_cuts_a_text_as_the_harness_does(make_model):
@@ -189,13 +278,18 @@ def test_draws_differ_between_repeats_and_are_the_same_in_another_run(make_model
         ({"max_batch_size": -1}, "of at least 1"),
         ({"seed": 1.5}, "from 0 to 2147483647"),
         ({"add_bos_token": "maybe"}, "expected a bool"),
+        ({"enable_thinking": []}, "expected a bool"),
+        ({"enable_thinking": True}, "needs think_end_token="),
+        ({"think_end_token": 400}, "from 0 to 399"),
+        ({"chat_template_args": "style=x"}, "expected an object"),
+        ({"chat_template_args": {"messages": []}}, "messages cannot be among them"),
     ],
 )
 def test_model_args_out_of_range_are_refused_before_the_weights_are_read(
     folder, monkeypatch, options, message
 ):
     monkeypatch.setattr("jaxwna16.lm_eval.model.load_model", None)
-    with pytest.raises(InputError, match=f"model_args: {next(iter(options))}: .*{message}"):
+    with pytest.raises(InputError, match=f"model_args: {next(iter(options))}\\b.*{message}"):
         JaxWNA16LM(str(folder), **options)
 
 

@@ -1,0 +1,133 @@
+"""Programs, which is what JAX makes of a jitted function for given shapes: counted, compiled, kept.
+
+A program depends on a model's architecture and schemes, not on its weights or its folder: models
+that are alike in these share all of them, and what they cost is paid once in a process.
+"""
+
+from __future__ import annotations
+
+import collections
+import os
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.experimental.compilation_cache import compilation_cache
+
+from jaxwna16.errors import InputError
+
+trace_counts: collections.Counter[str] = collections.Counter()
+"""How often functions were traced in this process: "prefill", "first" and "decode" of generation,
+"perplexity", "divergence" and "loglikelihood" of evaluation."""
+
+
+class Compilation:
+    """Programs that are being compiled at the same time, in threads: XLA releases Python's lock.
+
+    They were lowered before, in the caller's thread, as tracing holds that lock. As many are
+    compiled at once as there are cores, the first ones first; each needs memory of its own. What
+    was interrupted goes on behind, since XLA cannot be stopped.
+
+    Args:
+      programs: by name, what `jax.jit(…).lower(…)` returns. A call of the jitted function finds
+        what was compiled.
+    """
+
+    def __init__(self, programs: Mapping[str, jax.stages.Lowered]):
+        pool = ThreadPoolExecutor(min(len(programs), _count_cores()), "jaxwna16-compile")
+        self._futures = {name: pool.submit(p.compile) for name, p in programs.items()}
+        pool.shutdown(wait=False)
+
+    def wait(self, *names: str) -> None:
+        """Wait until these programs are compiled, all of them if none is named.
+
+        A name that is not there is a program that will be compiled when it is called.
+
+        Raises:
+          Exception: what compiling raised, as it is.
+        """
+        for name in names or self._futures:
+            if name in self._futures:
+                self._futures[name].result()
+
+
+def is_spread(model: Any) -> bool:
+    """Whether a pytree's arrays lie on several devices, so that only the compiler knows where
+    results will."""
+    return len(_list_devices(model)) > 1
+
+
+def foresee(program: jax.stages.Lowered, model: Any) -> Any:
+    """The arrays that a program will return, as shapes, for lowering what is called with them.
+
+    Args:
+      program: takes `model`, and other arguments that were bound to no device.
+      model: a pytree that is not spread. Results lie where its arrays do, and are bound to that
+        device if it is: another program, to JAX.
+    """
+    if not any(array.committed for array in _list_arrays(model)):
+        return program.out_info
+    place = jax.sharding.SingleDeviceSharding(*_list_devices(model))
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), program.out_info
+    )
+
+
+def _list_arrays(model: Any) -> list[jax.Array]:
+    return [leaf for leaf in jax.tree.leaves(model) if isinstance(leaf, jax.Array)]
+
+
+def _list_devices(model: Any) -> set[Any]:
+    return {device for array in _list_arrays(model) for device in array.devices()}
+
+
+def _count_cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def keep_programs(folder: str | os.PathLike[str] | None = None) -> Path | None:
+    """Let JAX keep what takes a second or more to compile, for the next process.
+
+    It is JAX's own persistent cache, with its settings and for all programs of the process: a
+    library does not turn it on by itself, the command line does. The folder has no limit in bytes.
+    A program that lies in it is executed, so it must be a folder that nobody else writes to.
+
+    Args:
+      folder: where to keep programs. None is the folder that JAX has already been told
+        (`JAX_COMPILATION_CACHE_DIR`), else `jaxwna16/compiled` in the user's folder of caches
+        (`XDG_CACHE_HOME`, or `~/.cache`), which the command line uses.
+
+    Returns:
+      The folder; None where JAX's cache is turned off (`JAX_ENABLE_COMPILATION_CACHE=false`), or
+      where none is given and the user's own cannot be made.
+
+    Raises:
+      InputError: if a folder is given that cannot be made.
+    """
+    config: Any = jax.config  # its settings are not known to type checkers
+    if not config.jax_enable_compilation_cache:
+        return None
+    chosen = config.jax_compilation_cache_dir
+    if folder is None and chosen is not None:
+        return Path(chosen)
+    place = _find_user_folder() if folder is None else Path(folder).absolute()
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        if folder is None:
+            return None
+        raise InputError(f"{place}: cannot be made: {error.strerror}") from error
+    if chosen != str(place):
+        config.update("jax_compilation_cache_dir", str(place))
+        compilation_cache.reset_cache()  # or JAX goes on with the folder that it has opened
+    return place
+
+
+def _find_user_folder() -> Path:
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(cache, "jaxwna16", "compiled")
