@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from jaxwna16.rewrite import dequantize_checkpoint as dequantize_checkpoint
     from jaxwna16.rewrite import quantize_checkpoint as quantize_checkpoint
     from jaxwna16.text import Tokenizer as Tokenizer
+    from jaxwna16.training import merge_params as merge_params
+    from jaxwna16.training import split_params as split_params
     from loaders.errors import CheckpointError as CheckpointError
     from loaders.repack import pack as pack
     from loaders.repack import unpack as unpack
@@ -63,6 +65,7 @@ _PLACES = {
     "jaxwna16.programs": "keep_programs",
     "jaxwna16.rewrite": "dequantize_checkpoint quantize_checkpoint",
     "jaxwna16.text": "Tokenizer",
+    "jaxwna16.training": "merge_params split_params",
     "loaders.errors": "CheckpointError",
     "loaders.repack": "pack unpack",
     "pallas_kernels": "BackendError QuantSpec SpecError TableError Wna16Error dequantize explain "

@@ -1,8 +1,4 @@
-"""`quant_matmul` and its fused forms: one entry to every backend.
-
-The backend is chosen when the function is lowered, not when it is traced: one traced function runs
-the XLA path on a CPU and lowers to the Triton kernels for a GPU, also for a GPU that is not there.
-"""
+"""`quant_matmul` and its fused forms: one entry to every backend."""
 
 from __future__ import annotations
 
@@ -17,15 +13,20 @@ from jax import lax
 
 from pallas_kernels import xla
 from pallas_kernels.arguments import read_array, read_dtype
-from pallas_kernels.backends import TRITON_DTYPES, check_backend
+from pallas_kernels.backends import check_backend
 from pallas_kernels.device import find_device
 from pallas_kernels.errors import SpecError
 from pallas_kernels.folding import fold_vmap
+from pallas_kernels.lowering import choose_at_lowering, has_symbolic, refuse_at_lowering
 from pallas_kernels.schedule import Tiles, check_prefer, choose
 from pallas_kernels.spec import QuantSpec
 from pallas_kernels.weights import check_weights
 
 Weights = Mapping[str, jax.Array]
+_SYMBOLIC = (
+    "a GPU kernel is made for a known number of tokens, x is {shape}: export the function once "
+    'for each number of tokens, or for cpu alone, or with backend="xla"'
+)
 
 
 def quant_matmul(
@@ -38,8 +39,8 @@ def quant_matmul(
 ) -> jax.Array:
     """Compute x @ W.T + bias for a packed weight W[N, K].
 
-    Differentiable in reverse mode with respect to x, scale and bias; the packed weight is what is
-    kept for the backward pass, never its float expansion. To lower for a GPU that is absent, jax
+    Differentiable with respect to x, scale and bias, in both modes and to any order; the packed
+    weight is what is kept for the backward pass, never its float expansion. To lower for a GPU that is absent, jax
     0.11 and later need `jax.sharding.use_abstract_mesh` with an abstract device around it.
 
     Args:
@@ -58,7 +59,8 @@ def quant_matmul(
 
     Raises:
       SpecError: if x or the arrays contradict the spec.
-      BackendError: if the named backend cannot do it.
+      BackendError: if the named backend cannot do it, or the number of tokens is symbolic (in
+        `jax.export`) where a GPU kernel is lowered.
       TableError: if this GPU has a table of tuned tiles that cannot be used.
     """
     [y] = quant_matmul_many(x, [weights], [spec], backend=backend, prefer=prefer)
@@ -175,36 +177,13 @@ def _run(call: _Call, x: jax.Array, weights: Sequence[Weights]) -> list[jax.Arra
     if "perm" in weights[0]:
         rows = jnp.take(rows, weights[0]["perm"], axis=1)
     if rows.shape[0]:
-        ys: Any = _multiply(call, rows, plain)
+        paths = (functools.partial(path, call) for path in (_multiply_by_xla, _multiply_by_triton))
+        ys: Any = choose_at_lowering(*paths, call.backend, x.dtype)(rows, plain)
     else:
         ys = [
             jnp.zeros((0, s.out_features), x.dtype) for s in call.specs[: 1 if call.gated else None]
         ]
     return [y.reshape(*lead, y.shape[-1]) for y in ys]
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _multiply(call: _Call, x: jax.Array, weights: list[dict[str, jax.Array]]) -> list[jax.Array]:
-    by_xla = functools.partial(_multiply_by_xla, call)
-    if call.backend == "xla" or x.dtype not in TRITON_DTYPES:
-        return by_xla(x, weights)
-    compiled = functools.partial(_multiply_by_triton, call, False)
-    if call.backend is None:
-        return lax.platform_dependent(x, weights, cuda=compiled, default=by_xla)
-    interpreted = functools.partial(_multiply_by_triton, call, True)
-    return lax.platform_dependent(x, weights, cuda=compiled, cpu=interpreted)
-
-
-def _multiply_forward(call, x, weights):
-    return _multiply(call, x, weights), (x, weights)
-
-
-def _multiply_backward(call, residuals, y_bar):
-    _, pull_back = jax.vjp(functools.partial(_multiply_by_xla, call), *residuals)
-    return pull_back(y_bar)
-
-
-_multiply.defvjp(_multiply_forward, _multiply_backward)
 
 
 def _multiply_by_xla(call: _Call, x: jax.Array, weights: list) -> list[jax.Array]:
@@ -216,9 +195,14 @@ def _gate(gate: jax.Array, up: jax.Array) -> jax.Array:
     return jax.nn.silu(gate) * up
 
 
-def _multiply_by_triton(call: _Call, interpret: bool, x: jax.Array, weights: list) -> list:
+def _multiply_by_triton(call: _Call, x: jax.Array, weights: list, *, interpret: bool) -> list:
     # imported here, so that all else works where a later jax has no Pallas-Triton
     from pallas_kernels import triton
+
+    if has_symbolic(x.shape):
+        refused = refuse_at_lowering(_SYMBOLIC.format(shape=list(x.shape))).astype(x.dtype)
+        ys = jax.eval_shape(functools.partial(_multiply_by_xla, call), x, weights)
+        return [jnp.full(y.shape, refused) for y in ys]
 
     def run(x, weights):
         together = sum(spec.out_features for spec in call.specs)

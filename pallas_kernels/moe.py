@@ -2,7 +2,7 @@
 
     y[t] = sum_j weights[t, j] * (act(x[t] @ W13[e].T + b13[e]) @ W2[e].T + b2[e]),  e = ids[t, j]
 
-As in `pallas_kernels.matmul` the backend is chosen when the function is lowered.
+As for `quant_matmul` the backend is chosen when the function is lowered.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ from jax import lax
 from pallas_kernels import moe_xla, xla
 from pallas_kernels.activations import check as check_activation
 from pallas_kernels.arguments import read_array, read_dtype
-from pallas_kernels.backends import TRITON_DTYPES, check_backend
-from pallas_kernels.errors import SpecError
+from pallas_kernels.backends import check_backend
+from pallas_kernels.errors import BackendError, SpecError
 from pallas_kernels.folding import fold_vmap
+from pallas_kernels.lowering import choose_at_lowering, has_symbolic
 from pallas_kernels.spec import QuantSpec
 from pallas_kernels.weights import check_weights
 
@@ -48,7 +49,8 @@ def quant_moe(
 ) -> jax.Array:
     """Run the chosen experts of every token and add their results.
 
-    Differentiable in reverse mode with respect to x, `weights`, `shared`, scales and biases.
+    Differentiable with respect to x, `weights`, `shared`, scales and biases, in both modes and to
+    any order.
 
     Args:
       x: [..., H] float32, bfloat16 or float16.
@@ -76,7 +78,8 @@ def quant_moe(
 
     Raises:
       SpecError: if arrays or options contradict each other.
-      BackendError: if the named backend cannot do it.
+      BackendError: if the named backend cannot do it, or the number of tokens is symbolic (in
+        `jax.export`).
       TableError: if this GPU has a table of tuned tiles that cannot be used.
     """
     options = _Options(activation, gated, interleaved, weigh)
@@ -93,7 +96,9 @@ def quant_moe(
     _check_call(x, ids, weights, sizes, options, shared)
     check_backend(backend, x.dtype)
     call = _Call(spec13, spec2, experts, options, backend)
-    return _fold(functools.partial(_run, call), x, ids, weights, expert_offset, shared, (w13, w2))
+    paths = (functools.partial(path, call) for path in (_run_by_xla, _run_by_triton))
+    run = choose_at_lowering(*paths, backend, x.dtype)
+    return _fold(run, x, ids, weights, expert_offset, shared, (w13, w2))
 
 
 def float_moe(
@@ -203,7 +208,7 @@ def _read_stack(number: str, w, b) -> dict[str, jax.Array]:
 
 
 def _check_call(x, ids, weights, sizes, options: _Options, shared) -> None:
-    """Raise a SpecError that lists what does not fit together."""
+    """Raise a SpecError that lists what does not fit together, or a BackendError."""
     read_dtype("x", x.dtype)
     check_activation(options.activation, options.gated)
     (n13, k13), (n2, k2) = sizes
@@ -233,6 +238,11 @@ def _check_call(x, ids, weights, sizes, options: _Options, shared) -> None:
         faults.append(f"shared must be {[*lead, n2]}, got {list(shared.shape)}")
     if faults:
         raise SpecError("; ".join(faults))
+    if has_symbolic(x.shape):
+        raise BackendError(
+            f"experts are grouped for a known number of tokens, x is {list(x.shape)}: export the "
+            "function once for each number of tokens"
+        )
 
 
 def _fold(run, x, ids, weights, offset, shared, stacks) -> jax.Array:
@@ -247,38 +257,6 @@ def _fold(run, x, ids, weights, offset, shared, stacks) -> jax.Array:
     else:
         y = jnp.zeros(features, jnp.float32)
     return (y if shared is None else y + shared.astype(jnp.float32)).astype(x.dtype)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _run(call: _Call, x, ids, weights, offset, stacks) -> jax.Array:
-    """Float32 [T, H]."""
-    by_xla = functools.partial(_run_by_xla, call)
-    if call.backend == "xla" or x.dtype not in TRITON_DTYPES:
-        return by_xla(x, ids, weights, offset, stacks)
-    compiled = functools.partial(_run_by_triton, call, False)
-    arguments = x, ids, weights, offset, stacks
-    if call.backend is None:
-        return lax.platform_dependent(*arguments, cuda=compiled, default=by_xla)
-    interpreted = functools.partial(_run_by_triton, call, True)
-    return lax.platform_dependent(*arguments, cuda=compiled, cpu=interpreted)
-
-
-def _run_forward(call, x, ids, weights, offset, stacks):
-    return _run(call, x, ids, weights, offset, stacks), (x, ids, weights, offset, stacks)
-
-
-def _run_backward(call, residuals, y_bar):
-    x, ids, weights, offset, stacks = residuals
-
-    def run(x, weights, stacks):
-        return _run_by_xla(call, x, ids, weights, offset, stacks)
-
-    _, pull_back = jax.vjp(run, x, weights, stacks)
-    x_bar, weights_bar, stacks_bar = pull_back(y_bar)
-    return x_bar, None, weights_bar, None, stacks_bar
-
-
-_run.defvjp(_run_forward, _run_backward)
 
 
 def _run_by_xla(call: _Call, x, ids, weights, offset, stacks) -> jax.Array:
@@ -302,7 +280,7 @@ def _run_by_xla(call: _Call, x, ids, weights, offset, stacks) -> jax.Array:
     )
 
 
-def _run_by_triton(call: _Call, interpret: bool, x, ids, weights, offset, stacks) -> jax.Array:
+def _run_by_triton(call: _Call, x, ids, weights, offset, stacks, *, interpret) -> jax.Array:
     # imported here, so that all else works where a later jax has no Pallas-Triton
     from pallas_kernels import moe_triton
 

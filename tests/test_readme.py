@@ -26,7 +26,7 @@ def small_checkpoint(tmp_path):
 
 def test_the_python_snippets_of_the_readme_run_in_order(small_checkpoint, capsys):
     snippets = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
-    assert len(snippets) == 5
+    assert len(snippets) == 6
     scope = {}
     for snippet in snippets:
         exec(snippet.replace("path/to/checkpoint", str(small_checkpoint)), scope)
@@ -39,6 +39,9 @@ def test_the_python_snippets_of_the_readme_run_in_order(small_checkpoint, capsys
         np.asarray(scope["y"], np.float32), np.asarray(expected), rtol=2.0**-8, atol=1e-4
     )
     assert isinstance(scope["y"], jax.Array)
+    before, after = scope["weights"]["up_proj"], scope["trained"]["up_proj"]
+    np.testing.assert_array_equal(after["packed"], before["packed"])
+    assert (after["scale"].dtype, after["packed"].dtype) == (jnp.bfloat16, jnp.uint16)
     mixed, again = (np.asarray(scope[name], np.float32) for name in ("mixed", "again"))
     # one of them may leave out the rounding of the router's logits to bfloat16
     np.testing.assert_allclose(mixed, again, rtol=0, atol=2.0**-6 * np.abs(again).max())

@@ -270,3 +270,94 @@ def test_a_stack_of_layers_scans():
     bound = 2 * K * 2.0**-24 * K * 2
     np.testing.assert_allclose(scanned, looped, rtol=0, atol=bound)
     assert np.ptp(np.asarray(looped)) > 100 * bound
+
+
+def test_second_derivatives_through_a_scan_are_those_of_the_floats():
+    """A Hessian-vector product passes each of three products four times (forward, backward, and
+    their tangents), with sums of less than 256 terms: 12 * 256 u of the largest entry.
+    """
+    square = QuantSpec(bits=4, group_size=32, symmetric=False, in_features=64, out_features=64)
+    stack = [jaxwna16.quantize(make_input(64, 64) / 8, square)] * 3
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *stack)
+    floats = [jaxwna16.dequantize(leaves, square, jnp.float32) for leaves in stack]
+    step = lambda x, w: (jnp.tanh(jaxwna16.quant_matmul(x, w, square)), None)  # noqa: E731
+    x, v = make_input(2, 64), make_input(2, 64) * 0.3
+
+    def multiply(f):
+        slope = jax.grad(lambda x: (f(x) ** 2).sum())
+        return jax.jit(jax.grad(lambda x: jnp.vdot(slope(x), v)))
+
+    def loop(x):
+        for w in floats:
+            x = jnp.tanh(x @ w.T)
+        return x
+
+    expected = multiply(loop)(x)
+    bound = 12 * 256 * 2.0**-24 * np.abs(expected).max()
+    for body in (step, jax.checkpoint(step)):
+        run = lambda x, body=body: jax.lax.scan(body, x, stacked)[0]  # noqa: E731
+        np.testing.assert_allclose(multiply(run)(x), expected, rtol=0, atol=bound)
+    _, forward = jax.jvp(jax.grad(lambda x: (run(x) ** 2).sum()), [x], [v])
+    np.testing.assert_allclose(forward, expected, rtol=0, atol=bound)
+
+
+def test_no_order_of_derivatives_keeps_a_float_weight_or_differentiates_a_kernel():
+    square = QuantSpec(bits=4, group_size=32, symmetric=False, in_features=K, out_features=K)
+    stack = jax.tree.map(lambda leaf: jnp.stack([leaf] * 2), jaxwna16.quantize(jnp.eye(K), square))
+
+    def loss(x):
+        step = lambda x, w: (jnp.tanh(jaxwna16.quant_matmul(x, w, square)), None)  # noqa: E731
+        return jax.lax.scan(step, x, stack)[0].sum()
+
+    x = jax.ShapeDtypeStruct((4, K), jnp.bfloat16)
+    for slope in (loss, jax.grad(loss), lambda x: jax.grad(loss)(x).sum()):
+        kept = jax.eval_shape(lambda x, f=slope: jax.tree.leaves(jax.vjp(f, x)[1]), x)
+        assert "uint16" in {leaf.dtype.name for leaf in kept}
+        assert max(leaf.size for leaf in kept if leaf.dtype.kind != "u") <= 2 * 4 * K
+
+
+def test_linen_trains_the_floats_of_a_tree_that_has_integers():
+    spec, weights = make_layer()
+    layer, variables = make_linen(spec, weights)
+    trainable, rest = jaxwna16.split_params(variables)
+    names = lambda tree: {name for name, leaf in tree["params"].items() if leaf is not None}  # noqa: E731
+    assert names(trainable) == {"scale", "bias"}
+    assert names(rest) == {"packed", "zero_point"}
+    x, optimizer = make_input(4, K), optax.sgd(1e-4)
+
+    def loss(trainable):
+        return (layer.apply(jaxwna16.merge_params(trainable, rest), x) ** 2).mean()
+
+    value, gradients = jax.value_and_grad(loss)(trainable)
+    updates, _ = optimizer.update(gradients, optimizer.init(trainable))
+    trained = optax.apply_updates(trainable, updates)
+    assert loss(trained) < value
+    merged = jaxwna16.merge_params(trained, rest)["params"]
+    np.testing.assert_array_equal(merged["packed"], weights["packed"])
+    assert (merged["scale"] != weights["scale"]).any()
+    only, _ = jaxwna16.split_params(variables, wrt=lambda path: path == "params.bias")
+    assert names(only) == {"bias"}
+
+
+def test_parts_of_different_trees_are_not_merged():
+    trainable, rest = jaxwna16.split_params(make_layer()[1])
+    with pytest.raises(jaxwna16.InputError, match=r"bias must be in one of the two trees"):
+        jaxwna16.merge_params(trainable, trainable)
+    with pytest.raises(jaxwna16.InputError, match="differ in structure"):
+        jaxwna16.merge_params({"layer": trainable}, rest)
+
+
+def test_nnx_trains_scales_by_default_and_adapters_alone_where_asked():
+    spec, weights = make_layer(use_bias=False)
+    x = make_input(4, K)
+    loss = lambda layer: (layer(x) ** 2).mean()  # noqa: E731
+    for wrt, moves in ((nnx.Param, True), (nnx.LoRAParam, False)):
+        base = QuantDense.from_weights(weights, spec)
+        layer = nnx.LoRA(K, 2, N, base_module=base, rngs=nnx.Rngs(0))
+        optimizer = nnx.Optimizer(layer, optax.sgd(1e-4), wrt=wrt)
+        gradients = nnx.grad(loss, argnums=nnx.DiffState(0, wrt))(layer)
+        assert ("base_module" in gradients) == moves
+        before = np.asarray(layer.lora_b[...])
+        optimizer.update(layer, gradients)
+        assert (np.asarray(base.scale[...]) != weights["scale"]).any() == moves
+        assert (np.asarray(layer.lora_b[...]) != before).any()

@@ -8,14 +8,16 @@ import numpy as np
 import pytest
 from flax import linen as nn
 from flax import nnx
+from jax import export
 
-from jaxwna16 import QuantMoE
+from jaxwna16 import BackendError, QuantMoE
 from tests.jaxwna16.expert_layers import (
     E,
     Experts,
     H,
     add_slowly,
     assert_loop,
+    list_floats,
     make_experts,
     make_input,
 )
@@ -174,6 +176,47 @@ def test_stacked_linen_layers_scan_under_remat(chain):
     stack = nn.scan(nn.remat(Block), length=2, **axes)(layers[0])
     found = run_both_ways(lambda x: stack.apply({"params": params}, x, None)[0], x)
     assert_same_chain(found, expected)
+
+
+def test_second_derivatives_of_a_scan_under_remat_are_those_of_the_floats():
+    """Four products, passed four times each (see test_dense.py): 16 * 256 u of the largest entry.
+    With silu and the tanh between layers, slopes are below 1.1.
+    """
+    layers, x, v = [make_experts(2, seed=seed) for seed in (0, 1)], make_input(2, H), make_input(H)
+    graph, states = stack_states(layers)
+
+    def multiply(f):
+        slope = jax.grad(lambda x: (f(x) ** 2).sum())
+        return jax.jit(jax.grad(lambda x: (slope(x) @ v).sum()))(x)
+
+    @jax.checkpoint
+    def step(x, state):
+        return jnp.tanh(nnx.merge(graph, state)(x, x[:, :2])), None
+
+    def loop(x):
+        for one in layers:
+            w13, w2 = (
+                jnp.asarray(list_floats(*w), jnp.float32)
+                for w in zip(one.stacks, one.specs, strict=True)
+            )
+            gate, up = jnp.split(jnp.einsum("th,enh->ten", x, w13), 2, axis=-1)
+            y = jnp.einsum("ten,ehn->teh", jax.nn.silu(gate) * up, w2)
+            x = jnp.tanh((jax.nn.softmax(x[:, :2])[:, :, None] * y).sum(1))
+        return x
+
+    expected = multiply(loop)
+    found = multiply(lambda x: jax.lax.scan(step, x, states)[0])
+    bound = 16 * 256 * 2.0**-24 * np.abs(expected).max()
+    np.testing.assert_allclose(found, expected, rtol=0, atol=bound)
+
+
+def test_a_symbolic_number_of_tokens_is_refused():
+    experts = make_experts(2)
+    call, _ = list_calls(experts)
+    [t] = export.symbolic_shape("t")
+    rows = (jax.ShapeDtypeStruct((t, size), jnp.float32) for size in (H, 2))
+    with pytest.raises(BackendError, match=r"x is \[t, 64\]: export the function once for each"):
+        export.export(jax.jit(call))(*rows)
 
 
 def test_abstract_layers_have_abstract_results():

@@ -231,6 +231,19 @@ def test_products_can_be_exported(platform):
         assert "xla.gpu.triton" in exported.mlir_module()
 
 
+def test_a_symbolic_number_of_tokens_is_exported_for_cpus_and_refused_for_gpus():
+    spec, weights = make_weights(scale_dtype=jnp.bfloat16)
+    x = jax.ShapeDtypeStruct((*export.symbolic_shape("t"), 96), jnp.bfloat16)
+    multiply = jax.jit(lambda x: quant_matmul(x, weights, spec))
+    exported = export.export(multiply, platforms=["cpu"])(x)
+    rows = make_x((3, 96), jnp.bfloat16)
+    assert_close(exported.call(rows), rows, weights, spec)
+    with pytest.raises(BackendError, match=r"known number of tokens, x is \[t, 96\]: export"):
+        export.export(multiply, platforms=["cpu", "cuda"])(x)
+    by_xla = jax.jit(lambda x: quant_matmul(x, weights, spec, backend="xla"))
+    export.export(by_xla, platforms=["cpu", "cuda"])(x)
+
+
 def test_gradient_leaves_integers_alone():
     spec, weights = make_weights()
     gradient = jax.grad(lambda w: quant_matmul(make_x((2, 96)), w, spec).sum(), allow_int=True)
