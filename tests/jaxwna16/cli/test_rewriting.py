@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 
 import numpy as np
 import pytest
@@ -47,14 +46,26 @@ def test_the_scheme_is_the_one_asked_for(
     assert report["ratio"] == report["source_bytes"] / report["bytes"]
 
 
-def test_ignore_replaces_the_default(call, float_folder, tmp_path):
+@pytest.mark.parametrize(
+    ("options", "modules", "head"),
+    [
+        (["--ignore", r"re:.*\.mlp\."], 8, False),
+        (["--ignore-only", r"re:.*\.mlp\."], 9, True),
+        (["--ignore-only", ""], 15, True),
+    ],
+)
+def test_ignore_adds_to_the_default_and_ignore_only_replaces_it(
+    call, float_folder, tmp_path, options, modules, head
+):
     made = tmp_path / "made"
-    argv = ["--group-size", "32", "--ignore"]
-    assert call("quantize", float_folder, made, *argv, "", "--json").report["modules"] == 15
-    shutil.rmtree(made)
-    argv.append(r"re:.*\.mlp\.")
-    assert call("quantize", float_folder, made, *argv, "--json").report["modules"] == 9
-    assert "lm_head.weight_packed" in load_file(made / "model.safetensors")
+    argv = ["--group-size", "32", *options, "--json"]
+    assert call("quantize", float_folder, made, *argv).report["modules"] == modules
+    assert ("lm_head.weight_packed" in load_file(made / "model.safetensors")) == head
+
+
+def test_adding_to_the_default_and_replacing_it_is_a_wrong_call(call, float_folder, tmp_path):
+    options = ["--ignore", "lm_head", "--ignore-only", "lm_head"]
+    assert call("quantize", float_folder, tmp_path / "made", *options).code == 2
 
 
 def test_quantize_and_dequantize_come_back_near_to_where_they_began(call, float_folder, tmp_path):
