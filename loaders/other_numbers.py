@@ -56,16 +56,14 @@ def list_other_numbers(
 def _name_numbers(found: Mapping[str, TensorInfo], quantized: bool) -> str:
     weight, words = found.get("weight"), found.get("weight_packed")
     scaled = any("scale" in role or role == "SCB" for role in found)
-    if quantized or scaled:
-        for role, info in found.items():
-            is_weight = role == "weight" or len(info.shape) > 1
-            if is_weight and words is None and info.dtype_name.startswith("float8"):
-                return f"FP8 weights ({info.dtype_name})"
     if weight is not None and scaled and np.issubdtype(weight.dtype, np.integer):
         return f"{weight.dtype_name} weights with scales"
-    if _holds_fp4(found):
-        return "FP4 weights (two in each uint8)"
-    return ""
+    if words is None and (quantized or scaled):
+        for role, info in found.items():
+            is_weight = role == "weight" or len(info.shape) > 1
+            if is_weight and info.dtype_name.startswith("float8"):
+                return f"FP8 weights ({info.dtype_name})"
+    return "FP4 weights (two in each uint8)" if _holds_fp4(found) else ""
 
 
 def _holds_fp4(found: Mapping[str, TensorInfo]) -> bool:
