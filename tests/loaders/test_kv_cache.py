@@ -46,26 +46,18 @@ def test_names_that_tools_give_them_are_known():
     assert split(*names, *(f"model.layers.0.{name}" for name in OTHERS)) == names
 
 
-@pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.filterwarnings("ignore")
-def test_all_that_compressed_tensors_adds_for_a_cache_is_known(symmetric):
+@pytest.mark.parametrize("strategy", ["tensor", "attn_head"])
+def test_all_that_compressed_tensors_gives_an_attention_module_is_known(strategy):
+    torch = pytest.importorskip("torch")
     quantization = pytest.importorskip("compressed_tensors.quantization")
-    transformers = pytest.importorskip("transformers")
-    sizes = {"num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 32, "vocab_size": 8}
-    config = transformers.AutoConfig.for_model("llama", **sizes, num_attention_heads=4)
-    model = transformers.AutoModelForCausalLM.from_config(config)
-    before = set(model.state_dict())
-    scheme = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "tensor"}
-    weights = {"num_bits": 4, "symmetric": symmetric, "group_size": 32}
-    applied = quantization.QuantizationConfig(
-        config_groups={"group_0": {"targets": ["Linear"], "weights": weights}},
-        kv_cache_scheme=scheme,
-    )
-    quantization.apply_quantization_config(model, applied, show_progress=False)
-    added = [name for name in model.state_dict() if name not in before]
-    expected = [name for name in added if "_proj." not in name and "lm_head." not in name]
-    assert {name.rpartition(".")[2] for name in expected} >= {"k_scale", "v_scale"}
-    assert split(*added) == expected
+    initialize = pytest.importorskip("compressed_tensors.quantization.lifecycle.initialize")
+    args = quantization.QuantizationArgs(num_bits=8, type="float", strategy=strategy)
+    module = torch.nn.Module()
+    for name in "qkv":
+        initialize.initialize_qparams(module, name, args, (2, None, 32), torch.bfloat16)
+    names = [f"{ATTENTION}.{name}" for name in module.state_dict()]
+    assert {f"{ATTENTION}.{name}_scale" for name in "qkv"} < set(names)
+    assert split(*names) == names
 
 
 def write(folder, *, packed: bool, **config) -> Path:

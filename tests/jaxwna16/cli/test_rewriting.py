@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from tests.jaxwna16.cli.checkpoints import edit_tensors
+from jaxwna16.language import load_model
+from jaxwna16.models.params import list_leaves
+from tests.jaxwna16.cli.checkpoints import edit_config, edit_tensors
 
 
 def read_weights(folder) -> dict:
@@ -130,6 +132,33 @@ def test_what_is_not_packed_cannot_be_dequantized(call, float_folder, tmp_path):
     outcome = call("dequantize", float_folder, tmp_path / "made")
     assert outcome.code == 1
     assert "no module is quantized" in outcome.err
+
+
+def test_the_way_out_of_a_quantized_cache_works_everywhere(call, packed_folder, broken, tmp_path):
+    scales = {
+        f"model.layers.{i}.self_attn.{name}": np.ones(1, np.float32)
+        for i in (0, 1)
+        for name in ("k_scale", "v_scale", "k_proj.output_scale")
+    }
+    edit_tensors(broken, lambda tensors: tensors.update(scales))
+    edit_config(broken, lambda c: c["quantization_config"].update(kv_cache_scheme={"num_bits": 8}))
+    outcome = call("verify", broken)
+    assert outcome.code == 1
+    assert "kv_cache_scheme" in outcome.err and "(set it to null: " in outcome.err
+    edit_config(broken, lambda c: c["quantization_config"].update(kv_cache_scheme=None))
+    for verb in ("verify", "inspect"):
+        outcome = call(verb, broken, "--json")
+        assert outcome.code == 0
+        [warning] = outcome.report["warnings"]
+        assert "and 5 more tensors not read: scales of a quantized key-value cache" in warning
+    assert call("dequantize", broken, tmp_path / "floats").code == 0
+    assert not any("scale" in name for name in load_file(tmp_path / "floats" / "model.safetensors"))
+    model, expected = load_model(broken), load_model(packed_folder)
+    assert model.warnings == (warning,)
+    leaves = list_leaves(expected)
+    for path, leaf in list_leaves(model).items():
+        np.testing.assert_array_equal(leaf, leaves.pop(path))
+    assert not leaves
 
 
 @pytest.mark.parametrize(
