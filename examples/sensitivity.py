@@ -173,7 +173,7 @@ def main(arguments: list[str] | None = None) -> None:
     Console().print(make_table(rows, total))
     print(
         f"jaxwna16 quantize {folder} DST --bits {options.bits} --group-size {options.group_size}"
-        f" --{'' if options.symmetric else 'a'}symmetric --ignore lm_head"
+        f" --{'' if options.symmetric else 'a'}symmetric"
         f" --ignore 're:.*{re.escape(worst)}'"
     )
 

@@ -115,6 +115,10 @@ class AwqGptqConfig:
                 return rule.scheme
         return self.scheme
 
+    def refuses(self, module: str) -> bool:
+        """Never: what cannot be read is said of the whole config."""
+        return False
+
     def check_groups(
         self, modules: Mapping[str, Mapping[str, TensorInfo]]
     ) -> tuple[list[Fault], list[str]]:

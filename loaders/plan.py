@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,16 @@ from loaders.experts import (
     split_name,
 )
 from loaders.folder import Scan, list_remarks, read_config, scan_tensors
+from loaders.kv_cache import describe_cache_scales, split_cache_scales
 from loaders.modules import ROLES, QuantizedModule, plan_modules, split_experts
-from loaders.quantization_config import Scheme, are_tied, list_prefixes, parse_quantization
+from loaders.other_numbers import find_other_numbers, list_other_numbers
+from loaders.quantization_config import (
+    Scheme,
+    are_tied,
+    list_prefixes,
+    parse_quantization,
+    says_quantization,
+)
 from loaders.safetensors_file import TensorInfo
 from loaders.sizes import find_sizes
 from pallas_kernels.spec import QuantSpec
@@ -162,19 +170,30 @@ def survey_folder(
     config = read_config(folder, follow_links=follow_links)
     quantization, faults = parse_quantization(config)
     scan = _scan(folder, faults, follow_links)
-    by_module, clashes = _group_by_module(scan.tensors)
-    by_module, misnamed = name_roles(by_module, quantization)
+    is_quantized = says_quantization(config)
+    tensors, cache_scales = split_cache_scales(scan.tensors) if is_quantized else (scan.tensors, [])
+    by_module, clashes = _group_by_module(tensors)
+    others = find_other_numbers(by_module, quantized=is_quantized)
+    named, misnamed = name_roles(_leave_out(by_module, others), quantization)
+    by_module |= named
     clashes += misnamed
     refused, remarks = quantization.check_groups(by_module)
-    packed = {p: found for p, found in by_module.items() if not found.keys().isdisjoint(ROLES)}
+    unsaid = {path: kind for path, kind in others.items() if not quantization.refuses(path)}
+    clashes += list_other_numbers(unsaid, by_module)
+    packed = {
+        path: found
+        for path, found in by_module.items()
+        if path not in others and not found.keys().isdisjoint(ROLES)
+    }
     torn = {split_name(name)[0] for name in scan.absent}
     is_clear = not faults and not refused
     unread = packed.keys() & torn if is_clear else packed.keys()
     schemes = {path: quantization.find_scheme(path) for path in packed if path not in unread}
     sizes = find_sizes(packed, schemes, headers_only=headers_only, unsound=scan.unsound)
-    read = {path: found for path, found in by_module.items() if path not in unread}
+    read = _leave_out(by_module, {*unread, *others})
     members, wrong, broken = _plan_members(read, schemes, sizes, quantization.version)
-    broken += unread
+    members |= {name: {} for path in others for name in _name_parts(path, by_module[path])}
+    broken += [*unread, *others]
     stacks, unstacked = plan_stacks(members, config) if is_clear else ({}, [])
     cut = {name for fault in unstacked if (name := _name_layer(fault))}
     # what lacks a file is said of the file
@@ -194,7 +213,7 @@ def survey_folder(
     warnings = [*remarks, *quantization.describe_unused(modules)]
     warnings += list_remarks(folder, config, {info.file for info in scan.tensors.values()})
     warnings += [*_list_absent_zero_points(quantized), *_list_short_groups(quantized)]
-    warnings += describe_mixed(stacks, quantized)
+    warnings += [*describe_mixed(stacks, quantized), *describe_cache_scales(cache_scales)]
     return Survey(
         Plan(folder, config, quantized, plain, stacks, tuple(warnings), follow_links),
         tuple(join_alike(suggest(faults, _MEND))),
@@ -328,9 +347,19 @@ def _plan_members(
         except CheckpointError as error:
             faults += error.faults
             broken.append(path)
-            names = name_slices(path, found) if stacked else [path]
-            members |= {name: {} for name in names}
+            members |= {name: {} for name in _name_parts(path, found)}
     return members, faults, broken
+
+
+def _name_parts(path: str, found: Mapping[str, TensorInfo]) -> list[str]:
+    """A module's path; or those of the experts that it holds."""
+    return name_slices(path, found) if are_stacked(path, found) else [path]
+
+
+def _leave_out(
+    by_module: Mapping[str, dict[str, TensorInfo]], paths: Collection[str]
+) -> dict[str, dict[str, TensorInfo]]:
+    return {path: found for path, found in by_module.items() if path not in paths}
 
 
 def _locate(part: QuantizedModule | TensorInfo) -> tuple[str, int]:

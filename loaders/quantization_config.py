@@ -60,6 +60,10 @@ class QuantizationConfig:
         found = self._find_group(module, name_classes(module))
         return found if isinstance(found, Scheme) else None
 
+    def refuses(self, module: str) -> bool:
+        """Whether the module is in a group that cannot be read."""
+        return isinstance(self._find_group(module, name_classes(module)), Refusal)
+
     def list_unused(self, modules: Collection[str]) -> list[str]:
         """The targets and the entries of `ignore` that match none of the modules.
 
@@ -236,6 +240,11 @@ def drop_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
     return left
 
 
+def says_quantization(config: Mapping[str, Any]) -> bool:
+    """Whether config.json says anything of quantization, be it that there is none."""
+    return drop_quantization(config) != dict(config)
+
+
 def _parse(raw: Any, field: str) -> tuple[QuantizationConfig | AwqGptqConfig, list[Fault]]:
     """Dispatch on quant_method: each has its own reader in `_READERS`."""
     if not isinstance(raw, dict):
@@ -309,7 +318,8 @@ def _check_header(raw: Mapping[str, Any], field: str) -> list[Fault]:
         "kv_cache_scheme": (
             kv_cache is not None,
             "a quantized key-value cache changes results",
-            "null here runs the model with the cache of an unquantized one",
+            "set it to null: the model then has an unquantized cache, and the scales of the "
+            "quantized one are left out",
         ),
         "sparsity_config": (
             bool(sparsity) and not only_statistics,

@@ -37,12 +37,20 @@ def configure(parser: argparse.ArgumentParser) -> None:
     zero_points.add_argument(
         "--asymmetric", dest="symmetric", action="store_false", help="with zero points"
     )
-    parser.add_argument(
+    left_alone = parser.add_mutually_exclusive_group()
+    left_alone.add_argument(
         "--ignore",
         metavar="MODULE",
         action="append",
-        help="module to leave as it is: its path, or re: and a pattern that matches from the start "
-        "of the path, or '' for none; repeat it for more (default: lm_head and routers)",
+        help="module to leave as it is, beside heads, routers and whatever stands beside the "
+        "language model: its path, or re: and a pattern that matches from the start of the path; "
+        "repeat it for more",
+    )
+    left_alone.add_argument(
+        "--ignore-only",
+        metavar="MODULE",
+        action="append",
+        help="the same in place of what is left alone by default; '' for none",
     )
     add_json(parser, sys.modules[__name__])
 
@@ -50,7 +58,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     from jaxwna16.checkpoint import resolve_folder
     from jaxwna16.cli.rewriting import compare
-    from jaxwna16.rewrite import DEFAULT_IGNORE, quantize_checkpoint
+    from jaxwna16.rewrite import quantize_checkpoint
 
     source, destination = resolve_folder(args.source), Path(args.destination)
     started = time.perf_counter()
@@ -60,7 +68,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         bits=args.bits,
         group_size=-1 if args.group_size == _CHANNEL else args.group_size,
         symmetric=args.symmetric,
-        ignore=DEFAULT_IGNORE if args.ignore is None else filter(None, args.ignore),
+        ignore=args.ignore or (),
+        ignore_only=None if args.ignore_only is None else filter(None, args.ignore_only),
         dtype=args.dtype,
         follow_links=args.follow_links,
     )

@@ -16,14 +16,19 @@ from jaxwna16.models.language_config import LanguageConfig
 from loaders.plan import Plan
 
 _PREDICTS = "predicts several tokens at once, generation here is token by token"
-_BESIDE = {
-    # Qwen-VL and GLM-V; LLaVA, Mistral 3, Gemma 3; InternVL, Llama 4; Pixtral; Phi-3.5; Kimi-VL
-    "visual|vision_(tower|model|encoder|language_adapter|embed_tokens)|embed_vision|image_newline"
-    "|multi_modal_projector|mm_projector": "the vision tower",
-    # Qwen-Audio, Gemma 3n
-    "audio_(tower|model|encoder|projector)|embed_audio": "the audio tower",
-    # Qwen3-Next and later, LongCat; MiMo, ERNIE 4.5
-    r"mtp(_\w+)?": _PREDICTS,
+# reason -> patterns of the names that such parts have, outermost or in `model`: those of Qwen-VL,
+# GLM-V, LLaVA, Mistral 3, Gemma 3, InternVL, Llama 4, Pixtral, Phi-3.5, Kimi-VL; Qwen-Audio, Gemma
+# 3n; Qwen3-Next and later, LongCat, MiMo, ERNIE 4.5
+BESIDE = {
+    "the vision tower": (
+        *("visual", "vision_tower", "vision_model", "vision_encoder", "vision_language_adapter"),
+        *("vision_embed_tokens", "embed_vision", "image_newline"),
+        *("multi_modal_projector", "mm_projector"),
+    ),
+    "the audio tower": (
+        *("audio_tower", "audio_model", "audio_encoder", "audio_projector", "embed_audio"),
+    ),
+    _PREDICTS: (r"mtp(_\w+)?",),
 }
 
 
@@ -38,7 +43,8 @@ class Rule:
 def list_rules(config: LanguageConfig) -> list[Rule]:
     """The rules for a model, which config.json decides where layers are concerned."""
     rules = [
-        Rule(re.compile(rf"(model\.)?({names})(\.|$)"), reason) for names, reason in _BESIDE.items()
+        Rule(re.compile(rf"(model\.)?({'|'.join(names)})(\.|$)"), reason)
+        for reason, names in BESIDE.items()
     ]
     first, count = config.num_hidden_layers, config.prediction_layers
     if count:

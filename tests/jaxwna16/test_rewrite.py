@@ -106,24 +106,27 @@ def test_everything_else_is_kept_as_it_was(tmp_path):
     assert (tmp_path / "out" / "tokenizer.json").exists()
 
 
-def test_ignored_modules_stay_floats_and_stand_in_the_config(tmp_path):
+@pytest.mark.parametrize(
+    "ignore", [["re:.*up_proj"], ["model.layers.0.up_proj"], ["re:model.*up_proj"]]
+)
+def test_ignored_modules_stay_floats_and_stand_in_the_config_beside_the_default(tmp_path, ignore):
     source = _write_source(tmp_path / "source")
-    jaxwna16.quantize_checkpoint(
-        source, tmp_path / "out", group_size=32, ignore=["re:.*up_proj", "lm_head"]
-    )
+    jaxwna16.quantize_checkpoint(source, tmp_path / "out", group_size=32, ignore=ignore)
     checkpoint = jaxwna16.load_checkpoint(tmp_path / "out")
     assert checkpoint.specs.keys() == {"model.layers.0.q_proj"}
-    ignore = checkpoint.config["quantization_config"]["ignore"]
-    assert sorted(ignore) == ["lm_head", "model.layers.0.up_proj"]
+    # a path, too, where a tool that calls the model otherwise could not translate the pattern
+    path = [] if ignore == ["re:.*up_proj"] else ["model.layers.0.up_proj"]
+    expected = list(dict.fromkeys(["lm_head", *ignore, *path]))
+    assert checkpoint.config["quantization_config"]["ignore"] == expected
     assert not checkpoint.warnings
 
 
 def test_a_head_can_be_quantized_and_a_tied_one_is_ignored(tmp_path):
     source = _write_source(tmp_path / "source")
-    jaxwna16.quantize_checkpoint(source, tmp_path / "out", group_size=32, ignore=())
+    jaxwna16.quantize_checkpoint(source, tmp_path / "out", group_size=32, ignore_only=())
     assert "lm_head" in jaxwna16.load_checkpoint(tmp_path / "out").specs
     tied = _write_source(tmp_path / "tied", tie_word_embeddings=True)
-    jaxwna16.quantize_checkpoint(tied, tmp_path / "out2", group_size=32, ignore=())
+    jaxwna16.quantize_checkpoint(tied, tmp_path / "out2", group_size=32, ignore_only=())
     checkpoint = jaxwna16.load_checkpoint(tmp_path / "out2")
     assert checkpoint.config["quantization_config"]["ignore"] == ["lm_head"]
     assert checkpoint.specs.keys() == LINEARS.keys()
@@ -243,6 +246,9 @@ def test_what_cannot_be_quantized_is_refused(tmp_path):
     [
         ({"ignore": "lm_head"}, "ignore: expected a list of modules, got the text 'lm_head'"),
         ({"ignore": ["lm_hed"]}, "'lm_hed' names no module"),
+        ({"ignore_only": ["lm_hed"]}, "'lm_hed' names no module"),
+        ({"ignore": [""]}, "'' names no module"),
+        ({"ignore": ["lm_head"], "ignore_only": []}, "ignore_only replaces it: give one"),
         ({"ignore": ["re:q_proj"]}, "'re:q_proj' names no module"),
         ({"ignore": ["re:("]}, "'re:.' is not a regular expression"),
         ({"bits": 3}, "bits must be one of"),
@@ -270,7 +276,7 @@ def test_a_head_without_a_tensor_is_ignored_whatever_ties_it(tmp_path):
     """The default of transformers' class does it for some models."""
     tensors = {"a.up_proj.weight": make_weight((64, 64)).numpy()}
     source = write_raw_folder(tmp_path / "source", {}, [tensors])
-    jaxwna16.quantize_checkpoint(source, tmp_path / "out", group_size=32, ignore=())
+    jaxwna16.quantize_checkpoint(source, tmp_path / "out", group_size=32, ignore_only=())
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["quantization_config"]["ignore"] == ["lm_head"]
 

@@ -80,7 +80,7 @@ def plain(tmp_path_factory):
     for name, beside in (("", []), (" beside", ["re:.*visual", "re:.*tower"])):
         ignore = ["lm_head", *beside]
         source, destination = folder / f"float{name}", folder / f"packed{name}"
-        quantize_checkpoint(source, destination, group_size=32, ignore=ignore)
+        quantize_checkpoint(source, destination, group_size=32, ignore_only=ignore)
     return folder
 
 

@@ -49,7 +49,7 @@ def test_a_head_that_differs_is_refused_where_transformers_unties_it(folder, cap
 def test_a_copy_is_left_out(folder, tmp_path, kind):
     edit_tensors(folder, lambda tensors: tensors.update({HEAD: tensors[EMBEDDING].copy()}))
     if kind != "float":
-        quantize_checkpoint(folder, tmp_path / "q", group_size=32, ignore=())
+        quantize_checkpoint(folder, tmp_path / "q", group_size=32, ignore_only=())
         folder = tmp_path / "q"
     with_copy = load_model(folder)
     if kind == "converted":

@@ -25,7 +25,7 @@ def test_every_dtype_comes_back_bit_for_bit(tmp_path):
     rng = np.random.default_rng(0)
     dtypes = [np.uint8, np.int8, np.uint16, np.int16, np.uint32, np.int32, np.uint64, np.int64]
     dtypes += [np.float16, ml_dtypes.bfloat16, np.float32, np.float64]
-    dtypes += [ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2]
+    dtypes += [ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2, ml_dtypes.float8_e8m0fnu]
     arrays = {np.dtype(t).name: rng.bytes(6 * np.dtype(t).itemsize) for t in dtypes}
     arrays = {
         name: np.frombuffer(raw, np.dtype(name)).reshape(2, 3) for name, raw in arrays.items()

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-import shutil
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from tests.jaxwna16.cli.checkpoints import edit_tensors
+from jaxwna16.language import load_model
+from jaxwna16.models.params import list_leaves
+from tests.jaxwna16.cli.checkpoints import edit_config, edit_tensors
 
 
 def read_weights(folder) -> dict:
@@ -47,14 +48,26 @@ def test_the_scheme_is_the_one_asked_for(
     assert report["ratio"] == report["source_bytes"] / report["bytes"]
 
 
-def test_ignore_replaces_the_default(call, float_folder, tmp_path):
+@pytest.mark.parametrize(
+    ("options", "modules", "head"),
+    [
+        (["--ignore", r"re:.*\.mlp\."], 8, False),
+        (["--ignore-only", r"re:.*\.mlp\."], 9, True),
+        (["--ignore-only", ""], 15, True),
+    ],
+)
+def test_ignore_adds_to_the_default_and_ignore_only_replaces_it(
+    call, float_folder, tmp_path, options, modules, head
+):
     made = tmp_path / "made"
-    argv = ["--group-size", "32", "--ignore"]
-    assert call("quantize", float_folder, made, *argv, "", "--json").report["modules"] == 15
-    shutil.rmtree(made)
-    argv.append(r"re:.*\.mlp\.")
-    assert call("quantize", float_folder, made, *argv, "--json").report["modules"] == 9
-    assert "lm_head.weight_packed" in load_file(made / "model.safetensors")
+    argv = ["--group-size", "32", *options, "--json"]
+    assert call("quantize", float_folder, made, *argv).report["modules"] == modules
+    assert ("lm_head.weight_packed" in load_file(made / "model.safetensors")) == head
+
+
+def test_adding_to_the_default_and_replacing_it_is_a_wrong_call(call, float_folder, tmp_path):
+    options = ["--ignore", "lm_head", "--ignore-only", "lm_head"]
+    assert call("quantize", float_folder, tmp_path / "made", *options).code == 2
 
 
 def test_quantize_and_dequantize_come_back_near_to_where_they_began(call, float_folder, tmp_path):
@@ -119,6 +132,33 @@ def test_what_is_not_packed_cannot_be_dequantized(call, float_folder, tmp_path):
     outcome = call("dequantize", float_folder, tmp_path / "made")
     assert outcome.code == 1
     assert "no module is quantized" in outcome.err
+
+
+def test_the_way_out_of_a_quantized_cache_works_everywhere(call, packed_folder, broken, tmp_path):
+    scales = {
+        f"model.layers.{i}.self_attn.{name}": np.ones(1, np.float32)
+        for i in (0, 1)
+        for name in ("k_scale", "v_scale", "k_proj.output_scale")
+    }
+    edit_tensors(broken, lambda tensors: tensors.update(scales))
+    edit_config(broken, lambda c: c["quantization_config"].update(kv_cache_scheme={"num_bits": 8}))
+    outcome = call("verify", broken)
+    assert outcome.code == 1
+    assert "kv_cache_scheme" in outcome.err and "(set it to null: " in outcome.err
+    edit_config(broken, lambda c: c["quantization_config"].update(kv_cache_scheme=None))
+    for verb in ("verify", "inspect"):
+        outcome = call(verb, broken, "--json")
+        assert outcome.code == 0
+        [warning] = outcome.report["warnings"]
+        assert "and 5 more tensors not read: scales of a quantized key-value cache" in warning
+    assert call("dequantize", broken, tmp_path / "floats").code == 0
+    assert not any("scale" in name for name in load_file(tmp_path / "floats" / "model.safetensors"))
+    model, expected = load_model(broken), load_model(packed_folder)
+    assert model.warnings == (warning,)
+    leaves = list_leaves(expected)
+    for path, leaf in list_leaves(model).items():
+        np.testing.assert_array_equal(leaf, leaves.pop(path))
+    assert not leaves
 
 
 @pytest.mark.parametrize(
