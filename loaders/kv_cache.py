@@ -15,8 +15,13 @@ from collections.abc import Collection, Mapping
 
 from loaders.safetensors_file import TensorInfo
 
-_ENDS = ("_scale", "_zero_point", "_offset")  # what is quick to tell
-_KIND = "(?:scale|global_scale|zero_point)"
+_KINDS = ("scale", "global_scale", "zero_point")
+_KIND = f"(?:{'|'.join(_KINDS)})"
+# what is quick to tell
+_ENDS = (
+    *(f"{of}_{kind}" for of in ("q", "k", "v", "p", "prob", "output") for kind in _KINDS),
+    *("kv_cache_scale", "kv_cache_offset"),
+)
 _SCALE = re.compile(
     rf"(?:.*\.)?(?:\w*(?:attn|attention)(?:\.impl)?\.(?:[qkvp]|kv|prob|prob_output)_{_KIND}"
     rf"|(?:[qkv]|kv|qkv)_proj\.(?:(?:[qkv]|kv|output)_{_KIND}|kv_cache_(?:scale|offset)))"
