@@ -51,7 +51,7 @@ _PATTERNS = (
     (11, r"scales are not finite|zero points are outside of"),
     (17, r"its arrays take|there is no memory for"),
     (14, r"experts? (are|is) missing|is missing in experts|at least one expert|experts of config"),
-    (14, r"contradict each other: |the same place among|gate and up|must be alike|in each expert"),
+    (14, r"contradict each other: |the same place among|gate and up|must have one shape|in each expert"),
     (14, r"packed together or one after|where the stack of the experts"),
     (14, r"(expected|more than) \d+ experts"),
     (13, r"says that it is not converted"),
