@@ -159,7 +159,7 @@ def test_packed_module_that_no_target_matches_is_refused(tmp_path):
     assert name == PATH
     assert "no target of config_groups matches it, or it is ignored" in what
     other = write_folder(tmp_path / "none", {}, [prefix_names(PATH, GOOD)])
-    assert _list_faults(other)[0][1] == PATH
+    assert _list_faults(other)[0][1] == "quantization_config"
 
 
 def test_wrong_number_of_bits_is_a_contradiction_of_shapes(tmp_path):
