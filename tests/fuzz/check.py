@@ -102,7 +102,7 @@ def _verify(folder: Path) -> None:
     Raises:
       CheckpointError: of all the faults that it finds.
     """
-    report = verify.run(argparse.Namespace(checkpoint=folder, oracle=False))
+    report = verify.run(argparse.Namespace(checkpoint=folder, oracle=False, follow_links=False))
     if "error" in report:
         raise CheckpointError(folder, [Fault(**fault) for fault in report["error"]["faults"]])
 
