@@ -40,8 +40,9 @@ def quant_matmul(
     """Compute x @ W.T + bias for a packed weight W[N, K].
 
     Differentiable with respect to x, scale and bias, in both modes and to any order; the packed
-    weight is what is kept for the backward pass, never its float expansion. To lower for a GPU that is absent, jax
-    0.11 and later need `jax.sharding.use_abstract_mesh` with an abstract device around it.
+    weight is what is kept for the backward pass, never its float expansion. To lower for a GPU that
+    is absent, jax 0.11 and later need `jax.sharding.use_abstract_mesh` with an abstract device
+    around it.
 
     Args:
       x: [..., K] float32, bfloat16 or float16.
