@@ -184,6 +184,8 @@ def test_second_derivatives_of_a_scan_under_remat_are_those_of_the_floats():
     """
     layers, x, v = [make_experts(2, seed=seed) for seed in (0, 1)], make_input(2, H), make_input(H)
     graph, states = stack_states(layers)
+    pairs = [zip(one.stacks, one.specs, strict=True) for one in layers]
+    floats = [[list_floats(*pair).astype(np.float32) for pair in two] for two in pairs]
 
     def multiply(f):
         slope = jax.grad(lambda x: (f(x) ** 2).sum())
