@@ -53,6 +53,7 @@ lock: .venv-lock/bin/uv
 # CPU benchmarks against transformers; results go to benchmarks/results
 bench: $(VENV)/.test
 	$(BIN)/python benchmarks/language_speed.py
+	$(BIN)/python benchmarks/first_token.py
 	$(BIN)/python benchmarks/loading.py
 	$(BIN)/python benchmarks/plot.py
 
