@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import export, lax
+from jax.core import ShapedArray
 from jax.custom_derivatives import SymbolicZero
 from jax.extend.core import Primitive, concrete_or_error
 from jax.interpreters import mlir
@@ -110,5 +111,5 @@ def _raise(_, *, message: str):
 
 _refuse = Primitive("refuse")
 _refuse.multiple_results = True
-_refuse.def_abstract_eval(lambda *, message: [jax.core.ShapedArray((), jnp.float32)])
+_refuse.def_abstract_eval(lambda *, message: [ShapedArray((), jnp.float32)])
 mlir.register_lowering(_refuse, _raise)

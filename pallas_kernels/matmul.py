@@ -178,8 +178,9 @@ def _run(call: _Call, x: jax.Array, weights: Sequence[Weights]) -> list[jax.Arra
     if "perm" in weights[0]:
         rows = jnp.take(rows, weights[0]["perm"], axis=1)
     if rows.shape[0]:
-        paths = (functools.partial(path, call) for path in (_multiply_by_xla, _multiply_by_triton))
-        ys: Any = choose_at_lowering(*paths, call.backend, x.dtype)(rows, plain)
+        by_xla = functools.partial(_multiply_by_xla, call)
+        by_triton = functools.partial(_multiply_by_triton, call)
+        ys: Any = choose_at_lowering(by_xla, by_triton, call.backend, x.dtype)(rows, plain)
     else:
         ys = [
             jnp.zeros((0, s.out_features), x.dtype) for s in call.specs[: 1 if call.gated else None]

@@ -96,8 +96,11 @@ def quant_moe(
     _check_call(x, ids, weights, sizes, options, shared)
     check_backend(backend, x.dtype)
     call = _Call(spec13, spec2, experts, options, backend)
-    paths = (functools.partial(path, call) for path in (_run_by_xla, _run_by_triton))
-    run = choose_at_lowering(*paths, backend, x.dtype)
+    by_xla, by_triton = (
+        functools.partial(_run_by_xla, call),
+        functools.partial(_run_by_triton, call),
+    )
+    run = choose_at_lowering(by_xla, by_triton, backend, x.dtype)
     return _fold(run, x, ids, weights, expert_offset, shared, (w13, w2))
 
 
