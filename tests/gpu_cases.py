@@ -118,15 +118,13 @@ class Grouping:
 def list_core() -> list[Case | Grouping]:
     """Some of the budgeted cases, and of the other schedules and GPUs."""
     return [
-        *(Case("sm_90a", tokens, 4, "bfloat16", 128) for tokens in (5, 8, 64, 250)),
-        Case("sm_90a", 8, 8, "bfloat16", 128),
+        *(Case("sm_90a", tokens, 4, "bfloat16", 128) for tokens in (8, 64, 250)),
         Case("sm_90a", 8, 4, "float16", 64),
         Case("sm_80", 64, 4, "bfloat16", 32),
         Case("sm_100a", 64, 4, "float16", 64),
         Case("sm_90a", 16, 4, "bfloat16", 128, gated=True),
         Case("sm_90a", 64, 4, "bfloat16", 128, experts=FIRST),
         Case("sm_90a", 256, 4, "bfloat16", 128, experts=SECOND),
-        Case("sm_90a", 4096, 4, "bfloat16", 128, experts=FIRST),
         Case("sm_90a", 16, 4, "bfloat16", 16),
         Case("sm_89", 256, 4, "bfloat16", 80, experts=FIRST, scale_dtype="float32"),
         Grouping("sm_90a", 512, 4096, 8),

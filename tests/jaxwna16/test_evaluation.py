@@ -14,6 +14,7 @@ from flax import nnx
 
 from jaxwna16.errors import InputError, ModelError
 from jaxwna16.evaluation import cut_windows, measure_perplexity, read_text, relate_to_text
+from tests.grids import cover
 
 VOCABULARY = 37
 
@@ -54,8 +55,7 @@ def compute_reference(model, tokens, window: int) -> float:
     return -np.log(np.take_along_axis(likelihood, rows[:, 1:, None], -1)).mean()
 
 
-@pytest.mark.parametrize("window", [2, 16, 50])
-@pytest.mark.parametrize("batch", [1, 3, 1000])
+@pytest.mark.parametrize(("window", "batch"), cover([2, 16, 50], [1, 3, 1000]))
 def test_it_is_that_of_numpy(model, tokens, window, batch):
     found = measure_perplexity(model, tokens, window=window, batch=batch)
     expected = compute_reference(model, tokens, window)

@@ -63,7 +63,7 @@ def test_bfloat16_is_as_close_to_float32_as_transformers_in_bfloat16_is(family):
 @pytest.mark.parametrize(
     "family",
     [
-        pytest.param(f, marks=[] if f in ("llama", *SLIDING) else [pytest.mark.thorough])
+        pytest.param(f, marks=[] if f in SLIDING else [pytest.mark.thorough])
         for f in FAMILIES
         if f != "llama, dynamic rope past its length"
     ],
@@ -80,7 +80,14 @@ def test_a_row_in_pieces_and_then_token_by_token_equals_the_row_at_once(family):
 
 
 @pytest.mark.parametrize(
-    "family", ["llama", "llama, dynamic rope past its length", "qwen2, second layer sliding"]
+    "family",
+    [
+        "qwen2, second layer sliding",
+        *(
+            pytest.param(f, marks=pytest.mark.thorough)
+            for f in ("llama", "llama, dynamic rope past its length")
+        ),
+    ],
 )
 def test_a_row_does_not_depend_on_its_neighbours(family):
     model = convert(make_reference(family))

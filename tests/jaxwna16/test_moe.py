@@ -70,16 +70,21 @@ def test_both_layers_are_the_loop_whatever_the_options(options, names):
 @pytest.mark.parametrize(
     ("dtype", "options"),
     [
-        (jnp.bfloat16, {"backend": "xla", "scale_dtype": jnp.bfloat16, "bias": True}),
         (jnp.float16, {"backend": "xla", "scale_dtype": jnp.float16, "weigh": "input"}),
-        (jnp.bfloat16, {"backend": "triton", "scale_dtype": jnp.bfloat16}),
-        (
-            jnp.float16,
-            {"backend": "triton", "activation": "swigluoai", "interleaved": True, "bias": True},
-        ),
-        (
-            jnp.bfloat16,
-            {"backend": "triton", "activation": "gelu", "gated": False, "weigh": "input"},
+        (jnp.bfloat16, {"backend": "triton", "scale_dtype": jnp.bfloat16, "bias": True}),
+        *(
+            pytest.param(*case, marks=pytest.mark.thorough)
+            for case in (
+                (jnp.bfloat16, {"backend": "xla", "scale_dtype": jnp.bfloat16, "bias": True}),
+                (
+                    jnp.float16,
+                    {"backend": "triton", "activation": "swigluoai", "interleaved": True},
+                ),
+                (
+                    jnp.bfloat16,
+                    {"backend": "triton", "activation": "gelu", "gated": False, "weigh": "input"},
+                ),
+            )
         ),
     ],
 )

@@ -67,7 +67,7 @@ def test_in_bfloat16_the_router_is_as_wide_as_that_of_transformers(family):
     assert (error <= step * np.maximum(np.abs(expected), 1)).all()
 
 
-@pytest.mark.parametrize("family", sample(FAMILY_OF_EACH_TYPE, every=4))
+@pytest.mark.parametrize("family", sample(FAMILY_OF_EACH_TYPE, every=5))
 def test_32_greedy_tokens_are_those_of_transformers(family):
     reference = make_reference(family)
     prompt = random_tokens(1, 11)
@@ -168,7 +168,7 @@ def test_experts_that_are_missing_or_too_few_are_listed():
     ]
 
 
-@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe"])
+@pytest.mark.parametrize("family", sample(["mixtral", "qwen2_moe"], every=2))
 def test_bfloat16_is_as_close_to_float32_as_transformers_in_bfloat16_is(family):
     """With every expert chosen, since the 16-bit logits of a router may choose others."""
     reference = make_reference(family, num_experts_per_tok=8)

@@ -93,7 +93,7 @@ def load(tmp_path_factory):
 
 @pytest.mark.parametrize(
     "kind",
-    mark(range(len(KINDS)), always={0, 1, 3, 5, 7, 9}),
+    mark(range(len(KINDS)), always={0, 3, 7}),
     ids=lambda kind: "-".join(map(str, kind[:4])),
 )
 def test_logits_and_chosen_experts_are_those_of_the_decompressed_weights(load, kind):
@@ -107,7 +107,7 @@ def test_logits_and_chosen_experts_are_those_of_the_decompressed_weights(load, k
 
 
 @pytest.mark.parametrize(
-    "kind", mark([0, 3, 6, 9], always={0, 3}), ids=lambda kind: "-".join(map(str, kind[:4]))
+    "kind", mark([0, 3, 6, 9], always={3}), ids=lambda kind: "-".join(map(str, kind[:4]))
 )
 def test_the_decompressed_folder_itself_gives_the_same_logits(load, kind):
     reference, _, folders = load(*kind)
@@ -127,7 +127,7 @@ def test_gate_and_up_may_have_other_bits_and_groups_than_down(load):
     assert error < 1e-4
 
 
-@pytest.mark.parametrize("kind", mark([0, 3, 7], always={3, 7}))
+@pytest.mark.parametrize("kind", mark([0, 3, 7], always={7}))
 def test_32_greedy_tokens_are_those_of_the_decompressed_weights(load, kind):
     reference, model, _ = load(*kind)
     prompt = random_tokens(1, 11)

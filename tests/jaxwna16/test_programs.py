@@ -139,6 +139,15 @@ def test_an_error_of_the_compiler_comes_as_it_is():
     assert caught.value is error
 
 
+@pytest.fixture
+def _own_ctrl_c():
+    """Python's own handler of SIGINT, which a test worker does not have."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_own_ctrl_c")
 def test_waiting_can_be_interrupted():
     go_on = threading.Event()
     compilation = Compilation({"long": Slow(lambda: go_on.wait(60))})

@@ -125,7 +125,7 @@ def draw_routings(draw, scoring: str):
 def test_every_choice_is_that_of_the_enumeration(scoring):
     seen = set()
 
-    @settings(max_examples=150, deadline=None, derandomize=True)
+    @settings(max_examples=100, deadline=None, derandomize=True)
     @given(draw_routings(scoring))
     def hold(drawn):
         routing, row, bias = drawn
