@@ -260,14 +260,17 @@ def _choose_decode(spec: QuantSpec, block_m: int, device: Device, *, wide: bool)
     # Wide where x weighs: each program reads all of its K again.
     large = device.is_hopper and spec.bits == 4 and block_m in (16, 32) and spec.tiles_n >= 64
     wide = wide and large
-    # With a stage more the assembler was seen to keep in registers what it else spills.
+    # With fewer stages the assembler was seen to spill, or to spend more instructions.
     deep = device.is_hopper and spec.bits == 4 and block_m == 8 and pair
+    if spec.is_mixed and device.is_blackwell and block_m <= 16:
+        # seen to take two fifths of the instructions of 128 features
+        return Tiles(block_m=block_m, block_n=TILE_N, block_k=spec.tile_k, warps=2)
     return Tiles(
         block_m=block_m,
         block_n=256 if wide else 128,
         block_k=spec.tile_k * (2 if pair else 1),
         warps=8 if wide else 2 if spec.bits == 8 and block_m == 8 else 4,
-        stages=4 if deep else 3,
+        stages=5 if deep else 3,
     )
 
 

@@ -109,7 +109,12 @@ def multiply(
 def can_pair(spec: QuantSpec, tiles: Tiles, scale_dtype, device: Device) -> bool:
     """Whether one program can hold the words and, in registers, the sums of gate and up."""
     most = 32 if spec.groups == 1 or spec.group_size >= 128 else 8
-    crowded = spec.bits == 8 and spec.groups > 1 and tiles.warps == 2
+    before_hopper = not (device.is_hopper or device.is_blackwell)
+    crowded = (
+        spec.bits == 8
+        and spec.groups > 1
+        and (tiles.warps == 2 or (tiles.block_m == 32 and before_hopper))
+    )
     pair = dataclasses.replace(tiles, block_n=2 * tiles.block_n)
     return tiles.block_m <= most and not crowded and fits(pair, spec, scale_dtype, device)
 
