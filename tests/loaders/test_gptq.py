@@ -287,11 +287,14 @@ def test_tensors_of_another_tool_than_the_config_names_are_refused(tmp_path):
     said = [fault.what for fault in faults if "is a tensor of compressed-tensors" in fault.what]
     assert len(said) == 1
     assert all(f"m.{role}" in said[0] for role in packed)
-    for i, quantization in enumerate([None, describe_pack_quantized(linear)]):
+    tensors = [prefix_names("m", pack_gptq(linear))]
+    for quantization, named in (
+        (None, "quantization_config"),
+        (describe_pack_quantized(linear), "m.qweight"),
+    ):
         config = {"quantization_config": quantization}
-        tensors = [prefix_names("m", pack_gptq(linear))]
-        [fault] = list_faults(write_folder(tmp_path / f"b{i}", config, tensors))
-        assert fault.tensor == "m.qweight"
+        [fault] = list_faults(write_folder(tmp_path / named, config, tensors))
+        assert fault.tensor == named
         assert "quantize_config.json" in fault.way_out
 
 
