@@ -59,7 +59,9 @@ def test_ctrl_c_is_exit_code_130(call, monkeypatch):
 )
 def test_ctrl_c_while_modules_are_imported_is_exit_code_130(packed_folder, module):
     """-X importtime says on stderr which module has just been imported; others follow each."""
-    script = "import sys; from jaxwna16.cli.main import main; sys.exit(main())"
+    # a job in the background of a shell inherits that SIGINT is ignored
+    handle = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    script = f"{handle}; from jaxwna16.cli.main import main; sys.exit(main())"
     command = [sys.executable, "-X", "importtime", "-c", script, "inspect", packed_folder]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stderr is not None
