@@ -21,7 +21,9 @@ def test_a_step_keeps_its_exit_code_and_last_lines(capfd):
 def test_a_step_that_takes_too_long_is_asked_to_end_and_says_how_far_it_came(monkeypatch):
     monkeypatch.setattr(gpu_run, "_LEAST_SECONDS", 2)
     script = (
-        "import time\n"
+        "import signal, time\n"
+        # a job in the background of a shell inherits that SIGINT is ignored
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "print('started', flush=True)\n"
         "try: time.sleep(600)\n"
         "except KeyboardInterrupt: print('3 of 7 failed')\n"

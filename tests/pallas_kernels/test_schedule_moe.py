@@ -93,9 +93,9 @@ def test_one_thing_at_a_time_is_varied():
             assert len(changed) == 1
     firsts = [tiles.first for tiles in others if tiles.second == rule.second]
     seconds = [tiles.second for tiles in others if tiles.first == rule.first]
-    for parts in (firsts, seconds):
+    for parts, own in ((firsts, rule.first), (seconds, rule.second)):
         assert {(p.block_n, p.warps) for p in parts} >= {(64, 2), (64, 4), (128, 2), (256, 8)}
-        assert {p.stages for p in parts} == {3, 4}
+        assert {p.stages for p in parts} == {3, 4, own.stages}
         assert {p.block_k for p in parts} == {128, 256}
     assert {tiles.first.block_m for tiles in others} == {8, 16}
 
