@@ -56,6 +56,7 @@ _PATTERNS = (
     (14, r"packed together or one after|where the stack of the experts"),
     (14, r"(expected|more than) \d+ experts"),
     (13, r"says that it is not converted"),
+    (13, r"only packed integers are read"),
     (13, r"no target of config_groups matches|is a tensor of "),
     (13, r"^config\.json: .*(quantization|compression)_config"),
     (6, r"unknown dtype|expected a float weight"),
