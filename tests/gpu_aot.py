@@ -143,7 +143,7 @@ def compile(fn: Callable, *specs: Any, arch: str = "sm_90a", only: str = "") -> 
     ):
         lowered = jax.jit(fn).trace(*placed).lower(lowering_platforms=("cuda",))
         lowered.compile(
-            compiler_options={"xla_dump_to": folder, "xla_dump_emitter_re": "triton-to-llvm"}
+            compiler_options={"xla_dump_to": folder, "xla_dump_emitter_re": "triton-to-llvm|ptx"}
         )
         # XLA writes one file per kernel, and some that are empty or hold constants alone
         entry = re.compile(rf"\.entry\s+\w*{only}")

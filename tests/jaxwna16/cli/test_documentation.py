@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 from pathlib import Path
@@ -54,6 +55,8 @@ def calls(packed_folder, float_folder, tmp_path):
 
 @pytest.mark.parametrize("title", SHAPES)
 def test_a_report_has_the_documented_keys(call, calls, title):
+    if title == "verify":  # which asks the oracle
+        importlib.import_module("compressed_tensors")
     report = call(*calls[title], "--json").report
     unlike = {"extras"}  # its entries have the packages of one extra each as keys
     found = list_keys({key: value for key, value in report.items() if key not in unlike})
