@@ -74,7 +74,8 @@ def _group_one(local_ref, experts_ref, pairs_ref, *, experts: int, block: int) -
     counts = counts.astype(jnp.int32)
     needed = lax.div(counts + (block - 1), jnp.full_like(counts, block))
     numbers = highs[:, None] * lows.size + lows[None, :]
-    first = jnp.sum(jnp.where(numbers < expert, needed, 0))
+    # one axis after the other: jax 0.12 lowers no sum over two under a mesh with explicit axes
+    first = jnp.where(numbers < expert, needed, 0).sum(axis=1).sum(axis=0)
 
     def place(i: jax.Array, before: jax.Array) -> jax.Array:
         places, keys = load(i)
