@@ -3,7 +3,8 @@
 With experts that differ only in the order of their neurons, logits must be those of the dense
 model. With experts that were perturbed differently, perplexity must be transformers', before and
 after quantization; after it, the reference weights are what compressed-tensors decompresses from
-our files, expert by expert. To keep it short there are three experts and two windows of text.
+our files, expert by expert. To keep it short there are three experts, two windows of text and the
+first layers; `make thorough` takes all layers.
 """
 
 from __future__ import annotations
@@ -24,10 +25,11 @@ from examples.fetch_smollm2 import fetch
 from examples.make_moe import make_moe
 from jaxwna16.evaluation import read_text
 from tests.checkpoints import decompress, make_args, read_files
+from tests.smollm2 import DEPTHS
 
 TEXT = Path(__file__).parents[1] / "examples" / "data" / "persuasion.txt"
 WINDOW, WINDOWS = 128, 2
-EXPERTS, LAYERS = 3, 30
+EXPERTS = 3
 
 transformers.utils.logging.disable_progress_bar()
 
@@ -39,10 +41,15 @@ def tokens() -> list[int]:
     return jaxwna16.Tokenizer.from_folder(fetch()).encode(middle)[: WINDOW * WINDOWS]
 
 
+@pytest.fixture(scope="module", params=[8, *DEPTHS[1:]])
+def layers(request) -> int:
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def perturbed(tmp_path_factory) -> Path:
+def perturbed(layers, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("moe") / "perturbed"
-    return make_moe(fetch(), folder, experts=EXPERTS, noise=0.15)
+    return make_moe(fetch(), folder, experts=EXPERTS, noise=0.15, layers=layers)
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +74,7 @@ def compute_perplexity(logits: np.ndarray, tokens: list[int]) -> float:
     return math.exp(torch.nn.functional.cross_entropy(scored, targets).item())
 
 
-def decompress_mixtral(folder: Path) -> transformers.MixtralForCausalLM:
+def decompress_mixtral(folder: Path, layers: int) -> transformers.MixtralForCausalLM:
     """transformers' Mixtral with the weights that compressed-tensors decompresses, one by one."""
     tensors = read_files(folder)
     floats = {name: tensor for name, tensor in tensors.items() if name.endswith(".weight")}
@@ -79,7 +86,7 @@ def decompress_mixtral(folder: Path) -> transformers.MixtralForCausalLM:
         module = {role: tensors[path.removesuffix("weight") + role] for role in roles}
         floats[path] = decompress(module, make_args(spec)).float()
     state = {n.replace(".block_sparse_moe.", ".mlp."): t for n, t in floats.items()}
-    for layer in range(LAYERS):
+    for layer in range(layers):
         path = f"model.layers.{layer}.mlp.experts"
         w1, w2, w3 = (
             [state.pop(f"{path}.{expert}.{name}.weight") for expert in range(EXPERTS)]
@@ -129,13 +136,13 @@ def test_perplexity_of_perturbed_experts_agrees_to_four_digits(perturbed, tokens
 
 
 @pytest.mark.thorough  # half a minute; small models of every family are always compared
-def test_packed_experts_give_logits_and_perplexity_of_their_floats(packed, tokens):
-    reference = decompress_mixtral(packed)
+def test_packed_experts_give_logits_and_perplexity_of_their_floats(layers, packed, tokens):
+    reference = decompress_mixtral(packed, layers)
     logits = run_transformers(reference, tokens)
     del reference
     gc.collect()
     model = jaxwna16.load_model(packed)
-    assert isinstance(model.model.layers[LAYERS - 1].mlp.experts, jaxwna16.QuantMoE)
+    assert isinstance(model.model.layers[-1].mlp.experts, jaxwna16.QuantMoE)
     rows = jnp.asarray(tokens).reshape(-1, WINDOW)
     ours = np.array(jax.jit(lambda model, x: model(x))(model, rows))
     assert np.abs(ours - logits).max() <= 1e-4 * np.abs(logits).max()
