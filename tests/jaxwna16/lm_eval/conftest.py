@@ -6,8 +6,6 @@ from pathlib import Path
 
 import pytest
 import tokenizers
-import torch
-import transformers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from jaxwna16.evaluation import read_text
@@ -45,7 +43,11 @@ def train_tokenizer() -> tokenizers.Tokenizer:
 
 
 def write_checkpoint(folder: Path, tokenizer: tokenizers.Tokenizer) -> Path:
-    """Save both as transformers does."""
+    """Save both as transformers does, which is imported here: a conftest must not need it."""
+    import torch
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=VOCABULARY,
@@ -71,5 +73,4 @@ def write_checkpoint(folder: Path, tokenizer: tokenizers.Tokenizer) -> Path:
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory) -> Path:
-    transformers.utils.logging.disable_progress_bar()
     return write_checkpoint(tmp_path_factory.mktemp("lm_eval") / "tiny", train_tokenizer())
