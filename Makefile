@@ -16,6 +16,9 @@ export PIP_CONSTRAINT := $(abspath $(LOCK))
 export PIP_BUILD_CONSTRAINT := $(PIP_CONSTRAINT)
 endif
 
+# Modules are compiled once, not by each of the hundreds of processes that the tests start
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo test test-without-torch test-newest thorough lint lock clean bench gpu gpu-check fuzz
 
 demo: $(VENV)/.demo

@@ -27,15 +27,14 @@ def sample(logits: Array, key: Array, temperature: Array, top_k: Array, top_p: A
       Tokens, int32 [B]. Those of rows that are no distribution (`are_sound`) mean nothing.
     """
     filtered = (top_k > 0) | (top_p < 1)
-    branch = jnp.where(temperature > 0, 1 + filtered.astype(jnp.int32), 0)
-    return lax.switch(
-        branch,
-        [
-            lambda: jnp.argmax(logits, axis=-1).astype(jnp.int32),
-            lambda: _draw(_cool(logits, temperature), key),
-            lambda: _draw(filter_logits(_cool(logits, temperature), top_k, top_p), key),
-        ],
-    )
+
+    def draw() -> Array:
+        cooled = _cool(logits, temperature)
+        keep = lambda: filter_logits(cooled, top_k, top_p)  # noqa: E731
+        return _draw(lax.cond(filtered, keep, lambda: cooled), key)
+
+    pick = lambda: jnp.argmax(logits, axis=-1).astype(jnp.int32)  # noqa: E731
+    return lax.cond(temperature > 0, draw, pick)
 
 
 def are_sound(logits: Array) -> Array:

@@ -14,8 +14,12 @@ import pytest
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # what several tests compile is compiled once, and not kept in the user's own folder
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path(__file__).parents[1] / ".cache" / "programs")
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+# Small operations too: they are most of what is compiled, and files compile the same ones
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+
+# there is a worker for each core: a program split for several threads is only more work
+os.environ.setdefault("XLA_FLAGS", "--xla_cpu_parallel_codegen_split_count=1")
 
 import jax
 

@@ -15,7 +15,7 @@ from jaxwna16.decoding import trace_counts
 
 
 def test_a_small_model_is_measured_traced_and_written(tmp_path, monkeypatch, capsys):
-    name = "Qwen3-30B-A3B"
+    name = "Llama-3.1-8B"
     monkeypatch.setattr(model_speed, "SMALL", {name: SMALL[name]})
     monkeypatch.setattr(model_speed, "SMALL_PREFILL", Case(2, 16, 1))
     measured, trace = [], model_speed.trace

@@ -17,6 +17,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+import jaxwna16.language  # noqa: F401 - `quantize` imports it late, and each child would do so
 from jaxwna16 import convert, rewrite
 from loaders.safetensors_file import read_header, read_tensors
 

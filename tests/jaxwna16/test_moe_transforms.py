@@ -17,6 +17,7 @@ from tests.jaxwna16.expert_layers import (
     H,
     add_slowly,
     assert_loop,
+    list_floats,
     make_experts,
     make_input,
 )
@@ -177,17 +178,39 @@ def test_stacked_linen_layers_scan_under_remat(chain):
     assert_same_chain(found, expected)
 
 
-def test_second_derivatives_of_a_scan_under_remat_can_be_traced():
-    """Their rule is the one whose numbers test_dense.py holds; compiling these is expensive."""
-    graph, states = stack_states([make_experts(2, seed=seed) for seed in (0, 1)])
+def test_second_derivatives_through_a_scan_under_remat_are_those_of_the_floats():
+    """A Hessian-vector product with both of two experts chosen, which leaves a smooth mixture.
+
+    Each of two layers has two products in a row, which are passed four times (forward, backward,
+    and their tangents), with sums of less than 256 terms: 16 * 256 u of the largest entry.
+    """
+    layers = [make_experts(2, seed=seed) for seed in (0, 1)]
+    floats = [
+        [list_floats(*part).astype(np.float32) for part in zip(one.stacks, one.specs, strict=True)]
+        for one in layers
+    ]
+    graph, states = stack_states(layers)
 
     @jax.checkpoint
     def step(x, state):
         return jnp.tanh(nnx.merge(graph, state)(x, x[:, :2])), None
 
-    slope = jax.grad(lambda x: jax.lax.scan(step, x, states)[0].sum())
-    x = jax.ShapeDtypeStruct((2, H), jnp.float32)
-    assert jax.eval_shape(jax.grad(lambda x: slope(x).sum()), x).shape == (2, H)
+    def mix(x):
+        for w13, w2 in floats:
+            gate, up = jnp.split(jnp.einsum("th,enh->ten", x, w13), 2, axis=-1)
+            y = jnp.einsum("tei,ehi->teh", jax.nn.silu(gate) * up, w2)
+            x = jnp.tanh(jnp.einsum("te,teh->th", jax.nn.softmax(x[:, :2]), y))
+        return x
+
+    def multiply(f, x, v):
+        slope = jax.grad(lambda x: (f(x) ** 2).sum())
+        return jax.jit(jax.grad(lambda x: jnp.vdot(slope(x), v)))(x)
+
+    x, v = make_input(2, H) / 4, make_input(2, H, seed=5)
+    expected = multiply(mix, x, v)
+    found = multiply(lambda x: jax.lax.scan(step, x, states)[0], x, v)
+    bound = 16 * 256 * 2.0**-24 * np.abs(expected).max()
+    np.testing.assert_allclose(found, expected, rtol=0, atol=bound)
 
 
 def test_a_symbolic_number_of_tokens_is_refused():

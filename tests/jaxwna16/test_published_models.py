@@ -71,10 +71,8 @@ def test_the_decode_step_of_a_block_has_the_kernels_when_lowered_for_a_gpu(name,
     assert "__gpu$xla.gpu.triton" in lowered.as_text()
 
 
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(n, marks=[] if n == DENSE else [pytest.mark.thorough]) for n in NAMES],
-)
+@pytest.mark.thorough
+@pytest.mark.parametrize("name", NAMES)
 def test_the_decode_step_of_a_block_compiles_for_an_h200(name, block):
     """In a process of its own, since it loads the CUDA plugin."""
     if not _PLUGIN.is_dir() and importlib.util.find_spec("jax_cuda13_plugin") is None:

@@ -125,7 +125,7 @@ def test_rows_of_several_lengths_in_chunks_are_as_each_alone(load, kind):
         assert relative_error(logits[row : row + 1, :length], expected) < 1e-4
 
 
-@pytest.mark.parametrize("kind", FULL)
+@pytest.mark.parametrize("kind", [pytest.param(FULL[0], marks=pytest.mark.thorough), FULL[1]])
 def test_128_greedy_tokens_are_those_of_the_decompressed_weights(load, kind):
     reference, model, _ = load(kind)
     prompt = random_tokens(1, 11)
