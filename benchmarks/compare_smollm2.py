@@ -36,8 +36,8 @@ def main() -> None:
     from benchmarks.machine import RESULTS, write_result
     from examples.fetch_smollm2 import fetch
     from jaxwna16.comparison import compare_checkpoints, open_plans
-    from jaxwna16.comparison_plot import draw
-    from jaxwna16.evaluation import read_text
+    from jaxwna16.evaluation.comparison_plot import draw
+    from jaxwna16.evaluation.perplexity import read_text
 
     source = fetch()
     shutil.rmtree(FOLDER, ignore_errors=True)

@@ -99,7 +99,7 @@ def start(way: str, programs: str) -> dict[str, Any]:
 def run(way: str) -> dict[str, Any]:
     """One way in this process: load, then time one call from the prompt on."""
     import jaxwna16
-    from jaxwna16 import generation
+    from jaxwna16.generation import tokens as generation
 
     if way == "one after the other":
         generation.Compilation = OneAfterTheOther

@@ -66,8 +66,8 @@ TUNED_EXPERTS = "qwen3-30b-a3b,mixtral-8x7b"
 _FIND_TABLE = """
 import sys
 from jaxwna16.bench.tune import read_tuned
-from pallas_kernels.device import UNKNOWN, find_device
-from pallas_kernels.tile_tables import user_table_path
+from pallas_kernels.tiles.device import UNKNOWN, find_device
+from pallas_kernels.tiles.tables import user_table_path
 
 device = find_device()
 if device == UNKNOWN:

@@ -140,7 +140,7 @@ def serve(name: str) -> None:
 def make_prompts(batch: int) -> list[list[int]]:
     """The first tokens of the second half of the shipped text."""
     import jaxwna16
-    from jaxwna16.evaluation import read_text
+    from jaxwna16.evaluation.perplexity import read_text
 
     text = read_text(ROOT / "examples" / "data" / "persuasion.txt")
     tokenizer = jaxwna16.Tokenizer.from_folder(FOLDER / "packed")
@@ -151,7 +151,7 @@ def make_prompts(batch: int) -> list[list[int]]:
 def load_ours(folder: Path) -> Any:
     """jaxwna16 in float32."""
     import jaxwna16
-    from jaxwna16.generation import generate_tokens
+    from jaxwna16.generation.tokens import generate_tokens
 
     model = jaxwna16.load_model(folder, dtype="float32", progress=False)
 

@@ -98,9 +98,9 @@ def choose_loaders(name: str, folder: Path, symmetric: bool) -> list[str]:
 
 def summarize(folder: Path, samples: dict[str, Any]) -> dict[str, Any]:
     """Medians, what jaxwna16 promises to keep to, and how near it comes to plain reading."""
-    from loaders.converted import open_plan
+    from loaders.converted.converted import open_plan
+    from loaders.files.safetensors_file import TensorInfo
     from loaders.plan import make_plan
-    from loaders.safetensors_file import TensorInfo
 
     plan = make_plan(folder)
     tensors = [

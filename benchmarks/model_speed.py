@@ -49,10 +49,10 @@ from jaxwna16.bench.limits import measure_limits  # noqa: E402
 from jaxwna16.bench.machine import describe_machine  # noqa: E402
 from jaxwna16.bench.shapes import parse_counts  # noqa: E402
 from jaxwna16.bench.timing import ON_CPU, ON_GPU  # noqa: E402
-from jaxwna16.generation import GenerationResult, generate_tokens  # noqa: E402
+from jaxwna16.generation.tokens import GenerationResult, generate_tokens  # noqa: E402
 from jaxwna16.models.causal_lm import CausalLM  # noqa: E402
 from jaxwna16.models.families import find_family  # noqa: E402
-from pallas_kernels.spec import QuantSpec  # noqa: E402
+from pallas_kernels.format.spec import QuantSpec  # noqa: E402
 
 MODELS = {
     "Qwen3-30B-A3B": dataclasses.replace(

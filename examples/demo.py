@@ -19,8 +19,8 @@ from rich.table import Table
 
 import jaxwna16
 from jaxwna16.cli.main import main as run_command
-from jaxwna16.evaluation import read_text
-from jaxwna16.generation import generate_tokens
+from jaxwna16.evaluation.perplexity import read_text
+from jaxwna16.generation.tokens import generate_tokens
 
 ROOT = Path(__file__).parents[1]
 TEXT = ROOT / "examples" / "data" / "persuasion.txt"

@@ -12,62 +12,61 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from jaxwna16 import linen as linen
-    from jaxwna16.checkpoint import Checkpoint as Checkpoint
-    from jaxwna16.checkpoint import load_checkpoint as load_checkpoint
-    from jaxwna16.convert import convert_checkpoint as convert_checkpoint
-    from jaxwna16.dense import QuantDense as QuantDense
-    from jaxwna16.dense import QuantParam as QuantParam
+    from jaxwna16.checkpoints.convert import convert_checkpoint as convert_checkpoint
+    from jaxwna16.checkpoints.load import Checkpoint as Checkpoint
+    from jaxwna16.checkpoints.load import load_checkpoint as load_checkpoint
+    from jaxwna16.checkpoints.rewrite import dequantize_checkpoint as dequantize_checkpoint
+    from jaxwna16.checkpoints.rewrite import quantize_checkpoint as quantize_checkpoint
     from jaxwna16.errors import InputError as InputError
     from jaxwna16.errors import ModelError as ModelError
     from jaxwna16.errors import NanWarning as NanWarning
-    from jaxwna16.evaluation import measure_perplexity as measure_perplexity
-    from jaxwna16.fused import gated as gated
-    from jaxwna16.fused import project as project
-    from jaxwna16.language import Generation as Generation
-    from jaxwna16.language import generate as generate
-    from jaxwna16.language import load_model as load_model
-    from jaxwna16.moe import QuantMoE as QuantMoE
+    from jaxwna16.evaluation.perplexity import measure_perplexity as measure_perplexity
+    from jaxwna16.generation.language import Generation as Generation
+    from jaxwna16.generation.language import generate as generate
+    from jaxwna16.generation.language import load_model as load_model
+    from jaxwna16.generation.text import Tokenizer as Tokenizer
+    from jaxwna16.layers.dense import QuantDense as QuantDense
+    from jaxwna16.layers.dense import QuantParam as QuantParam
+    from jaxwna16.layers.fused import gated as gated
+    from jaxwna16.layers.fused import project as project
+    from jaxwna16.layers.moe import QuantMoE as QuantMoE
+    from jaxwna16.layers.training import merge_params as merge_params
+    from jaxwna16.layers.training import split_params as split_params
     from jaxwna16.programs import keep_programs as keep_programs
-    from jaxwna16.rewrite import dequantize_checkpoint as dequantize_checkpoint
-    from jaxwna16.rewrite import quantize_checkpoint as quantize_checkpoint
-    from jaxwna16.text import Tokenizer as Tokenizer
-    from jaxwna16.training import merge_params as merge_params
-    from jaxwna16.training import split_params as split_params
     from loaders.errors import CheckpointError as CheckpointError
-    from loaders.repack import pack as pack
-    from loaders.repack import unpack as unpack
+    from loaders.modules.repack import pack as pack
+    from loaders.modules.repack import unpack as unpack
     from pallas_kernels import BackendError as BackendError
     from pallas_kernels import QuantSpec as QuantSpec
     from pallas_kernels import SpecError as SpecError
     from pallas_kernels import TableError as TableError
     from pallas_kernels import Wna16Error as Wna16Error
-    from pallas_kernels import dequantize as dequantize
     from pallas_kernels import explain as explain
     from pallas_kernels import float_moe as float_moe
     from pallas_kernels import quant_matmul as quant_matmul
     from pallas_kernels import quant_matmul_gated as quant_matmul_gated
     from pallas_kernels import quant_matmul_many as quant_matmul_many
     from pallas_kernels import quant_moe as quant_moe
-    from pallas_kernels import quantize as quantize
     from pallas_kernels import route as route
+    from pallas_kernels.format import dequantize, quantize
 
 __version__ = "0.1.0"
 
 _PLACES = {
-    "jaxwna16.checkpoint": "Checkpoint load_checkpoint",
-    "jaxwna16.convert": "convert_checkpoint",
-    "jaxwna16.dense": "QuantDense QuantParam",
+    "jaxwna16.checkpoints.load": "Checkpoint load_checkpoint",
+    "jaxwna16.checkpoints.convert": "convert_checkpoint",
+    "jaxwna16.layers.dense": "QuantDense QuantParam",
     "jaxwna16.errors": "InputError ModelError NanWarning",
-    "jaxwna16.evaluation": "measure_perplexity",
-    "jaxwna16.fused": "gated project",
-    "jaxwna16.language": "Generation generate load_model",
-    "jaxwna16.moe": "QuantMoE",
+    "jaxwna16.evaluation.perplexity": "measure_perplexity",
+    "jaxwna16.layers.fused": "gated project",
+    "jaxwna16.generation.language": "Generation generate load_model",
+    "jaxwna16.layers.moe": "QuantMoE",
     "jaxwna16.programs": "keep_programs",
-    "jaxwna16.rewrite": "dequantize_checkpoint quantize_checkpoint",
-    "jaxwna16.text": "Tokenizer",
-    "jaxwna16.training": "merge_params split_params",
+    "jaxwna16.checkpoints.rewrite": "dequantize_checkpoint quantize_checkpoint",
+    "jaxwna16.generation.text": "Tokenizer",
+    "jaxwna16.layers.training": "merge_params split_params",
     "loaders.errors": "CheckpointError",
-    "loaders.repack": "pack unpack",
+    "loaders.modules.repack": "pack unpack",
     "pallas_kernels": "BackendError QuantSpec SpecError TableError Wna16Error dequantize explain "
     "float_moe quant_matmul quant_matmul_gated quant_matmul_many quant_moe quantize route",
 }

@@ -16,9 +16,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from loaders.awq_gptq_modules import is_transposed, name_roles, plan_transposed
 from loaders.errors import CheckpointError, Fault, join_alike, shorten, suggest
-from loaders.experts import (
+from loaders.files.folder import Scan, list_remarks, read_config, scan_tensors
+from loaders.files.safetensors_file import TensorInfo
+from loaders.modules.awq_gptq_modules import is_transposed, name_roles, plan_transposed
+from loaders.modules.experts import (
     Member,
     Stack,
     are_stacked,
@@ -27,21 +29,19 @@ from loaders.experts import (
     plan_stacks,
     split_name,
 )
-from loaders.folder import Scan, list_remarks, read_config, scan_tensors
-from loaders.kv_cache import describe_cache_scales, split_cache_scales
-from loaders.modules import ROLES, QuantizedModule, plan_modules, split_experts
-from loaders.other_numbers import find_other_numbers, list_other_numbers
-from loaders.quantization_config import (
+from loaders.modules.kv_cache import describe_cache_scales, split_cache_scales
+from loaders.modules.modules import ROLES, QuantizedModule, plan_modules, split_experts
+from loaders.modules.other_numbers import find_other_numbers, list_other_numbers
+from loaders.modules.sizes import find_sizes
+from loaders.schemes.quantization_config import (
     Scheme,
     are_tied,
     list_prefixes,
     parse_quantization,
     says_quantization,
 )
-from loaders.safetensors_file import TensorInfo
-from loaders.sizes import find_sizes
-from pallas_kernels.spec import QuantSpec
-from pallas_kernels.weights import make_abstract
+from pallas_kernels.format.spec import QuantSpec
+from pallas_kernels.format.weights import make_abstract
 
 _MEND = "quantize the model again, or mend config.json if that is wrong"
 

@@ -19,17 +19,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from loaders.awq_gptq_modules import check_groups, check_zero_points, describe_zero_points
-from loaders.encoding import TRANSPOSED
 from loaders.errors import CheckpointError, Fault
-from loaders.host_memory import make_zeros
-from loaders.memory import require_memory_for
-from loaders.modules import QuantizedModule
+from loaders.files.host_memory import make_zeros
+from loaders.files.memory import require_memory_for
+from loaders.files.safetensors_file import TensorInfo, read_tensor, read_tensors
+from loaders.modules.awq_gptq_modules import check_groups, check_zero_points, describe_zero_points
+from loaders.modules.encoding import TRANSPOSED
+from loaders.modules.modules import QuantizedModule
+from loaders.modules.repack import pack, pack_expert, write_rows
 from loaders.plan import Plan
-from loaders.quantization_config import describe_modules
-from loaders.repack import pack, pack_expert, write_rows
-from loaders.safetensors_file import TensorInfo, read_tensor, read_tensors
-from pallas_kernels.dequantize import dequantize
+from loaders.schemes.quantization_config import describe_modules
+from pallas_kernels.format.dequantize import dequantize
 
 _AGAIN = "quantize the model again"
 
@@ -46,7 +46,7 @@ def load_params(
 ) -> dict[str, Any]:
     """Read every tensor of a plan into a nested dict under the checkpoint's module paths.
 
-    Experts stand in stacks, "….experts.w13" and "….experts.w2" (see `loaders.experts`).
+    Experts stand in stacks, "….experts.w13" and "….experts.w2" (see `loaders.modules.experts`).
 
     Args:
       plan: what to read.

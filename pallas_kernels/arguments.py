@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.errors import SpecError
-from pallas_kernels.weights import SCALE_DTYPES
+from pallas_kernels.format.weights import SCALE_DTYPES
 
 
 def read_array(name: str, value: Any) -> jax.Array:

@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.arguments import read_count, read_dtype
-from pallas_kernels.device import UNKNOWN, find_device
 from pallas_kernels.errors import BackendError, SpecError
-from pallas_kernels.schedule import choose, describe
-from pallas_kernels.spec import QuantSpec
+from pallas_kernels.format.spec import QuantSpec
+from pallas_kernels.tiles.dense_rules import choose, describe
+from pallas_kernels.tiles.device import UNKNOWN, find_device
 
 BACKENDS = ("triton", "xla")
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")

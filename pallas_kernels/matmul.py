@@ -11,16 +11,16 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels import xla
 from pallas_kernels.arguments import read_array, read_dtype
 from pallas_kernels.backends import check_backend
-from pallas_kernels.device import find_device
 from pallas_kernels.errors import SpecError
 from pallas_kernels.folding import fold_vmap
+from pallas_kernels.format.spec import QuantSpec
+from pallas_kernels.format.weights import check_weights
 from pallas_kernels.lowering import choose_at_lowering, has_symbolic, refuse_at_lowering
-from pallas_kernels.schedule import Tiles, check_prefer, choose
-from pallas_kernels.spec import QuantSpec
-from pallas_kernels.weights import check_weights
+from pallas_kernels.tiles.dense_rules import Tiles, check_prefer, choose
+from pallas_kernels.tiles.device import find_device
+from pallas_kernels.xla import dense as xla
 
 Weights = Mapping[str, jax.Array]
 _SYMBOLIC = (
@@ -46,8 +46,8 @@ def quant_matmul(
 
     Args:
       x: [..., K] float32, bfloat16 or float16.
-      weights: leaf dict of the weight (see `pallas_kernels.weights`), with an optional "bias", and
-        "perm" where the input features were reordered (act-order).
+      weights: leaf dict of the weight (see `pallas_kernels.format.weights`), with an optional
+        "bias", and "perm" where the input features were reordered (act-order).
       spec: the weight's static facts.
       backend: None for the best available, "triton" (on CPU: interpreted) or "xla". A name is that
         backend or an error.

@@ -16,15 +16,16 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels import moe_xla, xla
 from pallas_kernels.activations import check as check_activation
 from pallas_kernels.arguments import read_array, read_dtype
 from pallas_kernels.backends import check_backend
 from pallas_kernels.errors import BackendError, SpecError
 from pallas_kernels.folding import fold_vmap
+from pallas_kernels.format.spec import QuantSpec
+from pallas_kernels.format.weights import check_weights
 from pallas_kernels.lowering import choose_at_lowering, has_symbolic
-from pallas_kernels.spec import QuantSpec
-from pallas_kernels.weights import check_weights
+from pallas_kernels.xla import dense as xla
+from pallas_kernels.xla import experts as moe_xla
 
 Weights = Mapping[str, jax.Array]
 _WEIGH = ("output", "input")
@@ -285,7 +286,7 @@ def _run_by_xla(call: _Call, x, ids, weights, offset, stacks) -> jax.Array:
 
 def _run_by_triton(call: _Call, x, ids, weights, offset, stacks, *, interpret) -> jax.Array:
     # imported here, so that all else works where a later jax has no Pallas-Triton
-    from pallas_kernels import moe_triton
+    from pallas_kernels.triton import experts as moe_triton
 
     def run(rows, others):
         return moe_triton.add_experts(call, rows, *others, interpret=interpret)

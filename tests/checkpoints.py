@@ -22,8 +22,8 @@ from compressed_tensors.quantization import (
 from compressed_tensors.quantization.utils import calculate_qparams
 from safetensors.torch import load_file, save_file
 
-from loaders.folder import INDEX, SINGLE
-from pallas_kernels.spec import QuantSpec
+from loaders.files.folder import INDEX, SINGLE
+from pallas_kernels.format.spec import QuantSpec
 
 SCALE_DTYPES = {
     "float16": torch.float16,

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from loaders.folder import INDEX, SINGLE
-from pallas_kernels.spec import QuantSpec
+from loaders.files.folder import INDEX, SINGLE
+from pallas_kernels.format.spec import QuantSpec
 
 
 def write_bit_stream(codes: np.ndarray, bits: int) -> np.ndarray:

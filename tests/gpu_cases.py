@@ -1,8 +1,9 @@
 """What `tests.gpu_check` compiles: products, experts and groupings, each for a GPU that is absent.
 
-A product is what `pallas_kernels.schedule.choose` makes of a 4096 x 4096 weight with zero points,
-for a number of tokens that fills its tile or leaves masked rows in it; an expert's is one of both
-products of Qwen3-30B-A3B. Where the group does not divide K, the weight is somewhat smaller.
+A product is what `pallas_kernels.tiles.dense_rules.choose` makes of a 4096 x 4096 weight with zero
+points, for a number of tokens that fills its tile or leaves masked rows in it; an expert's is one
+of both products of Qwen3-30B-A3B. Where the group does not divide K, the weight is somewhat
+smaller.
 """
 
 from __future__ import annotations
@@ -13,10 +14,10 @@ import random
 from collections.abc import Iterator
 
 from pallas_kernels import triton
-from pallas_kernels.device import Device
-from pallas_kernels.schedule import Schedule, Tiles, choose, list_candidates
-from pallas_kernels.schedule_moe import MoeTiles, choose_moe, list_moe_candidates
-from pallas_kernels.spec import QuantSpec
+from pallas_kernels.format.spec import QuantSpec
+from pallas_kernels.tiles.dense_rules import Schedule, Tiles, choose, list_candidates
+from pallas_kernels.tiles.device import Device
+from pallas_kernels.tiles.expert_rules import MoeTiles, choose_moe, list_moe_candidates
 from tests import gpu_aot
 
 SIZE = 4096

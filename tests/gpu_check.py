@@ -26,8 +26,9 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import triton
-from pallas_kernels.blocks import Blocks, count_blocks
-from pallas_kernels.schedule import (
+from pallas_kernels.format.weights import make_abstract
+from pallas_kernels.tiles.blocks import Blocks, count_blocks
+from pallas_kernels.tiles.dense_rules import (
     Schedule,
     Tiles,
     count_programs,
@@ -35,7 +36,6 @@ from pallas_kernels.schedule import (
     measure_shared_memory,
 )
 from pallas_kernels.triton.grouped import Epilogue
-from pallas_kernels.weights import make_abstract
 from tests import gpu_aot
 from tests.gpu_cases import (
     EXPERTS,

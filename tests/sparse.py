@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from loaders.folder import INDEX
+from loaders.files.folder import INDEX
 
 Described = Mapping[str, tuple[str, Sequence[int]]]
 """Name of each tensor -> its dtype in safetensors' terms and its shape."""

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 
-from pallas_kernels.device import Device
-from pallas_kernels.schedule import Schedule, Tiles
-from pallas_kernels.schedule_moe import MoeTiles
-from pallas_kernels.spec import QuantSpec
-from pallas_kernels.tile_entries import Entry, MoeEntry, TileTable
+from pallas_kernels.format.spec import QuantSpec
+from pallas_kernels.tiles.dense_rules import Schedule, Tiles
+from pallas_kernels.tiles.device import Device
+from pallas_kernels.tiles.entries import Entry, MoeEntry, TileTable
+from pallas_kernels.tiles.expert_rules import MoeTiles
 
 H200 = Device("NVIDIA H200", 132)
 TILES = Tiles(block_m=16, block_n=128, block_k=128, splits=3, stages=4)

@@ -18,9 +18,9 @@ import torch
 import transformers
 
 import jaxwna16
-from jaxwna16.evaluation import read_text
-from jaxwna16.generation import generate_tokens
-from jaxwna16.models.llama import Llama
+from jaxwna16.evaluation.perplexity import read_text
+from jaxwna16.generation.tokens import generate_tokens
+from jaxwna16.models.llama.definition import Llama
 from tests.checkpoints import decompress, make_args, read_files
 from tests.smollm2 import DEPTHS, write_layers
 

@@ -23,7 +23,7 @@ import transformers
 import jaxwna16
 from examples.fetch_smollm2 import fetch
 from examples.make_moe import make_moe
-from jaxwna16.evaluation import read_text
+from jaxwna16.evaluation.perplexity import read_text
 from tests.checkpoints import decompress, make_args, read_files
 from tests.smollm2 import DEPTHS
 

@@ -17,15 +17,15 @@ from jax import lax
 
 from jaxwna16.bench.shapes import Shape
 from pallas_kernels.backends import explain
-from pallas_kernels.device import Device
 from pallas_kernels.errors import SpecError
-from pallas_kernels.layout import tiles_from_codes
+from pallas_kernels.format.layout import tiles_from_codes
+from pallas_kernels.format.quantize import pad_groups
+from pallas_kernels.format.spec import QuantSpec
+from pallas_kernels.format.weights import make_abstract
 from pallas_kernels.matmul import quant_matmul
-from pallas_kernels.quantize import pad_groups
-from pallas_kernels.schedule import Schedule, describe, list_candidates
-from pallas_kernels.spec import QuantSpec
-from pallas_kernels.tile_entries import Entry
-from pallas_kernels.weights import make_abstract
+from pallas_kernels.tiles.dense_rules import Schedule, describe, list_candidates
+from pallas_kernels.tiles.device import Device
+from pallas_kernels.tiles.entries import Entry
 
 Weight = Any
 """A tree of arrays: packed, or floats."""

@@ -6,7 +6,7 @@ import importlib
 from typing import Any
 
 from jaxwna16.bench.peer_sources import Product, Source, UnservedError
-from pallas_kernels.spec import QuantSpec
+from pallas_kernels.format.spec import QuantSpec
 
 
 def build_cublas(source: Source, dtype: Any) -> Product:

@@ -19,22 +19,22 @@ from jax import lax
 
 from jaxwna16.bench.cases import Inputs, Weight, count_bytes, draw_floats, draw_packed
 from jaxwna16.bench.shapes import MoeShape
-from pallas_kernels import moe_xla
 from pallas_kernels.backends import explain
-from pallas_kernels.blocks import Blocks, find_local, group_pairs
-from pallas_kernels.device import Device, find_device
 from pallas_kernels.errors import SpecError
+from pallas_kernels.format.spec import QuantSpec
+from pallas_kernels.format.weights import make_abstract
 from pallas_kernels.moe import float_moe, quant_moe
-from pallas_kernels.schedule_moe import (
+from pallas_kernels.tiles.blocks import Blocks, find_local, group_pairs
+from pallas_kernels.tiles.device import Device, find_device
+from pallas_kernels.tiles.entries import MoeEntry
+from pallas_kernels.tiles.expert_rules import (
     MoeTiles,
     choose_moe,
     combine,
     describe_moe,
     list_moe_candidates,
 )
-from pallas_kernels.spec import QuantSpec
-from pallas_kernels.tile_entries import MoeEntry
-from pallas_kernels.weights import make_abstract
+from pallas_kernels.xla import experts as moe_xla
 
 DRAWS = 4
 """How many different inputs take turns; what is counted is the mean over them."""

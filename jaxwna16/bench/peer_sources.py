@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from jaxwna16.bench.cases import Case
 from jaxwna16.bench.engines import AnyCase
 from jaxwna16.bench.moe_cases import MoeCase
-from pallas_kernels.spec import QuantSpec
+from pallas_kernels.format.spec import QuantSpec
 
 
 class UnservedError(Exception):

@@ -41,7 +41,7 @@ from jaxwna16.bench.peer_sources import Product, UnservedError, draw_source
 from jaxwna16.bench.run import describe_failure
 from jaxwna16.bench.shapes import MoeShape
 from jaxwna16.bench.timing import Effort, measure
-from pallas_kernels.spec import QuantSpec
+from pallas_kernels.format.spec import QuantSpec
 
 MARK = "@peer "
 

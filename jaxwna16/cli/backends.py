@@ -10,7 +10,7 @@ import jax
 
 from jaxwna16.cli.arguments import DTYPES
 from pallas_kernels.backends import explain
-from pallas_kernels.spec import QuantSpec
+from pallas_kernels.format.spec import QuantSpec
 
 _TYPICAL = QuantSpec(bits=4, group_size=128, symmetric=False, in_features=4096, out_features=4096)
 _FACTS = ("bits", "group_size", "symmetric", "in_features", "out_features")

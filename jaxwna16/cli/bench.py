@@ -294,8 +294,8 @@ def _tune(
         tune_cases,
         write_winners,
     )
-    from pallas_kernels.device import find_device
-    from pallas_kernels.tile_tables import user_table_path
+    from pallas_kernels.tiles.device import find_device
+    from pallas_kernels.tiles.tables import user_table_path
 
     del on_cpu
     device, deadline = find_device(), Deadline(args.seconds or _TUNING_SECONDS)

@@ -38,12 +38,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     from jaxwna16.cli.faults import describe_error
     from jaxwna16.cli.model import choose_dtype, read_windows
-    from jaxwna16.comparison import compare_checkpoints, open_plans
-    from jaxwna16.comparison_plot import check_target, draw
     from jaxwna16.errors import InputError
-    from jaxwna16.evaluation import read_text
+    from jaxwna16.evaluation.comparison import compare_checkpoints, open_plans
+    from jaxwna16.evaluation.comparison_plot import check_target, draw
+    from jaxwna16.evaluation.perplexity import read_text
+    from jaxwna16.generation.text import Tokenizer
     from jaxwna16.programs import keep_programs
-    from jaxwna16.text import Tokenizer
 
     if args.plot is not None:
         check_target(args.plot)

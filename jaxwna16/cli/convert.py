@@ -26,10 +26,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    from jaxwna16.checkpoint import resolve_folder
-    from jaxwna16.convert import convert_checkpoint
-    from loaders.converted import open_plan
-    from pallas_kernels.spec import LAYOUT_VERSION
+    from jaxwna16.checkpoints.convert import convert_checkpoint
+    from jaxwna16.checkpoints.load import resolve_folder
+    from loaders.converted.converted import open_plan
+    from pallas_kernels.format.spec import LAYOUT_VERSION
 
     source, destination = resolve_folder(args.source), Path(args.destination)
     started = time.perf_counter()

@@ -25,9 +25,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    from jaxwna16.checkpoint import resolve_folder
+    from jaxwna16.checkpoints.load import resolve_folder
+    from jaxwna16.checkpoints.rewrite import dequantize_checkpoint
     from jaxwna16.cli.rewriting import compare
-    from jaxwna16.rewrite import dequantize_checkpoint
 
     source, destination = resolve_folder(args.source), Path(args.destination)
     started = time.perf_counter()

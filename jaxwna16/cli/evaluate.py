@@ -13,8 +13,8 @@ from jaxwna16.cli.arguments import add_json, add_model, add_windows
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from jaxwna16.evaluation import Perplexity
-    from jaxwna16.text import Tokenizer
+    from jaxwna16.evaluation.perplexity import Perplexity
+    from jaxwna16.generation.text import Tokenizer
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -33,11 +33,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    from jaxwna16.checkpoint import resolve_folder
+    from jaxwna16.checkpoints.load import resolve_folder
     from jaxwna16.cli.model import open_model, read_windows
-    from jaxwna16.evaluation import measure_perplexity
-    from jaxwna16.text import Tokenizer
-    from loaders.converted import open_plan
+    from jaxwna16.evaluation.perplexity import measure_perplexity
+    from jaxwna16.generation.text import Tokenizer
+    from loaders.converted.converted import open_plan
 
     plan = open_plan(resolve_folder(args.checkpoint), follow_links=args.follow_links)
     tokenizer = Tokenizer.from_folder(plan.folder)
@@ -77,7 +77,7 @@ def _relate_to_text(
     """The figures by word and byte, null unless every token of the text was scored."""
     import dataclasses
 
-    from jaxwna16.evaluation import TextPerplexity, find_prefix, relate_to_text
+    from jaxwna16.evaluation.perplexity import TextPerplexity, find_prefix, relate_to_text
 
     names = [field.name for field in dataclasses.fields(TextPerplexity)]
     if args.stride in (None, args.window) or tokens[0] != find_prefix(tokenizer):

@@ -11,8 +11,8 @@ from jaxwna16.cli.arguments import CallError, add_json, add_model
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from jaxwna16.generation import GenerationResult
-    from jaxwna16.text import Tokenizer
+    from jaxwna16.generation.text import Tokenizer
+    from jaxwna16.generation.tokens import GenerationResult
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -78,7 +78,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from jaxwna16.cli.model import open_model, open_tokenizer
     from jaxwna16.cli.screen import make_console
     from jaxwna16.errors import InputError, NanWarning
-    from jaxwna16.language import generate
+    from jaxwna16.generation.language import generate
 
     if args.logprobs is not None and not args.json:
         raise CallError("--logprobs goes into the report: add --json")
@@ -155,7 +155,7 @@ def _describe_failures(folder: str, failures: list[str]) -> dict[str, Any]:
 def _read_prompts(path: str) -> list[str]:
     """The lines of a file that are not blank."""
     from jaxwna16.errors import InputError
-    from jaxwna16.evaluation import read_text
+    from jaxwna16.evaluation.perplexity import read_text
 
     # splitlines() would cut at U+2028, form feeds and the like, which a prompt may hold
     prompts = [line for line in read_text(path).split("\n") if line.strip()]

@@ -12,10 +12,10 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from loaders.experts import split_name
-from loaders.patterns import compile_pattern
+from loaders.modules.experts import split_name
 from loaders.plan import Plan
-from loaders.quantization_config import parse_quantization, star_numbers
+from loaders.schemes.patterns import compile_pattern
+from loaders.schemes.quantization_config import parse_quantization, star_numbers
 
 _SLICE = re.compile(r"\[[0-9]+\]$")
 _WORD = re.compile(r"[A-Za-z_]\w{3,}")

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from jaxwna16.models.language_config import LanguageConfig
+    from jaxwna16.models.config.language_config import LanguageConfig
     from loaders.plan import Plan
 
 _BF16_BYTES = 2
@@ -50,7 +50,7 @@ def _without_collector() -> Iterator[None]:
 
 
 def _inspect(checkpoint: str, follow_links: bool) -> dict[str, Any]:
-    from jaxwna16.checkpoint import resolve_folder
+    from jaxwna16.checkpoints.load import resolve_folder
     from jaxwna16.cli import ignored, rows
     from jaxwna16.cli.backends import (
         describe_lack_of_devices,
@@ -58,8 +58,8 @@ def _inspect(checkpoint: str, follow_links: bool) -> dict[str, Any]:
         spare_device_memory,
     )
     from jaxwna16.cli.faults import describe_error
-    from jaxwna16.models.skipped import find_skipped, list_rules
-    from loaders.converted import ConvertedPlan, open_survey
+    from jaxwna16.models.filling.skipped import find_skipped, list_rules
+    from loaders.converted.converted import ConvertedPlan, open_survey
     from loaders.errors import CheckpointError
 
     spare_device_memory()

@@ -10,15 +10,15 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxwna16.checkpoint import resolve_folder
+from jaxwna16.checkpoints.load import resolve_folder
 from jaxwna16.errors import InputError
-from jaxwna16.evaluation import cut_windows, find_prefix, read_text
-from jaxwna16.language import load_model
+from jaxwna16.evaluation.perplexity import cut_windows, find_prefix, read_text
+from jaxwna16.generation.language import load_model
+from jaxwna16.generation.text import Tokenizer
 from jaxwna16.models.causal_lm import CausalLM
 from jaxwna16.models.families import read_config
 from jaxwna16.programs import keep_programs
-from jaxwna16.text import Tokenizer
-from loaders.converted import open_plan
+from loaders.converted.converted import open_plan
 from loaders.plan import Plan
 
 

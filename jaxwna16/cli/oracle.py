@@ -27,13 +27,13 @@ import numpy as np
 
 from jaxwna16.errors import InputError
 from jaxwna16.extras import import_extra
-from loaders.encoding import ALIGNED, AWQ, GPTQ, LESS_ONE, LESS_ONE_BORROWED
 from loaders.errors import Fault
-from loaders.modules import QuantizedModule
+from loaders.modules.encoding import ALIGNED, AWQ, GPTQ, LESS_ONE, LESS_ONE_BORROWED
+from loaders.modules.modules import QuantizedModule
+from loaders.modules.repack import pack, pack_expert
 from loaders.plan import Plan
-from loaders.repack import pack, pack_expert
 from loaders.stream import make_stack
-from pallas_kernels.dequantize import dequantize
+from pallas_kernels.format.dequantize import dequantize
 
 _VERSION = "0.20"
 _AWQ_NAMES = {"weight_packed": "qweight", "weight_scale": "scales", "weight_zero_point": "qzeros"}

@@ -56,9 +56,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    from jaxwna16.checkpoint import resolve_folder
+    from jaxwna16.checkpoints.load import resolve_folder
+    from jaxwna16.checkpoints.rewrite import quantize_checkpoint
     from jaxwna16.cli.rewriting import compare
-    from jaxwna16.rewrite import quantize_checkpoint
 
     source, destination = resolve_folder(args.source), Path(args.destination)
     started = time.perf_counter()

@@ -7,16 +7,16 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from loaders.experts import split_name
-from loaders.modules import QuantizedModule
+from loaders.files.safetensors_file import TensorInfo
+from loaders.modules.experts import split_name
+from loaders.modules.modules import QuantizedModule
 from loaders.plan import Plan, Survey
-from loaders.quantization_config import star_numbers
-from loaders.safetensors_file import TensorInfo
+from loaders.schemes.quantization_config import star_numbers
 from pallas_kernels.backends import explain
 
 _SLICE = re.compile(r"\[[0-9]+\]$")
 _EXPERTS = re.compile(r"(^|\.)experts[.\[]")
-# jaxwna16.models.expanded asks the model instead, which takes flax
+# jaxwna16.models.filling.expanded asks the model instead, which takes flax
 _EXPANDED = re.compile(r"(.*\.)?(embed_tokens|gate|shared_expert_gate)")
 _FLOATS = "load_model holds them as floats"
 

@@ -15,11 +15,11 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from jaxwna16.cli.oracle import Oracle
-    from loaders.converted import ConvertedPlan
+    from loaders.converted.converted import ConvertedPlan
     from loaders.errors import Fault
-    from loaders.modules import QuantizedModule
+    from loaders.files.safetensors_file import TensorInfo
+    from loaders.modules.modules import QuantizedModule
     from loaders.plan import Plan, Survey
-    from loaders.safetensors_file import TensorInfo
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -39,10 +39,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    from jaxwna16.checkpoint import resolve_folder
+    from jaxwna16.checkpoints.load import resolve_folder
     from jaxwna16.cli.faults import describe_error
     from jaxwna16.cli.oracle import Oracle
-    from loaders.converted import ConvertedPlan, open_survey
+    from loaders.converted.converted import ConvertedPlan, open_survey
     from loaders.errors import CheckpointError
 
     started = time.perf_counter()
@@ -109,9 +109,9 @@ def _check_model(survey: Survey) -> tuple[dict[str, Any], list[Fault]]:
     """
     from jaxwna16.cli.faults import read_reason
     from jaxwna16.errors import ModelError
-    from jaxwna16.language import plan_model
+    from jaxwna16.generation.language import plan_model
     from jaxwna16.models.families import read_config
-    from loaders.quantization_config import list_prefixes
+    from loaders.schemes.quantization_config import list_prefixes
 
     plan = survey.plan
     facts = {"model_type": plan.config.get("model_type"), "checked": True, "reason": ""}
@@ -131,7 +131,7 @@ def _check_model(survey: Survey) -> tuple[dict[str, Any], list[Fault]]:
 
 def _leave_out_unsound(survey: Survey) -> Plan:
     """The plan without the tensors in files of which nothing but the header should be read."""
-    from loaders.modules import QuantizedModule
+    from loaders.modules.modules import QuantizedModule
 
     def is_sound(part: QuantizedModule | TensorInfo) -> bool:
         infos = part.tensors.values() if isinstance(part, QuantizedModule) else [part]
@@ -150,7 +150,7 @@ def _leave_out_unsound(survey: Survey) -> Plan:
 def _check_numbers(plan: Plan, oracle: Oracle | None) -> tuple[list[Fault], list[str]]:
     """Faults and warnings about the values, read one module at a time."""
     from jaxwna16.progress import show_bytes
-    from loaders.safetensors_file import TensorInfo
+    from loaders.files.safetensors_file import TensorInfo
     from loaders.stream import check_order, read_parts
 
     faults = check_order(plan)
@@ -190,7 +190,7 @@ def _check_module(
 def _check_leaves(plan: ConvertedPlan, oracle: Oracle | None) -> tuple[list[Fault], list[str]]:
     """The same of a converted checkpoint, whose numbers were checked before they were written."""
     from jaxwna16.progress import show_bytes
-    from loaders.converted import check_leaf, read_leaves
+    from loaders.converted.converted import check_leaf, read_leaves
 
     faults: list[Fault] = []
     warnings: list[str] = []

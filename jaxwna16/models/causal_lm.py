@@ -13,9 +13,9 @@ from flax import nnx
 from jax.typing import ArrayLike
 
 from jaxwna16.errors import InputError
-from jaxwna16.models.language_config import LanguageConfig
-from jaxwna16.models.layers import Dense, Embedding, Linears, multiply
-from pallas_kernels.spec import QuantSpec
+from jaxwna16.models.config.language_config import LanguageConfig
+from jaxwna16.models.parts.layers import Dense, Embedding, Linears, multiply
+from pallas_kernels.format.spec import QuantSpec
 
 Array = jax.Array
 T = TypeVar("T")

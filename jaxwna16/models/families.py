@@ -13,9 +13,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from jaxwna16.errors import ModelError
-from jaxwna16.models import config, qwen3_5_config
-from jaxwna16.models.config_reader import ConfigReader
-from jaxwna16.models.language_config import LanguageConfig
+from jaxwna16.models.config.config_reader import ConfigReader
+from jaxwna16.models.config.language_config import LanguageConfig
+from jaxwna16.models.llama import config
+from jaxwna16.models.qwen3_5 import config as qwen3_5_config
 
 Names = Mapping[str, str]
 """Parts of names as regular expressions -> what stands there in the model; see `rename`."""
@@ -48,14 +49,14 @@ FAMILIES = (
     Family(
         model_types=config.MODEL_TYPES,
         read=config.ModelConfig.from_dict,
-        model="jaxwna16.models.llama:Llama",
+        model="jaxwna16.models.llama.definition:Llama",
         # Mixtral's, in published files
         names={r"(?<=\.)block_sparse_moe(?=\.)": "mlp"},
     ),
     Family(
         model_types=qwen3_5_config.MODEL_TYPES,
         read=qwen3_5_config.Qwen35Config.from_dict,
-        model="jaxwna16.models.qwen3_5:Qwen35",
+        model="jaxwna16.models.qwen3_5.definition:Qwen35",
         names=qwen3_5_config.NAMES,
     ),
 )

@@ -16,10 +16,10 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels.device import Device, find_device
 from pallas_kernels.errors import BackendError
-from pallas_kernels.schedule import Tiles, find_faults, fits
-from pallas_kernels.spec import SLAB_K, TILE_N, QuantSpec
+from pallas_kernels.format.spec import SLAB_K, TILE_N, QuantSpec
+from pallas_kernels.tiles.dense_rules import Tiles, find_faults, fits
+from pallas_kernels.tiles.device import Device, find_device
 from pallas_kernels.triton.walk import Strip, Walk, divide
 
 _ACTIVATIONS = (jnp.bfloat16, jnp.float16)
@@ -39,7 +39,7 @@ def multiply(
 
     Args:
       x: [M, K] bfloat16 or float16, M >= 1.
-      weights: leaf dicts (`pallas_kernels.weights`), without "perm".
+      weights: leaf dicts (`pallas_kernels.format.weights`), without "perm".
       specs: their specs, equal in all but `out_features`.
       tiles: how the work is divided.
       gated: take two weights of equal size as gate and up: the result is silu(gate) * up.

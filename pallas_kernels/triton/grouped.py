@@ -1,9 +1,9 @@
 """Products of blocks of rows, each with the weight of one expert.
 
-One program computes `block_n` features for one block of `pallas_kernels.blocks`: it reads which
-expert the block has and which pairs of token and expert are its rows, gathers those rows of x, and
-writes each row of the result to the pair's own place. Programs of blocks past the last one end at
-once. Features run fastest, so that programs which share rows of x, and blocks which share an
+One program computes `block_n` features for one block of `pallas_kernels.tiles.blocks`: it reads
+which expert the block has and which pairs of token and expert are its rows, gathers those rows of
+x, and writes each row of the result to the pair's own place. Programs of blocks past the last one
+end at once. Features run fastest, so that programs which share rows of x, and blocks which share an
 expert, meet in the cache.
 """
 
@@ -19,10 +19,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.activations import apply
-from pallas_kernels.blocks import Blocks
 from pallas_kernels.errors import BackendError
-from pallas_kernels.schedule import Tiles, find_faults
-from pallas_kernels.spec import TILE_N, QuantSpec
+from pallas_kernels.format.spec import TILE_N, QuantSpec
+from pallas_kernels.tiles.blocks import Blocks
+from pallas_kernels.tiles.dense_rules import Tiles, find_faults
 from pallas_kernels.triton.dense import choose_block_n
 from pallas_kernels.triton.walk import Strip, Walk, divide
 

@@ -1,4 +1,4 @@
-"""`pallas_kernels.blocks.group_pairs` in one kernel, for few pairs.
+"""`pallas_kernels.tiles.blocks.group_pairs` in one kernel, for few pairs.
 
 As XLA fusions it is about ten kernels, each of which waits for the one before: for few tokens that
 would take as long as reading the weights. Here each expert has a program, which counts the pairs of
@@ -22,7 +22,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels.blocks import Blocks, count_blocks
+from pallas_kernels.tiles.blocks import Blocks, count_blocks
 from pallas_kernels.triton.walk import divide
 
 MOST_PAIRS = 4096

@@ -28,9 +28,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels.schedule import Tiles
-from pallas_kernels.spec import SLAB_K, TILE_N, QuantSpec
-from pallas_kernels.unpack import add_plain, describe_plane, negate_zero
+from pallas_kernels.format.planes import add_plain, describe_plane, negate_zero
+from pallas_kernels.format.spec import SLAB_K, TILE_N, QuantSpec
+from pallas_kernels.tiles.dense_rules import Tiles
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,7 +11,7 @@ from flax import nnx
 
 from benchmarks import model_speed
 from benchmarks.model_speed import SMALL, Case, count_step_bytes, list_specs, make_model
-from jaxwna16.decoding import trace_counts
+from jaxwna16.generation.decoding import trace_counts
 
 
 def test_a_small_model_is_measured_traced_and_written(tmp_path, monkeypatch, capsys):

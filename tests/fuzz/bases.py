@@ -13,9 +13,9 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from jaxwna16.convert import convert_checkpoint
-from loaders.folder import CONFIG, INDEX, SINGLE
-from loaders.manifest import MANIFEST, hash_table
+from jaxwna16.checkpoints.convert import convert_checkpoint
+from loaders.converted.manifest import MANIFEST, hash_table
+from loaders.files.folder import CONFIG, INDEX, SINGLE
 from tests.awq_gptq import describe_awq, describe_gptq, make_linear, pack_awq, pack_gptq
 from tests.folders import write_bit_stream
 

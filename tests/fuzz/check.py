@@ -25,7 +25,7 @@ import numpy as np
 from jaxwna16 import load_checkpoint
 from jaxwna16.cli import verify
 from loaders.errors import CheckpointError, Fault
-from loaders.folder import CONFIG
+from loaders.files.folder import CONFIG
 from tests.fault_kinds import find_kind
 from tests.fuzz.bases import make_bases
 from tests.fuzz.files import Entry, write_entries

@@ -13,8 +13,8 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from loaders.folder import CONFIG, INDEX, SINGLE
-from loaders.manifest import MANIFEST, hash_table
+from loaders.converted.manifest import MANIFEST, hash_table
+from loaders.files.folder import CONFIG, INDEX, SINGLE
 from tests.fuzz.bases import describe_weights, join_file
 from tests.fuzz.files import FOLDER, PIPE, Entry, Link
 from tests.fuzz.json_edits import dump, edit_tree, pick

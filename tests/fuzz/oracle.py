@@ -1,7 +1,8 @@
 """What a checkpoint folder holds, read without the loader: safetensors, compressed-tensors, NumPy.
 
-`expect` writes every leaf of the params tree down from the definitions in `pallas_kernels.layout`
-and from the format: words -> bits -> integers -> tiles, one step at a time, in NumPy.
+`expect` writes every leaf of the params tree down from the definitions in
+`pallas_kernels.format.layout` and from the format: words -> bits -> integers -> tiles, one step at
+a time, in NumPy.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from loaders.folder import CONFIG, INDEX, SINGLE
+from loaders.files.folder import CONFIG, INDEX, SINGLE
 from tests.fuzz.bases import join_file, make_bases
 from tests.fuzz.check import check_mutant, load_bases
 from tests.fuzz.files import PIPE, Entry

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from loaders.folder import CONFIG, INDEX
+from loaders.files.folder import CONFIG, INDEX
 
 HUGE, DEEP, VERY_DEEP = "@huge@", "@deep@", "@very deep@"
 """Marks of texts that `tests.fuzz.json_edits.dump` writes in their place."""

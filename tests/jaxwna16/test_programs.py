@@ -15,10 +15,10 @@ from jax.experimental.compilation_cache import compilation_cache
 
 import jaxwna16
 from jaxwna16 import programs
+from jaxwna16.checkpoints.rewrite import quantize_checkpoint
 from jaxwna16.errors import InputError
-from jaxwna16.generation import generate_tokens
+from jaxwna16.generation.tokens import generate_tokens
 from jaxwna16.programs import Compilation, keep_programs, trace_counts
-from jaxwna16.rewrite import quantize_checkpoint
 from tests.jaxwna16.cli.checkpoints import edit_tensors, write_float_checkpoint
 
 PROMPTS = [[5, 6, 7], [8, 9], [10]]

@@ -1,11 +1,13 @@
 """The 19 kinds of faults of a checkpoint, by number: each is refused, or warned of, by name.
 
 The kinds are `tests.fault_kinds.TITLES`. Here is at least one hand-made checkpoint for each; more,
-in detail: 1 and 2 `test_folder.py`, `test_outside.py`, 3 to 5 `test_safetensors_file.py`, 6, 7 and
-9 `test_plan.py`, 8 and 10 `test_encoding.py`, 11 and 15 `test_stream.py`, 12
-`tests/jaxwna16/cli/test_verify.py`, 13 `test_quantization_config.py`, `test_refused_groups.py`, 14
-`test_experts.py`, 16 `tests/jaxwna16/test_convert.py`, 17 `test_memory.py`, 19
-`tests/jaxwna16/test_llama_params.py`.
+in detail: 1 and 2 `files/test_folder.py`, `files/test_outside.py`, 3 to 5
+`files/test_safetensors_file.py`, 6, 7 and 9 `test_plan.py`, 8 and 10 `modules/test_encoding.py`, 11
+and 15 `test_stream.py`, 12 `tests/jaxwna16/cli/test_verify.py`, 13
+`schemes/test_quantization_config.py`, `schemes/test_refused_groups.py`, 14
+`modules/test_experts.py`, 16 `tests/jaxwna16/checkpoints/test_convert.py`, 17
+`files/test_memory.py`, 19
+`tests/jaxwna16/models/filling/test_params.py`.
 """
 
 from __future__ import annotations
@@ -20,9 +22,9 @@ import pytest
 
 from jaxwna16 import ModelError, load_checkpoint, load_model
 from jaxwna16.cli import main
+from loaders.converted.manifest import MANIFEST
 from loaders.errors import CheckpointError
-from loaders.folder import CONFIG, INDEX, SINGLE
-from loaders.manifest import MANIFEST
+from loaders.files.folder import CONFIG, INDEX, SINGLE
 from tests.fault_kinds import TITLES, find_kind
 from tests.fuzz.bases import join_file, make_bases, write_file
 from tests.fuzz.files import FOLDER, PIPE, Entry, Link, write_entries
@@ -277,7 +279,7 @@ def test_15_a_file_that_is_cut_off_while_it_is_read_names_the_tensor(tmp_path):
 
 def test_17_what_memory_cannot_hold_is_refused_before_anything_is_read(tmp_path, monkeypatch):
     folder = _write(tmp_path / "c", "llama", lambda _: None)
-    monkeypatch.setattr("loaders.memory.find_available", lambda _: 10_000)
+    monkeypatch.setattr("loaders.files.memory.find_available", lambda _: 10_000)
     monkeypatch.setattr("loaders.stream.read_parts", lambda _: pytest.fail("something was read"))
     with pytest.raises(CheckpointError, match=r"its arrays take .* are available on cpu") as caught:
         load_checkpoint(folder)

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from loaders.errors import CheckpointError
+from loaders.files.safetensors_file import open_file
 from loaders.plan import make_plan
-from loaders.quantization_config import QuantizationConfig, Scheme
-from loaders.safetensors_file import open_file
-from pallas_kernels.spec import QuantSpec
+from loaders.schemes.quantization_config import QuantizationConfig, Scheme
+from pallas_kernels.format.spec import QuantSpec
 from tests.folders import make_config, make_tensors, prefix_names, write_folder
 
 SPEC = QuantSpec(bits=4, group_size=32, symmetric=False, in_features=64, out_features=9)
@@ -246,7 +246,7 @@ def test_each_file_is_opened_twice_however_many_modules_there_are(tmp_path, monk
         opened.append(path.name)
         return open_file(path)
 
-    monkeypatch.setattr("loaders.safetensors_file.open_file", note)
+    monkeypatch.setattr("loaders.files.safetensors_file.open_file", note)
     assert len(make_plan(folder).quantized) == 40
     assert sorted(Counter(opened).values()) == [2, 2]
 

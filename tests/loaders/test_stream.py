@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 
 from loaders.errors import CheckpointError
+from loaders.modules.repack import pack
 from loaders.plan import make_plan
-from loaders.repack import pack
 from loaders.stream import load_params
-from pallas_kernels.spec import QuantSpec
+from pallas_kernels.format.spec import QuantSpec
 from tests.folders import make_config, make_tensors, prefix_names, write_folder
 
 SPEC = QuantSpec(bits=4, group_size=32, symmetric=False, in_features=64, out_features=9)

@@ -7,9 +7,9 @@ import dataclasses
 import numpy as np
 import pytest
 
-from loaders.folder import SINGLE
+from loaders.files.folder import SINGLE
 from loaders.plan import make_plan, survey_folder
-from pallas_kernels.spec import QuantSpec
+from pallas_kernels.format.spec import QuantSpec
 from tests.folders import (
     describe_entry,
     make_config,

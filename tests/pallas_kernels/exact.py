@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.spec import QuantSpec
+from pallas_kernels.format.spec import QuantSpec
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.dequantize import dequantize
-from pallas_kernels.spec import QuantSpec
+from pallas_kernels.format.dequantize import dequantize
+from pallas_kernels.format.spec import QuantSpec
 from tests.pallas_kernels.products import UNIT, make_weights
 
 U = 2.0**-24

@@ -5,9 +5,9 @@ from __future__ import annotations
 import jax.numpy as jnp
 import numpy as np
 
-from loaders.repack import pack
-from pallas_kernels.dequantize import dequantize
-from pallas_kernels.spec import QuantSpec
+from loaders.modules.repack import pack
+from pallas_kernels.format.dequantize import dequantize
+from pallas_kernels.format.spec import QuantSpec
 from tests.folders import make_tensors
 
 UNIT = {jnp.float32: 2.0**-24, jnp.bfloat16: 2.0**-8, jnp.float16: 2.0**-11}

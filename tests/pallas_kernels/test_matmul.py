@@ -13,8 +13,8 @@ from jax import export, lax
 from jax.sharding import AbstractDevice, AbstractMesh
 
 from pallas_kernels.backends import explain
-from pallas_kernels.dequantize import dequantize
 from pallas_kernels.errors import BackendError, SpecError
+from pallas_kernels.format.dequantize import dequantize
 from pallas_kernels.matmul import quant_matmul, quant_matmul_gated, quant_matmul_many
 from tests.grids import cover, sample
 from tests.pallas_kernels.products import assert_close, make_weights, make_x

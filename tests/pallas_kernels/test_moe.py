@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import SpecError, float_moe, quant_moe
-from pallas_kernels.dequantize import dequantize
+from pallas_kernels.format.dequantize import dequantize
 from tests.grids import cover, sample
 from tests.jaxprs import count_flops
 from tests.pallas_kernels.experts import (

@@ -21,7 +21,7 @@ from jaxwna16.bench.engines import (
     make_weights,
 )
 from jaxwna16.bench.timing import Effort
-from pallas_kernels.weights import check_weights
+from pallas_kernels.format.weights import check_weights
 from tests.jaxwna16.bench.results import make_cases
 
 OURS = Engine("ours", packed=True, backend="xla")

@@ -24,10 +24,10 @@ from jaxwna16.bench.engines import (
 from jaxwna16.bench.moe_cases import DRAWS, MoeCase, plan_moe_cases
 from jaxwna16.bench.shapes import MOE_MODELS
 from jaxwna16.bench.timing import ON_GPU, Effort
-from pallas_kernels.device import Device
 from pallas_kernels.errors import SpecError
-from pallas_kernels.schedule_moe import choose_moe
-from pallas_kernels.weights import check_weights
+from pallas_kernels.format.weights import check_weights
+from pallas_kernels.tiles.device import Device
+from pallas_kernels.tiles.expert_rules import choose_moe
 from tests.jaxwna16.bench.results import make_moe_cases
 
 OURS = Engine("ours", packed=True, backend="xla")
@@ -162,7 +162,7 @@ def test_programs_compute_the_experts_of_each_input(figure):
 
 
 def test_the_packed_experts_give_what_their_floats_do():
-    from pallas_kernels.dequantize import dequantize
+    from pallas_kernels.format.dequantize import dequantize
 
     [case] = make_moe_cases("64x32x4x2", [3], bits=[8])
     [weight, *_] = make_weights(OURS, case, EFFORT)

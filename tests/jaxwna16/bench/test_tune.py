@@ -18,12 +18,12 @@ from jaxwna16.bench.tune import (
     tune_cases,
     write_winners,
 )
-from pallas_kernels.device import Device
 from pallas_kernels.errors import TableError
-from pallas_kernels.schedule import PREFILL, Tiles, list_candidates
-from pallas_kernels.schedule_moe import MoeTiles, list_moe_candidates
-from pallas_kernels.tile_entries import TileTable
-from pallas_kernels.tile_tables import read_table, write_table
+from pallas_kernels.tiles.dense_rules import PREFILL, Tiles, list_candidates
+from pallas_kernels.tiles.device import Device
+from pallas_kernels.tiles.entries import TileTable
+from pallas_kernels.tiles.expert_rules import MoeTiles, list_moe_candidates
+from pallas_kernels.tiles.tables import read_table, write_table
 from tests.jaxwna16.bench.results import make_cases, make_moe_cases
 
 DEVICE = Device("an invented GPU", 132)
@@ -234,7 +234,7 @@ def workbench(monkeypatch):
     """A workbench on which programs are made from `recipes`: schedule -> (shift, seconds)."""
     import types
 
-    from pallas_kernels import schedule as schedules
+    from pallas_kernels.tiles import dense_rules as schedules
 
     recipes, made = {}, {}
 

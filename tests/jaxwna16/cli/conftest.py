@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from jaxwna16.checkpoints.rewrite import quantize_checkpoint
 from jaxwna16.cli.main import main
-from jaxwna16.rewrite import quantize_checkpoint
 from tests.jaxwna16.cli.checkpoints import write_float_checkpoint
 
 

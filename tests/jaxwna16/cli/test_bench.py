@@ -12,7 +12,8 @@ from jaxwna16.bench import timing, tune
 from jaxwna16.bench.timing import Effort
 from jaxwna16.cli import bench
 from jaxwna16.cli.main import main
-from pallas_kernels import device, tile_tables
+from pallas_kernels.tiles import device
+from pallas_kernels.tiles import tables as tile_tables
 
 SMALL = Effort(
     batch_seconds=1e-4,

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from jaxwna16.comparison import Compared
-from jaxwna16.comparison_plot import draw
+from jaxwna16.evaluation.comparison_plot import draw
 from tests.jaxwna16.cli.checkpoints import edit_config
 
 
@@ -103,7 +103,7 @@ def test_the_impossible_is_refused_before_the_work(
     for name in ("folder.png", "locked"):
         Path(name).mkdir()
     monkeypatch.setattr("os.access", lambda path, mode: "locked" not in str(path))  # also for root
-    monkeypatch.setattr("jaxwna16.comparison.load_model", None)
+    monkeypatch.setattr("jaxwna16.evaluation.comparison.load_model", None)
     outcome = call("eval", "compare", float_folder, float_folder, "--text", text, *options)
     assert outcome.code == 1
     assert message in outcome.err
@@ -135,7 +135,9 @@ def test_the_figures_outlive_a_plot_that_cannot_be_written(
     def fail(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("jaxwna16.comparison.compare_checkpoints", lambda *_, **__: [ROW, ROW])
+    monkeypatch.setattr(
+        "jaxwna16.evaluation.comparison.compare_checkpoints", lambda *_, **__: [ROW, ROW]
+    )
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", fail)
     argv = ["--text", text, "--window", 32, "--plot", tmp_path / "plot.png", "--json"]
     outcome = call("eval", "compare", float_folder, float_folder, *argv)

@@ -9,8 +9,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import jaxwna16
+from tests.jaxwna16.checkpoints.converted import assert_same
 from tests.jaxwna16.cli.checkpoints import write_float_checkpoint
-from tests.jaxwna16.converted import assert_same
 
 
 @pytest.fixture(scope="module")

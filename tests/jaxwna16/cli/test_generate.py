@@ -28,7 +28,9 @@ def expected(packed_folder) -> list[str]:
 
 
 def test_one_prompt_prints_its_text_and_nothing_else(call, packed_folder, expected, monkeypatch):
-    monkeypatch.setattr("jaxwna16.language.describe_unapplied", lambda _: ("num_beams is not",))
+    monkeypatch.setattr(
+        "jaxwna16.generation.language.describe_unapplied", lambda _: ("num_beams is not",)
+    )
     outcome = call("generate", packed_folder, "--prompt", PROMPTS[0], "--max-new-tokens", 12)
     assert outcome.code == 0
     assert outcome.out == expected[0] + "\n"

@@ -9,8 +9,8 @@ from compressed_tensors.utils.match import is_match
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from jaxwna16.cli.ignored import find_near
-from loaders.quantization_config import parse_quantization
-from pallas_kernels.spec import QuantSpec
+from loaders.schemes.quantization_config import parse_quantization
+from pallas_kernels.format.spec import QuantSpec
 from tests.folders import make_config, make_tensors, prefix_names, write_folder
 
 SPEC = QuantSpec(bits=4, group_size=32, symmetric=True, in_features=64, out_features=32)

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-import loaders.sizes
+import loaders.modules.sizes
 from pallas_kernels.backends import explain
-from pallas_kernels.spec import QuantSpec
+from pallas_kernels.format.spec import QuantSpec
 from tests.folders import make_config, make_tensors, write_folder
 from tests.golden import write_golden
 from tests.jaxwna16.cli.checkpoints import edit_config, edit_tensors
@@ -54,14 +54,14 @@ def test_parameters_are_counted_as_in_the_float_checkpoint(call, packed_folder, 
 
 
 def _note_reads(monkeypatch) -> list[str]:
-    names, read_tensors = [], loaders.sizes.read_tensors
+    names, read_tensors = [], loaders.modules.sizes.read_tensors
 
     def note(infos):
         infos = list(infos)
         names.extend(info.name for info in infos)
         return read_tensors(infos)
 
-    monkeypatch.setattr("loaders.sizes.read_tensors", note)
+    monkeypatch.setattr("loaders.modules.sizes.read_tensors", note)
     return names
 
 

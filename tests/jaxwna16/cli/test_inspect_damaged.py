@@ -7,8 +7,8 @@ import json
 import numpy as np
 import pytest
 
-from loaders.folder import INDEX
-from pallas_kernels.spec import QuantSpec
+from loaders.files.folder import INDEX
+from pallas_kernels.format.spec import QuantSpec
 from tests.folders import make_config
 from tests.jaxwna16.cli.checkpoints import edit_config, edit_tensors
 from tests.sparse import describe_linear, describe_llama, write_sparse

@@ -11,7 +11,7 @@ import pytest
 
 from jaxwna16.cli import oracle
 from jaxwna16.cli.oracle import find_differences
-from pallas_kernels.spec import QuantSpec
+from pallas_kernels.format.spec import QuantSpec
 from tests.folders import make_config, make_experts, make_tensors, prefix_names, write_folder
 from tests.golden import VERSIONS, write_golden
 from tests.jaxwna16.cli.checkpoints import edit_tensors

@@ -1,0 +1,1 @@
+"""Whole checkpoints: `load` reads one, `convert` and `rewrite` write another."""

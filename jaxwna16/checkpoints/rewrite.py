@@ -1,0 +1,256 @@
+"""Checkpoint folder -> checkpoint folder: `quantize_checkpoint` and `dequantize_checkpoint`.
+
+Both go tensor by tensor; memory is one shard of the output, or one tensor if that is larger.
+Experts that are quantized become separate ones (`experts.3.gate_proj`), as compressed-tensors and
+vLLM have them. All others stay as they are: stacked ones are stacked again when dequantized.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxwna16.checkpoints.left_alone import HEAD, find_left_alone, list_ignored, name_module
+from jaxwna16.checkpoints.load import resolve_folder
+from jaxwna16.checkpoints.rewrite_plan import (
+    check_experts,
+    check_model,
+    check_numbers,
+    describe_quantization,
+    make_specs,
+)
+from jaxwna16.dtypes import read_dtype
+from jaxwna16.errors import InputError
+from jaxwna16.progress import show_bytes
+from loaders.converted.converted import plan_original
+from loaders.errors import CheckpointError, Fault
+from loaders.files.safetensors_file import TensorInfo, read_tensor, read_tensors
+from loaders.files.write import write_checkpoint
+from loaders.modules.experts import name_separately
+from loaders.modules.modules import QuantizedModule
+from loaders.modules.repack import pack, unpack
+from loaders.plan import Plan
+from loaders.schemes.quantization_config import SUBCONFIGS, drop_quantization
+from loaders.stream import check_cast, check_scales
+from pallas_kernels.errors import SpecError
+from pallas_kernels.format.dequantize import dequantize
+from pallas_kernels.format.quantize import quantize
+from pallas_kernels.format.spec import QuantSpec
+from pallas_kernels.format.weights import SCALE_DTYPES
+
+
+def quantize_checkpoint(
+    source: str | os.PathLike[str],
+    destination: str | os.PathLike[str],
+    *,
+    bits: int = 4,
+    group_size: int = 128,
+    symmetric: bool = True,
+    ignore: Iterable[str] = (),
+    ignore_only: Iterable[str] | None = None,
+    dtype: Any = None,
+    progress: bool | None = None,
+    follow_links: bool = False,
+) -> None:
+    """Round the linear weights of a Hugging Face folder to the nearest integers.
+
+    Writes a compressed-tensors `pack-quantized` checkpoint, which compressed-tensors, transformers
+    and vLLM read. Linear weights are the 2-D tensors named `*.weight`, and experts also where they
+    are stacked, but for embeddings, a head tied to one, and what is left alone. By default that is
+    (`jaxwna16.checkpoints.left_alone`): heads, routers, the gates of shared experts and of delta
+    nets, towers for images and sound with their projectors, and layers that predict several tokens
+    at once. Scales have the dtype of the weights.
+
+    Args:
+      source: folder with config.json and safetensors files that are not quantized.
+      destination: the folder to make; it must not exist.
+      bits: 4 or 8.
+      group_size: input features that share a scale, or -1 for one scale per output channel.
+      symmetric: without zero points, or with.
+      ignore: modules to leave alone beside those: exact paths, or `re:` and a pattern anchored at
+        the start.
+      ignore_only: the same in place of those; () leaves nothing else alone.
+      dtype: float dtype the whole checkpoint is cast to first; None keeps each tensor's own.
+      progress: True, False, or None for a bar on a terminal only.
+      follow_links: as in `load_checkpoint`.
+
+    Raises:
+      CheckpointError: listing every fault of the source, or every weight that the group size does
+        not divide; naming a tensor with values too large for `dtype`; or if the destination exists.
+      InputError: if an argument is out of range, an entry of `ignore` names nothing, nothing would
+        be quantized, or not all the experts that are one array; or if `load_model` takes the source
+        and would not take the result.
+    """
+    dtype = read_dtype(dtype)
+    check_numbers(bits, group_size)
+    plan = plan_original(resolve_folder(source), follow_links=follow_links)
+    if plan.quantized:
+        fault = Fault(
+            f"{len(plan.quantized)} modules are quantized already", way_out="dequantize it first"
+        )
+        raise CheckpointError(plan.folder, [fault])
+    tensors = {name: i for i in plan.plain.values() for name in name_separately(i.name)}
+    matrices = {
+        name: info
+        for name, info in tensors.items()
+        if name.endswith(".weight") and len(info.shape) == 2 and info.dtype.name in SCALE_DTYPES
+    }
+    left_alone, entries = find_left_alone(
+        tensors, plan.config, ignore=ignore, ignore_only=ignore_only
+    )
+    linears = {name: info for name, info in matrices.items() if name not in left_alone}
+    if not linears:
+        raise InputError(
+            f"{plan.folder}: no linear weight is left to quantize", ["loosen `ignore`"]
+        )
+    check_experts(plan, linears)
+    specs = make_specs(plan, linears, bits, group_size, symmetric)
+    check_model(plan, specs)
+    kept = [name_module(info.name) for name, info in matrices.items() if name not in linears]
+    ignored = list_ignored(entries, kept)
+    if HEAD not in ignored and f"{HEAD}.weight" not in tensors:
+        ignored.append(HEAD)  # tied: a Linear to those who read the config, though without tensor
+    config = drop_quantization(plan.config) | {
+        "quantization_config": describe_quantization(bits, group_size, symmetric, ignored)
+    }
+    _write(plan, destination, config, dtype, "quantizing", progress, specs)
+
+
+def dequantize_checkpoint(
+    source: str | os.PathLike[str],
+    destination: str | os.PathLike[str],
+    *,
+    dtype: Any = None,
+    progress: bool | None = None,
+    follow_links: bool = False,
+) -> None:
+    """Write a checkpoint's weights as floats, the same bits as compressed-tensors' `decompress`.
+
+    Those of AutoAWQ and GPTQ are what these compute, `(u - z) * s` in the dtype of s.
+
+    Args:
+      source: a checkpoint that `load_checkpoint` reads.
+      destination: the folder to make; it must not exist.
+      dtype: float dtype that every float tensor is cast to at the end; None is the scales' dtype
+        for the weights and its own for every other tensor.
+      progress: True, False, or None for a bar on a terminal only.
+      follow_links: as in `load_checkpoint`.
+
+    Raises:
+      CheckpointError: listing every fault of the source, bad scales included; naming a tensor with
+        values too large for `dtype`; or if the destination exists.
+      InputError: if nothing in it is quantized, or `dtype` is none of these.
+    """
+    dtype = read_dtype(dtype)
+    plan = plan_original(resolve_folder(source), follow_links=follow_links)
+    if not plan.quantized:
+        raise InputError(f"{plan.folder}: no module is quantized")
+    if faults := check_scales(plan):
+        raise CheckpointError(plan.folder, faults)
+    config = drop_quantization(plan.config)
+    _write(plan, destination, config, dtype, "dequantizing", progress, {})
+
+
+def _write(
+    plan: Plan,
+    destination: str | os.PathLike[str],
+    config: dict[str, Any],
+    dtype: np.dtype | None,
+    verb: str,
+    progress: bool | None,
+    specs: dict[str, QuantSpec],
+) -> None:
+    if dtype is not None:
+        for section in [config, *(config.get(name) for name in SUBCONFIGS)]:
+            if isinstance(section, dict):
+                stated = [key for key in ("dtype", "torch_dtype") if key in section]
+                section |= dict.fromkeys(stated, dtype.name)
+    with show_bytes(f"{verb} {plan.folder.name}", visible=progress) as report:
+
+        def list_tensors() -> Iterator[tuple[str, np.ndarray]]:
+            done = 0
+            stacked: dict[str, np.ndarray] = {}
+            for part in plan.list_parts():
+                for name, array in _convert(part, dtype, specs):
+                    if name_separately(name) == [name]:
+                        yield name, array
+                    else:
+                        path = part.name if isinstance(part, TensorInfo) else part.path
+                        experts = plan.stacks[plan.places[path]].experts
+                        yield from _stack(name, array, experts, stacked)
+                done += part.nbytes
+                report(done, plan.nbytes, "")
+
+        write_checkpoint(
+            Path(destination),
+            list_tensors(),
+            config,
+            beside=plan.folder,
+            follow_links=plan.follow_links,
+        )
+
+
+def _convert(
+    part: QuantizedModule | TensorInfo, dtype: Any, specs: dict[str, QuantSpec]
+) -> Iterator[tuple[str, np.ndarray]]:
+    """The tensors to write for one part of the source."""
+    if isinstance(part, QuantizedModule):
+        yield from _dequantize(part, dtype)
+        return
+    array = _cast(read_tensor(part), dtype, part.file, part.name)
+    names = name_separately(part.name)
+    if not any(f"{name_module(name)}.weight" in specs for name in names):
+        yield part.name, array
+        return
+    for name, rows in zip(names, np.split(array, len(names)), strict=True):
+        if name not in specs:
+            yield name, rows
+            continue
+        spec, module = specs[name], name_module(name)
+        try:
+            tensors = unpack(quantize(jnp.asarray(rows), spec, scale_dtype=rows.dtype), spec)
+        except SpecError as error:
+            fault = Fault(str(error), part.file.name, part.name)
+            raise CheckpointError(part.file.parent, [fault]) from None
+        for role, tensor in tensors.items():
+            yield f"{module}.{role}", tensor
+
+
+def _dequantize(part: QuantizedModule, dtype: Any) -> Iterator[tuple[str, np.ndarray]]:
+    arrays = dict(zip(part.tensors, read_tensors(part.tensors.values()), strict=True))
+    bias = arrays.pop("bias", None)
+    arrays.pop("weight_shape", None)  # the plan has read it; a stacked one is that of all experts
+    names = f"{part.path}.weight", f"{part.path}.bias"
+    if name_separately(part.path) != [part.path]:
+        names = part.path, part.path.replace("[", "_bias[")
+    weight = np.asarray(dequantize(pack(arrays, part.spec, part.encoding), part.spec))
+    yield names[0], _cast(weight, dtype, part.tensors["weight_packed"].file, names[0])
+    if bias is not None:
+        yield names[1], _cast(bias, dtype, part.tensors["bias"].file, names[1])
+
+
+def _stack(
+    name: str, array: np.ndarray, experts: int, stacked: dict[str, np.ndarray]
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Put "experts.down_proj[3]" into its array in `stacked`; gives that when it is complete."""
+    whole, _, index = name.removesuffix("]").partition("[")
+    if whole not in stacked:
+        stacked[whole] = np.empty((experts, *array.shape), array.dtype)
+    stacked[whole][int(index)] = array
+    if int(index) == experts - 1:  # they follow each other in the files
+        yield whole, stacked.pop(whole)
+
+
+def _cast(array: np.ndarray, dtype: Any, file: Path, name: str) -> np.ndarray:
+    if dtype is None or not jnp.issubdtype(array.dtype, jnp.floating):
+        return array
+    with np.errstate(over="ignore"):
+        cast = array.astype(dtype)
+    if faults := check_cast(array, cast, file, name):
+        raise CheckpointError(file.parent, faults)
+    return cast

@@ -1,0 +1,1 @@
+"""How good a model is: `perplexity`, `comparison`, and `lm_eval` for the harness."""

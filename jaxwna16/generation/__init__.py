@@ -1,0 +1,1 @@
+"""From prompts to text; `language` is the way in."""

@@ -1,0 +1,281 @@
+"""`load_model` and `generate`: from a checkpoint to text."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from jaxwna16.checkpoints.load import read_plan, resolve_folder
+from jaxwna16.dtypes import read_dtype
+from jaxwna16.errors import InputError
+from jaxwna16.generation.generation_config import describe_unapplied
+from jaxwna16.generation.stop_strings import StoppingText, find_stop_tokens
+from jaxwna16.generation.text import Tokenizer
+from jaxwna16.generation.tokens import GenerationResult, generate_tokens
+from jaxwna16.models.causal_lm import CausalLM
+from jaxwna16.models.families import find_family
+from jaxwna16.models.filling.expanded import (
+    describe_expanded,
+    describe_leaves,
+    expand_all,
+    list_expanded,
+)
+from jaxwna16.models.filling.names import check_prefix, rename, rename_all
+from jaxwna16.models.filling.params import check_leaves, list_leaves, load_params
+from jaxwna16.models.filling.skipped import drop_skipped
+from jaxwna16.models.filling.tied_head import drop_tied_head
+from jaxwna16.models.filling.zero_biases import drop_zero_biases
+from loaders.converted.converted import open_plan
+from loaders.plan import Plan
+from pallas_kernels.backends import check_backend
+from pallas_kernels.format.spec import QuantSpec
+
+
+@dataclasses.dataclass(frozen=True)
+class Generation:
+    """What `generate` wrote: one text per prompt, and the tokens and timings behind them.
+
+    Of a text that a stop string ended, the tokens go up to the one that completed it.
+    """
+
+    texts: list[str]
+    result: GenerationResult
+
+
+def load_model(
+    path_or_hub_id: str | os.PathLike[str],
+    *,
+    dtype: Any = None,
+    backend: str | None = None,
+    progress: bool | None = None,
+    follow_links: bool = False,
+) -> CausalLM:
+    """Load a language model of one of `families.MODEL_TYPES`, with packed weights or without.
+
+    What some checkpoints hold beside it (a vision tower, layers that predict several tokens at
+    once) is left out by the rules in `jaxwna16.models.filling.skipped`; the model's `warnings` list
+    it, and what generation_config.json asks for and `generate` does not do.
+
+    Args:
+      path_or_hub_id: a checkpoint folder, or a name on the Hugging Face hub.
+      dtype: dtype of activations, cache and of all that is not quantized; None is the dtype that
+        config.json states, float32 where it states none.
+      backend: of the quantized layers: None, "triton" or "xla" (see `quant_matmul`).
+      progress: True, False, or None for a bar on a terminal only.
+      follow_links: as in `load_checkpoint`.
+
+    Returns:
+      An NNX module: `model(tokens)` maps int32 [B, S] to float32 logits [B, S, V].
+
+    Raises:
+      CheckpointError: listing every fault of the checkpoint; a head that differs from the embedding
+        which it is tied to is one.
+      ModelError: if the architecture is not supported, or listing every tensor that is missing,
+        unexpected or of another shape.
+      InputError: if `dtype` is another than float32, bfloat16 and float16, or if
+        generation_config.json is not a JSON object.
+      BackendError: if the backend is none, or not for this dtype.
+    """
+    dtype = read_dtype(dtype)
+    opened = open_plan(resolve_folder(path_or_hub_id), follow_links=follow_links)
+    names = find_family(opened.config).names
+    model, plan, expanded = _fit(opened, dtype=dtype, backend=backend)
+    warnings = (*plan.warnings, *describe_unapplied(plan.folder))
+    leaves = list_leaves(model)
+    wide = {path for path in leaves if leaves[path].dtype == jnp.float32 != model.dtype}
+    kept = {name for name in plan.describe_leaves() if rename(name, names) in wide}
+    params = read_plan(plan, dtype=model.dtype, kept=kept, progress=progress).params
+    expand_all(params, expanded, model.dtype)
+    model = load_params(model, params, names)
+    model.folder, model.warnings = str(plan.folder), warnings
+    return model
+
+
+def plan_model(plan: Plan, *, dtype: Any = None, backend: str | None = None) -> CausalLM:
+    """Make the model of a checkpoint without its arrays, and check that every tensor has its place.
+
+    Raises:
+      CheckpointError, ModelError, InputError, BackendError: as `load_model`; of the weights only
+        biases without a place and a tied head have been read by then.
+    """
+    return _fit(plan, dtype=read_dtype(dtype), backend=backend)[0]
+
+
+def _fit(
+    plan: Plan, *, dtype: Any, backend: str | None
+) -> tuple[CausalLM, Plan, dict[str, QuantSpec]]:
+    """The model of a checkpoint without its arrays, and the plan of the parts that are for it.
+
+    The third is what is packed there and floats in the model, by path (`list_expanded`). The plan's
+    warnings say what was left out.
+
+    Raises:
+      ModelError: if the architecture is not supported, if quantized modules have no place in it, or
+        if tensors do not fit it.
+      CheckpointError: if a file ends early, or a tied head differs from the embedding.
+      BackendError: if the backend is none, or not for this dtype.
+    """
+    family = find_family(plan.config)
+    config = family.read(plan.config)
+    plan = drop_skipped(plan, config)
+    check_prefix([*plan.quantized, *plan.plain], family.names, str(plan.folder))
+    if config.tie_word_embeddings:
+        plan = drop_tied_head(plan, family.names)
+    reordered = {path for path, module in plan.quantized.items() if module.encoding.reordered}
+    specs = rename_all(plan.specs, family.names)
+    dtype = dtype or config.dtype or "float32"
+    check_backend(backend, dtype)
+    facts = {
+        "dtype": dtype,
+        "backend": backend,
+        "reordered": {rename(path, family.names) for path in reordered},
+    }
+    make = family.open_class()
+    model = nnx.eval_shape(lambda: make(config, specs, **facts))
+    places = list_leaves(model)
+    plan = drop_zero_biases(plan, lambda name: rename(name, family.names) in places)
+    expanded = list_expanded(plan, places, family.names)
+    found = rename_all(describe_leaves(plan, expanded), family.names)
+    check_leaves(model, found, f"{plan.folder}: tensors")
+    warnings = (*plan.warnings, *describe_expanded(plan, expanded))
+    return model, dataclasses.replace(plan, warnings=warnings), expanded
+
+
+def generate(
+    model: CausalLM,
+    prompts: str | Sequence[str],
+    *,
+    tokenizer: Tokenizer | None = None,
+    chat: bool = False,
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    stop: str | Sequence[str] = (),
+    logprobs: int | None = None,
+    prefill_chunk: int | None = None,
+    stream: Callable[[list[str]], None] | None = None,
+) -> Generation:
+    """Continue each prompt, up to a stop token of the checkpoint, `stop` or `max_new_tokens`.
+
+    Args:
+      model: from `load_model`.
+      prompts: one text or several, of any lengths.
+      tokenizer: None is the one in the model's checkpoint folder.
+      chat: put each prompt into the checkpoint's chat template, as a user's message.
+      max_new_tokens: tokens per prompt at most.
+      temperature: 0 is greedy.
+      top_k: draw among the k most likely tokens; 0 is off.
+      top_p: draw among the most likely tokens that together reach this probability; 1 is off.
+      seed: of the draws; the same seed gives the same texts.
+      stop: strings; a text ends before the first of them that is complete, wherever its tokens
+        begin and end. One that is a token of the vocabulary by itself ("<|im_end|>") ends it, too.
+      logprobs: as in `generate_tokens`: None, or for how many of the likeliest tokens the
+        log-probabilities are wanted, beside those of the chosen ones (`result.logprobs`).
+      prefill_chunk: as in `generate_tokens`: tokens of each prompt that are run at once.
+      stream: called with the new text of each prompt as soon as it is decided, about ten times a
+        second or for every token. Joined, it is the prompt's text: what may become a stop string
+        or a character is held back until it is clear.
+
+    Raises:
+      InputError: listing what is wrong with the prompts or the options.
+    """
+    prompts, stop = _list_items(prompts), _list_items(stop)
+    if strays := [prompt for prompt in prompts if not isinstance(prompt, str)]:
+        raise InputError(
+            f"prompts: expected texts, got {strays[0]!r:.60}: for tokens there is generate_tokens, "
+            "for messages tokenizer.encode_chat, which makes tokens of them"
+        )
+    if empty := [i for i, prompt in enumerate(prompts) if not prompt]:
+        raise InputError(f"prompts {empty} are empty: give each at least one character")
+    if tokenizer is None:
+        if model.folder is None:
+            raise InputError(
+                "the model knows no checkpoint folder, since it was not loaded from one or is what "
+                "nnx.merge, jax.device_put or a jitted function made of such a model: pass "
+                "tokenizer=, or set model.folder"
+            )
+        tokenizer = Tokenizer.from_folder(model.folder)
+    if chat:
+        encoded = [tokenizer.encode_chat([{"role": "user", "content": p}]) for p in prompts]
+    else:
+        encoded = [tokenizer.encode(prompt) for prompt in prompts]
+    return continue_tokens(
+        model,
+        tokenizer,
+        encoded,
+        stop=stop,
+        stream=stream,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        logprobs=logprobs,
+        prefill_chunk=prefill_chunk,
+    )
+
+
+def _list_items(value: Any) -> list[Any]:
+    """What is in a list or the like; anything else is one item."""
+    if isinstance(value, jax.Array | np.ndarray):
+        value = value.tolist()
+    several = isinstance(value, Iterable) and not isinstance(value, str | Mapping)
+    return list(value) if several else [value]
+
+
+def continue_tokens(
+    model: CausalLM,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Sequence[int]],
+    *,
+    stop: Sequence[str] = (),
+    stream: Callable[[list[str]], None] | None = None,
+    **options: Any,
+) -> Generation:
+    """Continue each prompt, given as tokens; otherwise as `generate`.
+
+    Args:
+      model: from `load_model`.
+      tokenizer: what the prompts were encoded with.
+      prompts: the ids of each.
+      stop, stream: as in `generate`.
+      options: all others of `generate_tokens`.
+
+    Raises:
+      InputError: as `generate`.
+    """
+    stop_tokens = tokenizer.stop_tokens | find_stop_tokens(tokenizer, stop)
+    stop_tokens |= set(model.config.eos_token_ids)  # which a text_config can state alone
+    rows = [StoppingText(tokenizer, stop) for _ in prompts]
+
+    def push(new: list[list[int]]) -> dict[int, int]:
+        running = [i for i, row in enumerate(rows) if not row.stopped]
+        texts = [row.push(ids) for row, ids in zip(rows, new, strict=True)]
+        if stream is not None:
+            stream(texts)
+        return {i: rows[i].tokens for i in running if rows[i].stopped}
+
+    result = generate_tokens(
+        model,
+        prompts,
+        stop_tokens=sorted(stop_tokens),
+        stream=push if stop or stream is not None else None,
+        **options,
+    )
+    rests = [row.flush() for row in rows]
+    if stream is not None:
+        stream(rests)
+    texts = [
+        row.text if row.stopped else tokenizer.decode(ids)
+        for row, ids in zip(rows, result.tokens, strict=True)
+    ]
+    return Generation(texts, result)

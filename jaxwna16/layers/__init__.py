@@ -1,0 +1,1 @@
+"""Layers of packed weights: `dense`, `moe` and `fused` for NNX, `linen` for Linen."""

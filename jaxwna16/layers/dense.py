@@ -1,0 +1,146 @@
+"""`QuantDense` for Flax NNX: a linear layer whose kernel is a packed weight."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from pallas_kernels.arguments import read_array, read_dtype
+from pallas_kernels.backends import check_backend
+from pallas_kernels.errors import SpecError
+from pallas_kernels.format.spec import QuantSpec
+from pallas_kernels.format.weights import check_weights, make_abstract
+from pallas_kernels.matmul import quant_matmul
+from pallas_kernels.tiles.dense_rules import check_prefer
+
+_LEAVES = ("packed", "scale", "zero_point", "bias", "perm")
+
+
+class QuantParam(nnx.Variable):
+    """An integer leaf of a packed weight: no `nnx.Param`, so optimizers and `nnx.grad` skip it."""
+
+
+class QuantDense(nnx.Module):
+    """y = x @ W.T + bias with a packed W[N, K], W = (q - zero_point) * scale.
+
+    The weights start at zero and come from a checkpoint, by path or through `from_weights`. Under
+    `nnx.eval_shape` no array is made.
+
+    Attributes:
+      packed: `QuantParam` uint16 `spec.packed_shape`.
+      scale: `nnx.Param` `spec.scale_shape`.
+      zero_point: `QuantParam` int8 `spec.scale_shape`, None when symmetric.
+      bias: `nnx.Param` [N], None without bias.
+      perm: `QuantParam` int32 [K], starts as 0 .. K-1; None without act-order.
+    """
+
+    def __init__(
+        self,
+        spec: QuantSpec,
+        *,
+        use_bias: bool = False,
+        act_order: bool = False,
+        scale_dtype: Any = jnp.bfloat16,
+        bias_dtype: Any = None,
+        dtype: Any = None,
+        backend: str | None = None,
+        prefer: str = "speed",
+        kernel_metadata: Mapping[str, Any] | None = None,
+        rngs: nnx.Rngs | None = None,
+    ):
+        """Make the layer with zero weights.
+
+        Args:
+          spec: bits, groups, symmetry and sizes of the weight.
+          use_bias: whether there is a bias [N].
+          act_order: whether the weight's input features were reordered: the layer has a `perm` and
+            takes x as x[..., perm].
+          scale_dtype: dtype of the scales: float16, bfloat16 or float32.
+          bias_dtype: dtype of the bias; None is `dtype`, or `scale_dtype` where that is None.
+          dtype: dtype that x is cast to, and of the result; None leaves x as it is.
+          backend: None, "triton" or "xla", see `quant_matmul`.
+          prefer: "speed" or "memory", see `quant_matmul`.
+          kernel_metadata: metadata of `packed`, `scale` and `zero_point`, for instance sharding
+            names.
+          rngs: not used; taken so that the layer can stand where `nnx.Linear` stood.
+
+        Raises:
+          SpecError, BackendError: if the values are impossible.
+        """
+        del rngs
+        check_options(spec, backend, prefer, dtype, scale_dtype, bias_dtype)
+        self.spec, self.dtype, self.backend, self.prefer = spec, dtype, backend, prefer
+        bias_dtype = (bias_dtype or dtype or scale_dtype) if use_bias else None
+        shapes = make_abstract(spec, scale_dtype, bias_dtype, act_order=act_order)
+        starts = {name: make_start(name, leaf) for name, leaf in shapes.items()}
+        metadata = dict(kernel_metadata or {})
+        self.packed = QuantParam(starts["packed"], **metadata)
+        self.scale = nnx.Param(starts["scale"], **metadata)
+        self.zero_point = None if spec.symmetric else QuantParam(starts["zero_point"], **metadata)
+        self.bias = nnx.Param(starts["bias"]) if use_bias else None
+        self.perm = QuantParam(starts["perm"]) if act_order else None
+
+    @classmethod
+    def from_weights(
+        cls, weights: Mapping[str, jax.Array], spec: QuantSpec, **options
+    ) -> QuantDense:
+        """Make the layer that holds `weights`, a leaf dict; "bias" and "perm" may be in it.
+
+        Raises:
+          SpecError: if the arrays contradict the spec.
+        """
+        check_weights(weights, spec)
+        options |= {"use_bias": "bias" in weights, "act_order": "perm" in weights}
+        layer = nnx.eval_shape(lambda: cls(spec, **options))
+        for name, array in weights.items():
+            getattr(layer, name).set_value(jnp.asarray(array))
+        return layer
+
+    @property
+    def weights(self) -> dict[str, jax.Array]:
+        """The leaf dict, as `quant_matmul` and its fused forms take it."""
+        leaves = {name: getattr(self, name) for name in _LEAVES}
+        return {name: leaf.get_value() for name, leaf in leaves.items() if leaf is not None}
+
+    def __call__(self, x: jax.Array, out_sharding: Any = None) -> jax.Array:
+        """Map x [..., K] to [..., N], constrained to `out_sharding` where that is given."""
+        x = cast_input(x, self.dtype)
+        y = quant_matmul(x, self.weights, self.spec, backend=self.backend, prefer=self.prefer)
+        return y if out_sharding is None else jax.lax.with_sharding_constraint(y, out_sharding)
+
+
+def check_options(
+    spec: QuantSpec,
+    backend: str | None,
+    prefer: str,
+    dtype: Any,
+    scale_dtype: Any,
+    bias_dtype: Any,
+) -> None:
+    """Raise a SpecError or BackendError if no layer can have these options."""
+    if not isinstance(spec, QuantSpec):
+        raise SpecError(f"QuantDense takes a QuantSpec, got {type(spec).__name__}")
+    read_dtype("scale_dtype", scale_dtype)
+    for name, value in (("dtype", dtype), ("bias_dtype", bias_dtype)):
+        if value is not None:
+            read_dtype(name, value)
+    # without a dtype every backend may do: the call knows that of x
+    check_backend(backend, jnp.dtype(jnp.bfloat16 if dtype is None else dtype))
+    check_prefer(prefer)
+
+
+def make_start(name: str, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+    """What a leaf holds before weights come: zeros, and no reordering."""
+    if name == "perm":
+        return jnp.arange(leaf.shape[0], dtype=leaf.dtype)
+    return jnp.zeros(leaf.shape, leaf.dtype)
+
+
+def cast_input(x: jax.Array, dtype: Any) -> jax.Array:
+    """x as an array in `dtype`; in its own where that is None."""
+    x = read_array("x", x)
+    return x if dtype is None else x.astype(dtype)

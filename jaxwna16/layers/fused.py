@@ -1,0 +1,109 @@
+"""Layers that share their input as one call: q/k/v, and gate/up of an MLP.
+
+Both functions take layers of NNX and of Linen; a Linen layer is called within its parent, as any
+submodule is:
+
+    class MLP(nn.Module):
+        spec: QuantSpec
+
+        @nn.compact
+        def __call__(self, x):
+            gate, up = (QuantDense(self.spec, name=name) for name in ("gate_proj", "up_proj"))
+            return gated(x, gate, up)
+
+Without layers, `quant_matmul_many` and `quant_matmul_gated` do the same with leaf dicts
+(`params["gate_proj"]`) and specs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxwna16.layers import linen
+from jaxwna16.layers.dense import QuantDense, cast_input
+from pallas_kernels.matmul import quant_matmul_gated, quant_matmul_many
+
+Layer = Callable[[jax.Array], jax.Array]
+
+
+def project(x: jax.Array, layers: Sequence[Layer]) -> tuple[jax.Array, ...]:
+    """Compute `layer(x)` for each layer.
+
+    All `QuantDense` of one dtype, backend and prefer are one `quant_matmul_many`, whatever their
+    specs. Other layers, a subclass of `QuantDense` among them, are called by themselves.
+
+    Args:
+      x: [..., K].
+      layers: functions of x.
+
+    Returns:
+      [..., N_i] for each layer, in their order.
+
+    Raises:
+      SpecError, BackendError, TableError: as `quant_matmul`.
+    """
+    calls: dict[Any, list[int]] = {}
+    for i, layer in enumerate(layers):
+        calls.setdefault(_find_settings(layer) or i, []).append(i)
+    results: dict[int, jax.Array] = {}
+    for settings, members in calls.items():
+        if isinstance(settings, int):
+            ys = (layers[settings](x),)
+        else:
+            dtype, backend, prefer = settings
+            alike: list[Any] = [layers[i] for i in members]
+            ys = quant_matmul_many(
+                cast_input(x, dtype),
+                [layer.weights for layer in alike],
+                [layer.spec for layer in alike],
+                backend=backend,
+                prefer=prefer,
+            )
+        results.update(zip(members, ys, strict=True))
+    return tuple(results[i] for i in range(len(layers)))
+
+
+def gated(x: jax.Array, gate: Layer, up: Layer) -> jax.Array:
+    """Compute silu(gate(x)) * up(x).
+
+    Two `QuantDense` of one dtype, backend and prefer are one `quant_matmul_gated`, which in 16-bit
+    dtypes rounds less often: in most cases once, at the end. Other layers are called by themselves.
+
+    Args:
+      x: [..., K].
+      gate, up: functions of x with results of one shape.
+
+    Returns:
+      [..., N].
+
+    Raises:
+      SpecError, BackendError, TableError: as `quant_matmul`.
+    """
+    settings = _find_settings(gate)
+    if settings is None or settings != _find_settings(up):
+        return jax.nn.silu(gate(x)) * up(x)
+    dtype, backend, prefer = settings
+    first: Any = gate
+    second: Any = up
+    return quant_matmul_gated(
+        cast_input(x, dtype),
+        first.weights,
+        second.weights,
+        first.spec,
+        second.spec,
+        backend=backend,
+        prefer=prefer,
+    )
+
+
+def _find_settings(layer: Any) -> tuple[Any, str | None, str] | None:
+    """What layers must share to be one call; None if this one must be called by itself."""
+    # a subclass may compute something else in its __call__
+    if type(layer) not in (QuantDense, linen.QuantDense):
+        return None
+    dtype = None if layer.dtype is None else jnp.dtype(layer.dtype)
+    return dtype, layer.backend, layer.prefer

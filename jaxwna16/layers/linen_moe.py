@@ -1,0 +1,119 @@
+"""`QuantMoE` for Flax Linen, the twin of the NNX layer; users know it as `linen.QuantMoE`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from jaxwna16.layers.dense import cast_input, make_start
+from jaxwna16.layers.moe import ExpertOptions, check_expert_options, run_experts
+from pallas_kernels.format.spec import QuantSpec
+from pallas_kernels.format.weights import make_abstract
+from pallas_kernels.routing import Routing
+
+
+class ExpertStack(nn.Module):
+    """The leaf dict of E experts' weights as params."""
+
+    leaves: Any
+
+    @nn.compact
+    def __call__(self) -> dict[str, jax.Array]:
+        # Linen checks only the shape of a given leaf, so a loaded scale keeps its dtype
+        return {
+            name: self.param(name, lambda _, name=name, leaf=leaf: make_start(name, leaf))
+            for name, leaf in dict(self.leaves).items()
+        }
+
+
+class QuantMoE(nn.Module):
+    """y = sum of the chosen experts' act(x @ Wg.T) * (x @ Wu.T) @ Wd.T, weighed by a router.
+
+    All leaves stand in the collection "params" under "w13" and "w2" with the names of the leaf
+    dict, so the tree of a checkpoint serves as it is. Attributes are the arguments of
+    `jaxwna16.QuantMoE`; `scale_dtype` and `bias_dtype` are those that `init` makes.
+
+    Raises:
+      SpecError, BackendError: if the values are impossible.
+    """
+
+    spec13: QuantSpec
+    spec2: QuantSpec
+    experts: int
+    top_k: int
+    scoring: str = "softmax"
+    renormalize: bool = True
+    groups: int = 1
+    top_groups: int = 1
+    group_score: str = "max"
+    scaling_factor: float = 1.0
+    activation: str = "silu"
+    gated: bool = True
+    interleaved: bool = False
+    weigh: str = "output"
+    use_bias: bool = False
+    scale_dtype: Any = jnp.bfloat16
+    bias_dtype: Any = None
+    dtype: Any = None
+    backend: str | None = None
+
+    def __post_init__(self):
+        dtypes = self.dtype, self.scale_dtype, self.bias_dtype
+        check_expert_options(self.spec13, self.spec2, self.experts, self.options, *dtypes)
+        super().__post_init__()
+
+    @property
+    def options(self) -> ExpertOptions:
+        """What is computed, and how experts are chosen."""
+        routing = Routing(
+            top_k=self.top_k,
+            scoring=self.scoring,
+            renormalize=self.renormalize,
+            groups=self.groups,
+            top_groups=self.top_groups,
+            group_score=self.group_score,
+            scaling_factor=self.scaling_factor,
+        )
+        return ExpertOptions(
+            routing=routing,
+            activation=self.activation,
+            gated=self.gated,
+            interleaved=self.interleaved,
+            weigh=self.weigh,
+            backend=self.backend,
+        )
+
+    def setup(self):
+        bias_dtype = (self.bias_dtype or self.dtype or self.scale_dtype) if self.use_bias else None
+        self.w13, self.w2 = (
+            ExpertStack(make_abstract(spec, self.scale_dtype, bias_dtype, experts=self.experts))
+            for spec in (self.spec13, self.spec2)
+        )
+
+    def __call__(
+        self,
+        x: jax.Array,
+        router_logits: jax.Array,
+        *,
+        correction_bias: jax.Array | None = None,
+        shared: jax.Array | None = None,
+        shared_gate: jax.Array | None = None,
+        expert_offset: jax.Array | int = 0,
+        out_sharding: Any = None,
+    ) -> jax.Array:
+        """Map x [..., H] to [..., H]; arguments and errors as `jaxwna16.QuantMoE.__call__`."""
+        y = run_experts(
+            cast_input(x, self.dtype),
+            router_logits,
+            (self.w13(), self.w2()),
+            (self.spec13, self.spec2),
+            self.options,
+            correction_bias=correction_bias,
+            shared=shared,
+            shared_gate=shared_gate,
+            expert_offset=expert_offset,
+        )
+        return y if out_sharding is None else jax.lax.with_sharding_constraint(y, out_sharding)

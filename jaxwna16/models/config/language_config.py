@@ -1,0 +1,85 @@
+"""`LanguageConfig`: what every family's configuration says, and the keys all read alike."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from jaxwna16.models.config.config_reader import ConfigReader
+from jaxwna16.models.config.moe_config import MoeConfig
+from jaxwna16.models.parts.rope import RopeConfig
+
+MAX_LAYERS = 1000  # each is made, abstractly, before it is looked for in the files
+_ACTIVATIONS = ("silu", "swish")
+_DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LanguageConfig:
+    """What a language model of any family is; a family's own class adds what only it has.
+
+    Attributes:
+      model_type: one of the family's (SmolLM2 calls itself "llama").
+      intermediate_size: of the MLPs that are not experts.
+      rotary_dim: features of a head that are rotated, from the first on.
+      max_position_embeddings: tokens the model was made for; see `max_length`.
+      tie_word_embeddings: whether the head is the embedding, so that files need hold none.
+      dtype: the dtype the checkpoint says it was saved in, or None.
+      eos_token_ids: tokens that end a text, possibly none.
+      moe: experts and routing; None in a model without.
+      prediction_layers: how many layers may stand past the last in the files, for predicting
+        several tokens at once.
+    """
+
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rotary_dim: int
+    max_position_embeddings: int
+    rms_norm_eps: float
+    tie_word_embeddings: bool
+    rope: RopeConfig
+    dtype: str | None
+    eos_token_ids: tuple[int, ...]
+    moe: MoeConfig | None
+    prediction_layers: int = 0
+
+    @property
+    def max_length(self) -> int:
+        """Tokens of prompt and answer together: as many as rope is stretched to (as in vLLM)."""
+        if self.rope.rope_type in ("linear", "dynamic"):
+            return int(self.max_position_embeddings * self.rope.factor)
+        if self.rope.rope_type == "yarn":  # the number in config.json is of before or of after it
+            stretched = int(self.rope.original_max_positions * self.rope.factor)
+            return max(self.max_position_embeddings, stretched)
+        return self.max_position_embeddings
+
+    @property
+    def whole_prompts(self) -> bool:
+        """Whether prompts must be run in one piece: dynamic rope turns all of it by its length."""
+        return self.rope.rope_type == "dynamic"
+
+
+def refuse_others(reader: ConfigReader) -> None:
+    """Refuse what no definition here has: another activation than SiLU, keys of single layers."""
+    reader.choose("hidden_act", "silu", _ACTIVATIONS)
+    if layers := reader.config.get("per_layer_config"):
+        reader.refuse("per_layer_config", layers, "none")
+
+
+def read_dtype(reader: ConfigReader) -> str | None:
+    """`dtype`, which older checkpoints call `torch_dtype`."""
+    return reader.choose("dtype" if reader.config.get("dtype") else "torch_dtype", None, _DTYPES)
+
+
+def read_eos(reader: ConfigReader) -> tuple[int, ...]:
+    """`eos_token_id`, one token or several."""
+    value = reader.config.get("eos_token_id", [])
+    ids = value if isinstance(value, list) else [value]
+    if not all(isinstance(i, int) and i >= 0 for i in ids):
+        reader.refuse("eos_token_id", value, "a token or a list of tokens")
+    return tuple(ids)

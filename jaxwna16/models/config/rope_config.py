@@ -1,0 +1,99 @@
+"""Reading the rope parameters of a `config.json`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from jaxwna16.models.config.config_reader import ConfigReader, is_positive
+from jaxwna16.models.parts.rope import ROPE_TYPES, RopeConfig
+
+
+def read_rotary_dim(reader: ConfigReader, head_dim: int, default: float) -> int:
+    """How many features of a head are rotated: head_dim times `partial_rotary_factor`.
+
+    Args:
+      default: the factor of the family; one that rotates whole heads knows no other.
+    """
+    factor = reader.config.get("partial_rotary_factor", default)
+    _, values = _find_rope(reader)
+    if isinstance(values, Mapping) and values.get("partial_rotary_factor") is not None:
+        factor = values["partial_rotary_factor"]
+    if default == 1.0:
+        if factor != 1.0:
+            reader.refuse("partial_rotary_factor", factor, "1.0")
+        return head_dim
+    rotated = int(head_dim * factor) if is_positive(factor) else 0
+    if 2 <= rotated <= head_dim and rotated % 2 == 0:
+        return rotated
+    reader.refuse("partial_rotary_factor", factor, f"an even part of head_dim = {head_dim}")
+    return head_dim
+
+
+def read_rope(reader: ConfigReader, max_positions: int, theta: float) -> RopeConfig:
+    """Rope parameters: `rope_parameters`, or `rope_theta` beside `rope_scaling` with `type`.
+
+    Args:
+      theta: `rope_theta` of the family where it is absent.
+    """
+    config = reader.config
+    where, given = _find_rope(reader)
+    if not isinstance(given, Mapping) or any(isinstance(v, Mapping) for v in given.values()):
+        reader.refuse(where, given, "one flat set of parameters for all layers")
+        return RopeConfig(rope_type="default", theta=1e4, original_max_positions=max_positions)
+    values = {key: value for key, value in given.items() if value is not None}
+    rope_type = values.get("rope_type", values.get("type", "default"))
+    theta = values.get("rope_theta", config.get("rope_theta", theta))
+    original = max_positions
+    if rope_type in ("llama3", "yarn"):
+        original = values.get("original_max_position_embeddings", original)
+        original = config.get("original_max_position_embeddings", original)
+    if rope_type not in ROPE_TYPES:
+        reader.refuse(f"{where}.rope_type", rope_type, f"one of {', '.join(ROPE_TYPES)}")
+        rope_type = "default"
+    if rope_type == "yarn" and is_positive(original):
+        values.setdefault("factor", max_positions / original)
+    needed = {
+        "linear": ("factor",),
+        "dynamic": ("factor",),
+        "yarn": ("factor",),
+        "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    }
+    if not is_positive(theta) or theta <= 1:
+        key = f"{where}.rope_theta" if "rope_theta" in values else "rope_theta"
+        reader.refuse(key, theta, "a number above 1")
+        theta = 1e4
+    numbers = {"original_max_position_embeddings": original}
+    numbers |= {key: values.get(key) for key in needed.get(rope_type, ())}
+    optional = ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
+    numbers |= {key: values[key] for key in optional if key in values}
+    for key, value in numbers.items():
+        if not is_positive(value):
+            reader.refuse(f"{where}.{key}", value, "a positive number")
+    truncate = given.get("truncate", True)
+    if not isinstance(truncate, bool | None):
+        reader.refuse(f"{where}.truncate", truncate, "true or false")
+    return RopeConfig(
+        rope_type=rope_type,
+        theta=theta,
+        original_max_positions=original,
+        truncate=truncate is True,  # null is off, as in transformers
+        **{key: values[key] for key in (*optional, *needed.get(rope_type, ())) if key in values},
+    )
+
+
+def _find_rope(reader: ConfigReader) -> tuple[str, Any]:
+    """The key that has the rope parameters, and these.
+
+    transformers 5 writes `rope_parameters`, and reads `rope_scaling` alone where both are given.
+    """
+    new, old = (reader.config.get(key) or {} for key in ("rope_parameters", "rope_scaling"))
+    if not new:
+        return "rope_scaling", old
+    if old and not (isinstance(old, Mapping) and isinstance(new, Mapping)):
+        reader.refuse("rope_scaling", old, "nothing beside rope_parameters")
+    elif old:
+        same = {"rope_type" if key == "type" else key: value for key, value in old.items()}
+        if any(new.get(key) != value for key, value in same.items()):
+            reader.refuse("rope_scaling", old, f"the same as rope_parameters = {new!r}, or nothing")
+    return "rope_parameters", new

@@ -1,0 +1,1 @@
+"""From the parts of a checkpoint to a model's leaves; `params` fills them in."""

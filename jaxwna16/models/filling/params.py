@@ -1,0 +1,103 @@
+"""Filling a model's leaves from a checkpoint's tree, by path."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxwna16.errors import ModelError
+from jaxwna16.layers.dense import QuantDense
+from jaxwna16.layers.moe import ExpertStack
+from jaxwna16.models.causal_lm import CausalLM
+from jaxwna16.models.filling.names import rename_all
+
+_PACKED_MODULES = (QuantDense, ExpertStack)
+
+Model = TypeVar("Model", bound=CausalLM)
+
+
+def load_params(
+    model: Model, params: Mapping[str, Any], names: Mapping[str, str] | None = None
+) -> Model:
+    """Give a model, usually an abstract one of `nnx.eval_shape`, the arrays of a params tree.
+
+    Plain weights, norms and biases are cast to the dtype that the model has them in (that which it
+    was constructed with, but for a few that are always float32); leaves of quantized linears and
+    experts are taken as they are.
+    Leaves that `check_leaves` lets pass though the model has no place for them are left out.
+
+    Args:
+      model: what to fill.
+      params: nested dict under the checkpoint's module paths, keys strings.
+      names: how those differ from the model's, see `rename`; None is not at all.
+
+    Raises:
+      ModelError: as `check_leaves`, and listing leaves that have one place.
+    """
+    found = rename_all(dict(_flatten(params, "")), names or {})
+    check_leaves(model, found)
+    graph, state = nnx.split(model)
+    packed = {p for p, module in nnx.iter_modules(model) if isinstance(module, _PACKED_MODULES)}
+    leaves = []
+    for path, variable in nnx.to_flat_state(state):
+        array = found[".".join(map(str, path))]
+        kept = array.dtype if path[:-1] in packed else variable.get_value().dtype
+        leaves.append((path, variable.replace(jnp.asarray(array, kept))))
+    return nnx.merge(graph, nnx.from_flat_state(leaves))
+
+
+def check_leaves(model: CausalLM, found: Mapping[str, Any], source: str = "parameters") -> None:
+    """Check that leaves (arrays, or only their shapes and dtypes) are those of a model.
+
+    `rotary_emb.inv_freq` of old checkpoints is let pass: the model knows it.
+
+    Args:
+      model: the model, possibly abstract.
+      found: path of each leaf -> something with `shape` and `dtype`.
+      source: what the leaves come from, for the message.
+
+    Raises:
+      ModelError: listing every leaf that is missing, unexpected, of another shape or of another
+        kind of number.
+    """
+    faults, unexpected = [], dict(found)
+    for name, wanted in list_leaves(model).items():
+        leaf = unexpected.pop(name, None)
+        if leaf is None or leaf.shape != wanted.shape or not _same_kind(leaf, wanted):
+            faults.append(f"{name}: expected {_describe(wanted)}, found {_describe(leaf)}")
+    faults += [
+        f"{name}: expected nothing, found {_describe(leaf)}"
+        for name, leaf in unexpected.items()
+        if not name.endswith("rotary_emb.inv_freq")
+    ]
+    if faults:
+        raise ModelError(f"{source} do not fit the model", faults)
+
+
+def list_leaves(model: CausalLM) -> dict[str, Any]:
+    """Path of each leaf of a model -> its array, or shape and dtype."""
+    leaves = nnx.to_flat_state(nnx.state(model))
+    return {".".join(map(str, path)): variable.get_value() for path, variable in leaves}
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _same_kind(array: Any, wanted: jax.ShapeDtypeStruct) -> bool:
+    """Any float may stand for another, an integer only for itself."""
+    if jnp.issubdtype(wanted.dtype, jnp.floating):
+        return jnp.issubdtype(array.dtype, jnp.floating)
+    return array.dtype == wanted.dtype
+
+
+def _describe(leaf: Any) -> str:
+    return "nothing" if leaf is None else f"{leaf.dtype.name} {list(leaf.shape)}"

@@ -1,0 +1,158 @@
+"""The layers that models are made of, and `Linears`, which makes each quantized or plain."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from jaxwna16.errors import ModelError
+from jaxwna16.layers.dense import QuantDense
+from jaxwna16.layers.fused import gated
+from jaxwna16.models.parts.attention import matmul_precision
+from pallas_kernels.format.spec import QuantSpec
+
+Array = jax.Array
+
+
+class Dense(nnx.Module):
+    """y = x W^T + b with W [N, K] as checkpoints store it; products are summed in float32."""
+
+    def __init__(self, out_features: int, in_features: int, *, use_bias: bool, dtype):
+        self.weight = nnx.Param(jnp.zeros((out_features, in_features), dtype))
+        self.bias = nnx.Param(jnp.zeros(out_features, dtype)) if use_bias else None
+
+    def __call__(self, x: Array) -> Array:
+        y = multiply(x, self.weight[...])
+        if self.bias is not None:
+            y = y + jnp.expand_dims(self.bias[...].astype(y.dtype), range(x.ndim - 1))
+        return y.astype(x.dtype)
+
+
+class Embedding(nnx.Module):
+    """Rows of weight [V, hidden]; a token outside the vocabulary gives NaN."""
+
+    def __init__(self, vocab_size: int, features: int, *, dtype):
+        self.features = features
+        self.weight = nnx.Param(jnp.zeros((vocab_size, features), dtype))
+
+    def __call__(self, tokens: Array) -> Array:
+        return self.weight[...].at[tokens].get(mode="fill", wrap_negative_indices=False)
+
+
+class RMSNorm(nnx.Module):
+    """x / sqrt(mean(x^2) + eps), computed in float32, rounded, then times the weight."""
+
+    def __init__(self, features: int, eps: float, *, dtype):
+        self.weight = nnx.Param(jnp.ones(features, dtype))
+        self.eps = eps
+
+    def __call__(self, x: Array) -> Array:
+        normalised = normalise(x, self.eps).astype(x.dtype)
+        return normalised * jnp.expand_dims(self.weight[...], range(x.ndim - 1))
+
+
+class OffsetRMSNorm(nnx.Module):
+    """x / sqrt(mean(x^2) + eps) * (1 + weight), computed in float32 and rounded once."""
+
+    def __init__(self, features: int, eps: float, *, dtype):
+        self.weight = nnx.Param(jnp.zeros(features, dtype))
+        self.eps = eps
+
+    def __call__(self, x: Array) -> Array:
+        factor = 1 + self.weight[...].astype(jnp.float32)
+        wide = normalise(x, self.eps) * jnp.expand_dims(factor, range(x.ndim - 1))
+        return wide.astype(x.dtype)
+
+
+class MLP(nnx.Module):
+    """down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, hidden: int, inner: int, bias: bool, linears: Linears, path: str):
+        self.gate_proj = linears.make(f"{path}.gate_proj", inner, hidden, bias)
+        self.up_proj = linears.make(f"{path}.up_proj", inner, hidden, bias)
+        self.down_proj = linears.make(f"{path}.down_proj", hidden, inner, bias)
+
+    def __call__(self, x: Array) -> Array:
+        return self.down_proj(gated(x, self.gate_proj, self.up_proj))
+
+
+def normalise(x: Array, eps: float) -> Array:
+    """x / sqrt(mean(x^2) + eps) over the last axis, float32."""
+    wide = x.astype(jnp.float32)
+    return wide * lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
+
+
+def multiply(x: Array, weight: Array) -> Array:
+    """x [..., K] times weight [N, K] transposed, float32 [..., N]."""
+    return lax.dot_general(
+        x,
+        weight,
+        (((x.ndim - 1,), (1,)), ((), ())),
+        precision=matmul_precision(x.dtype),
+        preferred_element_type=jnp.float32,
+    )
+
+
+class Linears:
+    """Makes each linear by its path, quantized where `specs` says so, and checks the specs.
+
+    Those named in `reordered` have a `perm` (act-order).
+    """
+
+    def __init__(
+        self,
+        specs: Mapping[str, QuantSpec],
+        dtype: jnp.dtype,
+        backend: str | None,
+        reordered: Collection[str] = (),
+    ):
+        self.specs = specs
+        self.reordered = reordered
+        self.dtype = dtype
+        self.backend = backend
+        self.unused = set(specs)
+        self.faults: list[str] = []
+
+    def make(self, path: str, out_features: int, in_features: int, use_bias: bool):
+        spec = self.find_spec(path, out_features, in_features)
+        if spec is None:
+            return Dense(out_features, in_features, use_bias=use_bias, dtype=self.dtype)
+        return QuantDense(
+            spec,
+            use_bias=use_bias,
+            act_order=path in self.reordered,
+            dtype=self.dtype,
+            backend=self.backend,
+        )
+
+    def find_spec(self, path: str, out_features: int, in_features: int) -> QuantSpec | None:
+        """The spec of a module, if it is quantized; one of other sizes is noted as a fault."""
+        if path not in self.specs:
+            return None
+        self.unused.remove(path)
+        spec, expected = self.specs[path], (out_features, in_features)
+        found = (spec.out_features, spec.in_features)
+        if found == expected:
+            return spec
+        self.faults.append(f"{path}: expected [N, K] = {list(expected)}, found {list(found)}")
+        return None
+
+    def check_all_used(self, model: nnx.Module) -> None:
+        """Raise `ModelError` if there is a fault, or a spec is of no module of the model.
+
+        Modules that hold floats whatever their spec says (embeddings, routers) are no strays: what
+        is packed there is expanded, see `jaxwna16.models.filling.expanded`.
+        """
+        held = {
+            ".".join(map(str, path))
+            for path, module in (nnx.iter_modules(model) if self.unused else ())
+            if hasattr(module, "weight")
+        }
+        unused = self.unused - held
+        strays = [f"{path}: no linear of this model can be quantized there" for path in unused]
+        if self.faults or strays:
+            raise ModelError("quantized modules do not fit the model", self.faults + sorted(strays))

@@ -1,0 +1,125 @@
+"""The sparse block of a layer: a router, experts, and shared experts that serve every token."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxwna16.layers.moe import QuantMoE, weigh_shared
+from jaxwna16.models.config.moe_config import MoeConfig
+from jaxwna16.models.parts.layers import MLP, Dense, Linears, multiply
+from pallas_kernels.moe import float_moe
+from pallas_kernels.routing import route
+
+Array = jax.Array
+
+
+class SparseBlock(nnx.Module):
+    """The chosen experts' sum, plus the shared experts; paths are those of the checkpoint."""
+
+    def __init__(self, moe: MoeConfig, hidden: int, linears: Linears, path: str):
+        self.gate = Router(moe, hidden, dtype=linears.dtype)
+        self.experts = make_experts(moe, hidden, linears, f"{path}.experts")
+        self.shared = moe.shared
+        if moe.shared is not None:
+            inner = moe.shared_intermediate_size
+            setattr(self, moe.shared, MLP(hidden, inner, False, linears, f"{path}.{moe.shared}"))
+        # floats: one output feature is too few for a kernel
+        self.shared_expert_gate = (
+            Dense(1, hidden, use_bias=False, dtype=linears.dtype) if moe.shared_gate else None
+        )
+
+    def __call__(self, x: Array) -> Array:
+        gate = self.shared_expert_gate
+        return self.experts(
+            x,
+            self.gate(x),
+            correction_bias=self.gate.read_bias(),
+            shared=None if self.shared is None else getattr(self, self.shared)(x),
+            shared_gate=None if gate is None else gate(x),
+        )
+
+
+class Router(nnx.Module):
+    """Logits [..., E] of x [..., H]; floats, also where files hold them packed.
+
+    Attributes:
+      weight: [E, H].
+      e_score_correction_bias: float32 [E], counts for the choice of experts and not for their
+        weights; None without. It is no `nnx.Param`, since the loss has no gradient in it.
+    """
+
+    def __init__(self, moe: MoeConfig, hidden: int, *, dtype):
+        self.weight = nnx.Param(jnp.zeros((moe.experts, hidden), dtype))
+        self.e_score_correction_bias = (
+            nnx.Variable(jnp.zeros(moe.experts, jnp.float32)) if moe.correction_bias else None
+        )
+        self.wide = moe.wide_router
+
+    def __call__(self, x: Array) -> Array:
+        """Logits in float32 where the family computes them so, else in the dtype of x."""
+        weight = self.weight[...]
+        if self.wide:
+            return multiply(x.astype(jnp.float32), weight.astype(jnp.float32))
+        return multiply(x, weight).astype(x.dtype)
+
+    def read_bias(self) -> Array | None:
+        """The correction bias, if there is one."""
+        return None if self.e_score_correction_bias is None else self.e_score_correction_bias[...]
+
+
+class Stack(nnx.Module):
+    """The weights [E, N, K] of one product of all experts."""
+
+    def __init__(self, experts: int, out_features: int, in_features: int, *, dtype):
+        self.weight = nnx.Param(jnp.zeros((experts, out_features, in_features), dtype))
+
+
+class FloatExperts(nnx.Module):
+    """Experts that are floats in the model; called as `QuantMoE` is."""
+
+    def __init__(self, moe: MoeConfig, hidden: int, *, dtype):
+        inner = moe.intermediate_size
+        self.w13 = Stack(moe.experts, 2 * inner, hidden, dtype=dtype)
+        self.w2 = Stack(moe.experts, hidden, inner, dtype=dtype)
+        self.routing = moe.routing
+
+    def __call__(
+        self,
+        x: Array,
+        router_logits: Array,
+        *,
+        correction_bias: Array | None = None,
+        shared: Array | None = None,
+        shared_gate: Array | None = None,
+    ) -> Array:
+        options = dataclasses.asdict(self.routing)
+        ids, weights = route(router_logits, correction_bias=correction_bias, **options)
+        return float_moe(
+            x,
+            ids,
+            weights,
+            self.w13.weight[...],
+            self.w2.weight[...],
+            shared=weigh_shared(shared, shared_gate),
+        )
+
+
+def make_experts(moe: MoeConfig, hidden: int, linears: Linears, path: str) -> Any:
+    """`QuantMoE` where the specs name both products of the experts, else `FloatExperts`."""
+    spec13 = linears.find_spec(f"{path}.w13", 2 * moe.intermediate_size, hidden)
+    spec2 = linears.find_spec(f"{path}.w2", hidden, moe.intermediate_size)
+    if spec13 is None or spec2 is None:
+        return FloatExperts(moe, hidden, dtype=linears.dtype)
+    return QuantMoE(
+        spec13,
+        spec2,
+        experts=moe.experts,
+        dtype=linears.dtype,
+        backend=linears.backend,
+        **dataclasses.asdict(moe.routing),
+    )

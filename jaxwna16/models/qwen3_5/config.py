@@ -1,0 +1,200 @@
+"""`Qwen35Config`: what `config.json` says about a Qwen3.5 or Qwen3.6, checked."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from jaxwna16.errors import ModelError
+from jaxwna16.models.config.config_reader import ConfigReader
+from jaxwna16.models.config.language_config import (
+    MAX_LAYERS,
+    LanguageConfig,
+    read_dtype,
+    read_eos,
+    refuse_others,
+)
+from jaxwna16.models.config.moe_config import MoeConfig, check_choice
+from jaxwna16.models.config.rope_config import read_rope, read_rotary_dim
+from pallas_kernels.routing import Routing
+
+MODEL_TYPES = ("qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text")
+NAMES = {r"^model\.language_model\.": "model."}
+"""The text model beside others is `model.language_model`, alone it is `model`."""
+_LINEAR, _FULL = "linear_attention", "full_attention"
+_INTERVAL = 4
+_ROTATED = 0.25
+_INHERITED = ("dtype", "torch_dtype", "eos_token_id")
+"""Keys of the whole that hold for its text model where that does not state them."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DeltaNetConfig:
+    """Sizes of the gated delta-net layers.
+
+    Attributes:
+      key_heads, value_heads: each key head serves value_heads / key_heads value heads in a row.
+      key_dim, value_dim: features of one head.
+      width: tokens that the convolution spans.
+    """
+
+    key_heads: int
+    value_heads: int
+    key_dim: int
+    value_dim: int
+    width: int
+
+    @property
+    def key_features(self) -> int:
+        return self.key_heads * self.key_dim
+
+    @property
+    def value_features(self) -> int:
+        return self.value_heads * self.value_dim
+
+    @property
+    def features(self) -> int:
+        """Of queries, keys and values together: what the convolution runs over."""
+        return 2 * self.key_features + self.value_features
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Qwen35Config(LanguageConfig):
+    """Everything the definition in `jaxwna16.models.qwen3_5.definition` needs to know; hashable.
+
+    Layers that predict several tokens at once do not stand among the others: they are called `mtp`.
+
+    Attributes:
+      model_type: one of `MODEL_TYPES`; those without "_text" hold the text model beside others.
+      intermediate_size: of the MLPs; 0 with experts.
+      is_full: per layer, whether it is full attention; the others are gated delta nets.
+    """
+
+    attention_bias: bool
+    is_full: tuple[bool, ...]
+    delta: DeltaNetConfig
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> Qwen35Config:
+        """Read a `config.json`; its `text_config`, where the model is one part of several.
+
+        Absent keys take the defaults of transformers' configuration classes.
+
+        Raises:
+          ModelError: listing every key that is missing, malformed or asks for the unsupported.
+        """
+        model_type = config["model_type"]
+        reader = _read_text(config)
+        parsed = _read(reader, model_type)
+        if reader.reasons:
+            raise ModelError(f"this {model_type} configuration is not supported", reader.reasons)
+        return parsed
+
+
+def _read_text(config: Mapping[str, Any]) -> ConfigReader:
+    """A reader of the text model's own section, with what it inherits."""
+    if config["model_type"].endswith("_text"):
+        return ConfigReader(config)
+    text = config.get("text_config")
+    reader = ConfigReader(text if isinstance(text, Mapping) else {}, "text_config.")
+    if not isinstance(text, Mapping):
+        found = type(text).__name__ if text is not None else None
+        raise ModelError(
+            f"this {config['model_type']} configuration is not supported",
+            [f"text_config: expected the configuration of the text model, found {found}"],
+        )
+    reader.choose("model_type", "", (f"{config['model_type']}_text", ""))
+    for key in _INHERITED:
+        if key not in reader.config and config.get(key) is not None:
+            reader.config[key] = config[key]
+    # transformers' multimodal class asks the whole, whose own default hides what the section says
+    if config.get("tie_word_embeddings") is not None:
+        reader.config["tie_word_embeddings"] = config["tie_word_embeddings"]
+    return reader
+
+
+def _read(reader: ConfigReader, model_type: str) -> Qwen35Config:
+    sparse = "moe" in model_type
+    refuse_others(reader)
+    if not reader.flag("attn_output_gate", True):
+        reader.refuse("attn_output_gate", False, "true")
+    heads = reader.count("num_attention_heads", 16)
+    kv_heads = reader.count("num_key_value_heads", 2 if sparse else 4)
+    if heads % kv_heads:
+        reader.refuse("num_attention_heads", heads, f"a multiple of kv heads = {kv_heads}")
+    head_dim = reader.count("head_dim", 256)
+    layers = reader.count("num_hidden_layers", 40 if sparse else 32, most=MAX_LAYERS)
+    max_positions = reader.count("max_position_embeddings", 32768)
+    # mrope_section and mrope_interleaved are not looked at: they deal the frequencies out to the
+    # positions in time, height and width, and for text all three positions are the same number
+    rope = read_rope(reader, max_positions, 10000.0)
+    if rope.rope_type == "dynamic":
+        reader.refuse("rope_parameters.rope_type", "dynamic", "a rope that is not dynamic")
+    return Qwen35Config(
+        model_type=model_type,
+        vocab_size=reader.count("vocab_size", 248320),
+        hidden_size=reader.count("hidden_size", 2048 if sparse else 4096),
+        intermediate_size=0 if sparse else reader.count("intermediate_size", 12288),
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=head_dim,
+        rotary_dim=read_rotary_dim(reader, head_dim, _ROTATED),
+        max_position_embeddings=max_positions,
+        rms_norm_eps=reader.number("rms_norm_eps", 1e-6),
+        tie_word_embeddings=reader.flag("tie_word_embeddings"),
+        attention_bias=reader.flag("attention_bias"),
+        is_full=_read_types(reader, layers),
+        delta=_read_delta(reader),
+        rope=rope,
+        dtype=read_dtype(reader),
+        eos_token_ids=read_eos(reader),
+        moe=_read_experts(reader, layers) if sparse else None,
+    )
+
+
+def _read_types(reader: ConfigReader, layers: int) -> tuple[bool, ...]:
+    interval = reader.count("full_attention_interval", _INTERVAL)
+    types = reader.config.get("layer_types")
+    if types is None:
+        return tuple((i + 1) % interval == 0 for i in range(layers))
+    known = isinstance(types, list) and all(kind in (_LINEAR, _FULL) for kind in types)
+    if not known or len(types) != layers:
+        reader.refuse("layer_types", types, f"{layers} entries, each {_LINEAR} or {_FULL}")
+        return (True,) * layers
+    return tuple(kind == _FULL for kind in types)
+
+
+def _read_delta(reader: ConfigReader) -> DeltaNetConfig:
+    keys = reader.count("linear_num_key_heads", 16)
+    values = reader.count("linear_num_value_heads", 32)
+    if values % keys:
+        reader.refuse("linear_num_value_heads", values, f"a multiple of key heads = {keys}")
+    return DeltaNetConfig(
+        key_heads=keys,
+        value_heads=values,
+        key_dim=reader.count("linear_key_head_dim", 128),
+        value_dim=reader.count("linear_value_head_dim", 128),
+        width=reader.count("linear_conv_kernel_dim", 4, least=2),
+    )
+
+
+def _read_experts(reader: ConfigReader, layers: int) -> MoeConfig:
+    """Softmax over all experts, renormalised whatever `norm_topk_prob` says, in every layer."""
+    if reader.config.get("mlp_only_layers"):
+        reader.refuse("mlp_only_layers", reader.config["mlp_only_layers"], "none")
+    experts = reader.count("num_experts", 256)
+    routing = Routing(top_k=reader.count("num_experts_per_tok", 8), renormalize=True)
+    check_choice(reader, experts, routing)
+    return MoeConfig(
+        sparse=(True,) * layers,
+        experts=experts,
+        intermediate_size=reader.count("moe_intermediate_size", 512),
+        shared="shared_expert",
+        shared_intermediate_size=reader.count("shared_expert_intermediate_size", 512),
+        shared_gate=True,
+        wide_router=False,
+        correction_bias=False,
+        routing=routing,
+    )

@@ -1,0 +1,234 @@
+"""Qwen3.5 and Qwen3.6 (`Qwen35Config`), dense or with experts: a hybrid model.
+
+Most layers are gated delta nets, which keep a state of fixed size
+(`jaxwna16.models.parts.delta_rule`); every fourth is full attention, whose output passes a gate and
+of whose heads a part is rotated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxwna16.layers.fused import project
+from jaxwna16.models.causal_lm import CausalLM, run_layer
+from jaxwna16.models.parts.attention import (
+    LayerCache,
+    attend,
+    fold_heads,
+    make_layer_cache,
+    place_tokens,
+    see_slots,
+    write_slots,
+)
+from jaxwna16.models.parts.delta_rule import DeltaCache, convolve, make_delta_cache, run_delta_rule
+from jaxwna16.models.parts.layers import MLP, Embedding, Linears, OffsetRMSNorm, normalise
+from jaxwna16.models.parts.moe import SparseBlock
+from jaxwna16.models.parts.rope import rotate, rotation_tables
+from jaxwna16.models.qwen3_5.config import Qwen35Config
+
+Array = jax.Array
+Cache = tuple[LayerCache | DeltaCache, ...]
+
+
+class Piece(NamedTuple):
+    """What all layers are told of the tokens.
+
+    Attributes:
+      rotation: cosines and sines of the positions, see `rotation_tables`.
+      seen: bool [B, S, slots], which slots each token attends to.
+      slots: int32 [B, S], where its keys and values go.
+      lengths: int32 [B], how many tokens of each row are no padding.
+    """
+
+    rotation: tuple[Array, Array]
+    seen: Array
+    slots: Array
+    lengths: Array
+
+
+class GatedAttention(nnx.Module):
+    """Self-attention whose result is multiplied by sigmoid(gate), one gate per feature."""
+
+    def __init__(self, config: Qwen35Config, linears: Linears, path: str):
+        hidden, head_dim, bias = config.hidden_size, config.head_dim, config.attention_bias
+        q_features = config.num_attention_heads * head_dim
+        kv_features = config.num_key_value_heads * head_dim
+        # of each head, rows of the query and then those of the gate
+        self.q_proj = linears.make(f"{path}.q_proj", 2 * q_features, hidden, bias)
+        self.k_proj = linears.make(f"{path}.k_proj", kv_features, hidden, bias)
+        self.v_proj = linears.make(f"{path}.v_proj", kv_features, hidden, bias)
+        self.o_proj = linears.make(f"{path}.o_proj", hidden, q_features, bias)
+        self.q_norm = OffsetRMSNorm(head_dim, config.rms_norm_eps, dtype=linears.dtype)
+        self.k_norm = OffsetRMSNorm(head_dim, config.rms_norm_eps, dtype=linears.dtype)
+        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.head_dim, self.dtype = head_dim, linears.dtype
+
+    def make_cache(self, batch: int, slots: int) -> LayerCache:
+        """Room for keys and values of `slots` tokens of each row."""
+        return make_layer_cache(batch, slots, self.kv_heads, self.head_dim, self.dtype)
+
+    def __call__(
+        self, x: Array, piece: Piece, cache: LayerCache | None
+    ) -> tuple[Array, LayerCache | None]:
+        q, k, v = project(x, (self.q_proj, self.k_proj, self.v_proj))
+        q, gate = jnp.split(q.reshape(*x.shape[:2], self.heads, -1), 2, axis=-1)
+        k, v = (y.reshape(*x.shape[:2], -1, self.head_dim) for y in (k, v))
+        q, k = rotate(self.q_norm(q), *piece.rotation), rotate(self.k_norm(k), *piece.rotation)
+        held = LayerCache(fold_heads(k), fold_heads(v))
+        if cache is not None:
+            held = cache = write_slots(cache, held, piece.slots)
+        mixed = attend(q, held, piece.seen)
+        opened = jax.nn.sigmoid(gate.astype(jnp.float32)).reshape(mixed.shape)
+        return self.o_proj((mixed.astype(jnp.float32) * opened).astype(x.dtype)), cache
+
+
+class Convolution(nnx.Module):
+    """The weight [C, 1, W] of a convolution of each feature by itself, as torch stores it."""
+
+    def __init__(self, features: int, width: int, *, dtype):
+        self.weight = nnx.Param(jnp.zeros((features, 1, width), dtype))
+
+
+class GatedRMSNorm(nnx.Module):
+    """x / sqrt(mean(x^2) + eps) * weight * silu(gate), computed in float32, in the gate's dtype."""
+
+    def __init__(self, features: int, eps: float, *, dtype):
+        self.weight = nnx.Param(jnp.ones(features, dtype))
+        self.eps = eps
+
+    def __call__(self, x: Array, gate: Array) -> Array:
+        weight = jnp.expand_dims(self.weight[...].astype(jnp.float32), range(x.ndim - 1))
+        scaled = normalise(x, self.eps) * weight
+        return (scaled * jax.nn.silu(gate.astype(jnp.float32))).astype(gate.dtype)
+
+
+class GatedDeltaNet(nnx.Module):
+    """The gated delta rule over convolved queries, keys and values.
+
+    Attributes:
+      A_log, dt_bias: float32 [value heads], of the decay exp(-exp(A_log) softplus(a + dt_bias)).
+        They are float32 in every model, since their exponentials cover a wide range.
+    """
+
+    def __init__(self, config: Qwen35Config, linears: Linears, path: str):
+        hidden, delta, dtype = config.hidden_size, config.delta, linears.dtype
+        heads, values = delta.value_heads, delta.value_features
+        self.in_proj_qkv = linears.make(f"{path}.in_proj_qkv", delta.features, hidden, False)
+        self.in_proj_z = linears.make(f"{path}.in_proj_z", values, hidden, False)
+        self.in_proj_b = linears.make(f"{path}.in_proj_b", heads, hidden, False)
+        self.in_proj_a = linears.make(f"{path}.in_proj_a", heads, hidden, False)
+        self.conv1d = Convolution(delta.features, delta.width, dtype=dtype)
+        self.A_log = nnx.Param(jnp.zeros(heads, jnp.float32))
+        self.dt_bias = nnx.Param(jnp.zeros(heads, jnp.float32))
+        self.norm = GatedRMSNorm(delta.value_dim, config.rms_norm_eps, dtype=dtype)
+        self.out_proj = linears.make(f"{path}.out_proj", hidden, values, False)
+        self.sizes, self.dtype = delta, dtype
+
+    def make_cache(self, batch: int, slots: int) -> DeltaCache:
+        """The state before the first token; however many tokens come, it is of one size."""
+        del slots
+        sizes = self.sizes
+        heads = (sizes.value_heads, sizes.key_dim, sizes.value_dim)
+        return make_delta_cache(batch, sizes.width, sizes.features, heads, self.dtype)
+
+    def __call__(
+        self, x: Array, piece: Piece, cache: DeltaCache | None
+    ) -> tuple[Array, DeltaCache]:
+        cache = self.make_cache(x.shape[0], 0) if cache is None else cache
+        linears = (self.in_proj_qkv, self.in_proj_z, self.in_proj_b, self.in_proj_a)
+        qkv, z, b, a = project(x, linears)
+        weight = self.conv1d.weight[...][:, 0]
+        qkv, inputs = convolve(qkv, weight, cache.inputs, piece.lengths)
+        keys = self.sizes.key_features
+        q, k, v = (
+            part.reshape(*x.shape[:2], -1, size)
+            for part, size in zip(
+                jnp.split(qkv, [keys, 2 * keys], axis=-1),
+                (self.sizes.key_dim, self.sizes.key_dim, self.sizes.value_dim),
+                strict=True,
+            )
+        )
+        beta = jax.nn.sigmoid(b.astype(jnp.float32))
+        rate, bias = (p[...][None, None, :] for p in (self.A_log, self.dt_bias))
+        g = -jnp.exp(rate) * jax.nn.softplus(a.astype(jnp.float32) + bias)
+        mixed, state = run_delta_rule(q, k, v, g, beta, cache.state, piece.lengths)
+        y = self.norm(mixed, z.reshape(mixed.shape))
+        return self.out_proj(y.reshape(*x.shape[:2], -1)), DeltaCache(inputs, state)
+
+
+class DecoderLayer(nnx.Module):
+    """A delta net or attention, then an MLP or experts, each added to the stream."""
+
+    def __init__(self, config: Qwen35Config, linears: Linears, layer: int):
+        hidden, eps, path = config.hidden_size, config.rms_norm_eps, f"model.layers.{layer}"
+        self.input_layernorm = OffsetRMSNorm(hidden, eps, dtype=linears.dtype)
+        if config.is_full[layer]:
+            self.self_attn = GatedAttention(config, linears, f"{path}.self_attn")
+        else:
+            self.linear_attn = GatedDeltaNet(config, linears, f"{path}.linear_attn")
+        self.is_full = config.is_full[layer]
+        self.post_attention_layernorm = OffsetRMSNorm(hidden, eps, dtype=linears.dtype)
+        if config.moe is not None:
+            self.mlp = SparseBlock(config.moe, hidden, linears, f"{path}.mlp")
+        else:
+            self.mlp = MLP(hidden, config.intermediate_size, False, linears, f"{path}.mlp")
+
+    @property
+    def mixer(self) -> Any:
+        """Whichever it has: what carries tokens over to other tokens."""
+        return self.self_attn if self.is_full else self.linear_attn
+
+    def __call__(self, x: Array, piece: Piece, cache: Any) -> tuple[Array, Any]:
+        mixed, cache = self.mixer(self.input_layernorm(x), piece, cache)
+        x = x + mixed
+        return x + self.mlp(self.post_attention_layernorm(x)), cache
+
+
+class Decoder(nnx.Module):
+    """Embedding, layers and the last norm: the checkpoint's `model.`."""
+
+    def __init__(self, config: Qwen35Config, linears: Linears):
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, dtype=linears.dtype)
+        self.layers = nnx.List(
+            DecoderLayer(config, linears, layer) for layer in range(config.num_hidden_layers)
+        )
+        self.norm = OffsetRMSNorm(config.hidden_size, config.rms_norm_eps, dtype=linears.dtype)
+        self.config = config
+
+    def make_cache(self, batch: int, slots: int) -> Cache:
+        """An empty cache: in layers of attention keys and values, in the others their state."""
+        return tuple(layer.mixer.make_cache(batch, slots) for layer in self.layers)
+
+    def __call__(
+        self, tokens: Array, start: Array, count: Array, cache: Cache | None
+    ) -> tuple[Array, Cache]:
+        steps = tokens.shape[1]
+        places = place_tokens(start, count, steps)
+        x = self.embed_tokens(tokens)
+        piece = Piece(
+            rotation_tables(self.config.rope, self.config.rotary_dim, places.positions, x.dtype),
+            see_slots(places.positions, steps if cache is None else _count_slots(cache), None),
+            places.slots,
+            count,
+        )
+        caches = []
+        for i, layer in enumerate(self.layers):
+            x, after = run_layer(layer, x, piece, None if cache is None else cache[i])
+            caches.append(after)
+        return self.norm(x), tuple(caches)
+
+
+class Qwen35(CausalLM):
+    """A Qwen3.5 or Qwen3.6 as a language model; arguments as `CausalLM`."""
+
+    def __init__(self, config: Qwen35Config, *arguments, **options):
+        super().__init__(Decoder, config, *arguments, **options)
+
+
+def _count_slots(cache: Sequence[LayerCache | DeltaCache]) -> int:
+    return next((layer.slots for layer in cache if isinstance(layer, LayerCache)), 0)

@@ -1,0 +1,1 @@
+"""Converted copies; `converted` is the way in."""

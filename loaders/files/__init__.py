@@ -1,0 +1,1 @@
+"""The bytes of a checkpoint; `folder` is the way in, `write` the way out."""

@@ -1,0 +1,1 @@
+"""One module's tensors; `modules` plans them, `repack` turns them into tiles."""

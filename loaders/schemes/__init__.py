@@ -1,0 +1,1 @@
+"""What config.json says of quantization; `quantization_config` is the way in."""

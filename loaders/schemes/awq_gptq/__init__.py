@@ -1,0 +1,1 @@
+"""What config.json of AutoAWQ, GPTQ and AutoRound says; `config` is the way in."""

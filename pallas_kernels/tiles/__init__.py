@@ -1,0 +1,1 @@
+"""How work is divided; `dense_rules` and `expert_rules` are the ways in."""

@@ -1,0 +1,93 @@
+"""The GPU path of a Mixture-of-Experts: two grouped kernels and what lies between them.
+
+ids -> blocks -> gate and up (activation where it fits) -> down, weighed -> sum over top_k
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import triton
+from pallas_kernels.activations import IN_KERNEL
+from pallas_kernels.tiles.blocks import Blocks, find_local, group_pairs
+from pallas_kernels.tiles.device import find_device
+from pallas_kernels.tiles.expert_rules import can_pair_rows, choose_moe
+from pallas_kernels.triton.grouped import Epilogue
+from pallas_kernels.xla.experts import activate
+
+_FEW_TOKENS = 256
+"""Up to here results wait for their sum in float32; above, that would be too much memory traffic.
+"""
+
+
+def add_experts(call, rows, offset, stacks, *, interpret: bool) -> jax.Array:
+    """Float32 [T, H], from rows (x, ids, weights); arguments as `pallas_kernels.moe` has them."""
+    x, ids, weights = rows
+    tokens, top_k = ids.shape
+    options, device = call.options, find_device()
+    scale_dtypes = tuple(stack["scale"].dtype for stack in stacks)
+    specs = (call.spec13, call.spec2)
+    tiles = choose_moe(
+        specs, call.experts, tokens, top_k, x.dtype, scale_dtypes, device, gated=options.gated
+    )
+    local = find_local(ids.reshape(-1), call.experts, offset)
+    if tiles.direct:
+        blocks = Blocks(local, None)
+    elif local.size <= triton.MOST_PAIRS:
+        blocks = triton.group_few_pairs(
+            local, call.experts, tiles.first.block_m, interpret=interpret
+        )
+    else:
+        blocks = group_pairs(local, call.experts, tiles.first.block_m)
+    flat = weights.reshape(-1).astype(jnp.float32)
+    fused = tiles.first.splits == 1 and options.activation in IN_KERNEL
+    paired = (
+        fused
+        and not options.interleaved
+        and can_pair_rows(call.spec13, options.gated)
+        and triton.can_pair(call.spec13, tiles.first, scale_dtypes[0], device)
+    )
+    inside = paired or (fused and not options.gated)
+    h = triton.multiply_blocks(
+        x,
+        stacks[0],
+        call.spec13,
+        blocks,
+        flat,
+        tiles.first,
+        epilogue=Epilogue(
+            options.activation if inside else None,
+            paired,
+            "sum" if options.weigh == "input" else None,
+        ),
+        dtype=jnp.float32 if tiles.first.splits > 1 else x.dtype,
+        interpret=interpret,
+    )
+    if not inside:
+        h = add_in_order(h) if tiles.first.splits > 1 else h.astype(jnp.float32)
+        h = activate(h, options.activation, gated=options.gated, interleaved=options.interleaved)
+    wide = tiles.second.splits > 1 or tokens <= _FEW_TOKENS
+    y = triton.multiply_blocks(
+        h.astype(x.dtype),
+        stacks[1],
+        call.spec2,
+        blocks,
+        flat,
+        tiles.second,
+        epilogue=Epilogue(weigh="result" if options.weigh == "output" else None),
+        dtype=jnp.float32 if wide else x.dtype,
+        interpret=interpret,
+    )
+    y = add_in_order(y) if tiles.second.splits > 1 else y.astype(jnp.float32)
+    # rows of pairs without an expert here hold anything
+    y = jnp.where((local < call.experts)[:, None], y, 0.0)
+    return add_in_order(y.reshape(tokens, top_k, -1).swapaxes(0, 1))
+
+
+def add_in_order(parts: jax.Array) -> jax.Array:
+    """[n, ...] -> [...], added in order, so that equal inputs give equal bits."""
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part
+    return total

@@ -1,0 +1,1 @@
+"""The path of XLA, which runs wherever JAX runs: `dense` and `experts`."""

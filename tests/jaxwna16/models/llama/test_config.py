@@ -1,0 +1,193 @@
+"""`config.json` in all its spellings, and what is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from jaxwna16.errors import ModelError
+from jaxwna16.models.llama.config import MODEL_TYPES, ModelConfig
+from jaxwna16.models.parts.rope import attention_factor, inverse_frequencies
+from tests.jaxwna16.models.hf_models import FAMILIES, SMALL, make_reference
+
+LLAMA = {"model_type": "llama", **SMALL}
+YARN = {"factor": 4.0, "original_max_position_embeddings": 32}
+
+
+def parse(**changes) -> ModelConfig:
+    return ModelConfig.from_dict({**LLAMA, **changes})
+
+
+def test_the_old_spelling_means_the_same_as_the_new_one():
+    old = parse(rope_theta=5e5, rope_scaling={"type": "yarn", **YARN}, torch_dtype="bfloat16")
+    new = parse(rope_parameters={"rope_type": "yarn", "rope_theta": 5e5, **YARN}, dtype="bfloat16")
+    assert old == new
+    assert new.rope.theta == 5e5
+    assert new.dtype == "bfloat16"
+
+
+def test_absent_keys_take_the_defaults_of_transformers():
+    config = parse(num_key_value_heads=None, rope_scaling=None)
+    assert config.num_key_value_heads == 4
+    assert config.head_dim == 16
+    assert config.rope.rope_type == "default"
+    assert config.rope.theta == 10000.0
+    assert not config.tie_word_embeddings
+    assert parse(model_type="qwen3").head_dim == 128
+    assert parse(model_type="mistral").windows == (4096, 4096)
+    assert parse(model_type="mistral", sliding_window=None).windows == (None, None)
+
+
+def test_windows_follow_the_rules_of_each_family():
+    window = {"sliding_window": 8, "max_window_layers": 1}
+    assert parse(**window).windows == (None, None)
+    assert parse(model_type="mistral", sliding_window=8).windows == (8, 8)
+    assert parse(model_type="qwen2", **window).windows == (None, None)
+    assert parse(model_type="qwen2", use_sliding_window=True, **window).windows == (None, 8)
+    off = {**window, "sliding_window": None}
+    assert parse(model_type="qwen2", use_sliding_window=True, **off).windows == (None, None)
+    types = ["sliding_attention", "full_attention"]
+    explicit = parse(model_type="qwen3", use_sliding_window=True, layer_types=types, **window)
+    assert explicit.windows == (8, None)
+
+
+def test_biases_and_norms_follow_the_family():
+    keys = {"attention_bias": True, "mlp_bias": True, "use_qk_norm": True}
+    experts = {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2}
+    facts = {
+        model_type: (config.qkv_bias, config.out_bias, config.mlp_bias, config.qk_norm)
+        for model_type in MODEL_TYPES
+        for config in [parse(model_type=model_type, **keys, **experts)]
+    }
+    assert facts == {
+        "llama": (True, True, True, False),
+        "mistral": (False, False, False, False),
+        "qwen2": (True, False, False, False),
+        "qwen3": (True, True, False, True),
+        "mixtral": (False, False, False, False),
+        "qwen2_moe": (True, False, False, False),
+        "qwen3_moe": (True, True, False, True),
+        "dots1": (True, True, False, True),
+        "glm4_moe": (True, False, False, True),
+    }
+
+
+def test_end_tokens_are_none_one_or_several():
+    assert parse(eos_token_id=None).eos_token_ids == ()
+    assert parse(eos_token_id=2).eos_token_ids == (2,)
+    assert parse(eos_token_id=[2, 7]).eos_token_ids == (2, 7)
+
+
+def test_rope_stretches_the_length():
+    llama3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    lengths = [
+        parse(rope_scaling=scaling).max_length
+        for scaling in (
+            None,
+            {"type": "dynamic", "factor": 2.0},
+            {"type": "linear", "factor": 2.0},
+            {"type": "yarn", **YARN},  # 128 is what 32 is stretched to
+            {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128},
+            {"type": "llama3", "original_max_position_embeddings": 16, **llama3},
+        )
+    ]
+    assert lengths == [128, 256, 256, 128, 512, 128]
+
+
+def test_both_spellings_of_rope_may_say_the_same():
+    new = {"rope_type": "yarn", "rope_theta": 5e5, **YARN}
+    alone, both = (
+        parse(rope_parameters=new, **more)
+        for more in ({}, {"rope_scaling": {"type": "yarn", **YARN}})
+    )
+    assert alone == both
+
+
+def test_yarn_that_is_told_null_does_not_truncate():
+    """As in transformers, where null is falsy and absent is true."""
+    for truncate, expected in ((None, False), (False, False), (True, True)):
+        assert parse(rope_scaling={"type": "yarn", "truncate": truncate, **YARN}).rope.truncate is (
+            expected
+        )
+    assert parse(rope_scaling={"type": "yarn", **YARN}).rope.truncate
+
+
+def test_a_configuration_is_hashable():
+    assert hash(parse()) == hash(parse())
+
+
+@pytest.mark.parametrize("family", [f for f in FAMILIES if "dynamic" not in f])
+def test_frequencies_equal_those_of_transformers_to_the_last_bits(family):
+    reference = make_reference(family)
+    config = ModelConfig.from_dict(reference.config.to_dict())
+    rotary = reference.model.rotary_emb
+    ours = inverse_frequencies(config.rope, config.rotary_dim)
+    assert ours.dtype == np.float32
+    np.testing.assert_array_max_ulp(ours, rotary.inv_freq.numpy(), maxulp=2)
+    assert attention_factor(config.rope) == pytest.approx(rotary.attention_scaling, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"model_type": "mamba"}, "model_type: expected one of llama, mistral, qwen2, qwen3"),
+        ({"model_type": None}, "model_type: expected one of llama, mistral, qwen2, qwen3"),
+        ({"hidden_act": "gelu"}, "hidden_act: expected one of silu, swish, found 'gelu'"),
+        ({"hidden_size": None}, "hidden_size: expected an integer of at least 1, found None"),
+        ({"vocab_size": 12.5}, "vocab_size: expected an integer of at least 1, found 12.5"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers: expected an integer of at least 1, found 0"),
+        ({"hidden_size": 66}, "hidden_size: expected a multiple of num_attention_heads = 4"),
+        ({"num_key_value_heads": 3}, "num_attention_heads: expected a multiple of kv heads = 3"),
+        ({"head_dim": 15}, "head_dim: expected an even number, found 15"),
+        ({"tie_word_embeddings": "yes"}, "tie_word_embeddings: expected true or false"),
+        ({"rms_norm_eps": -1.0}, "rms_norm_eps: expected a positive number"),
+        ({"torch_dtype": "int8"}, "torch_dtype: expected one of float32, bfloat16, float16"),
+        ({"eos_token_id": "end"}, "eos_token_id: expected a token or a list of tokens"),
+        ({"is_causal": False}, "is_causal: expected only causal attention, found False"),
+        ({"rope_scaling": {"type": "longrope"}}, "rope_scaling.rope_type: expected one of default"),
+        ({"rope_scaling": {"type": "linear"}}, "rope_scaling.factor: expected a positive number"),
+        ({"rope_scaling": {"type": "llama3", "factor": 8.0}}, "rope_scaling.low_freq_factor"),
+        ({"rope_parameters": {"full_attention": {}}}, "one flat set of parameters"),
+        (
+            {"rope_parameters": {"rope_type": "default"}, "rope_scaling": {"type": "yarn", **YARN}},
+            "rope_scaling: expected the same as rope_parameters",
+        ),
+        ({"rope_theta": 1.0}, "\n  - rope_theta: expected a number above 1, found 1.0"),
+        ({"rope_scaling": {"type": "yarn", "truncate": "no", **YARN}}, "rope_scaling.truncate"),
+        ({"per_layer_config": {"1": {"sliding_window": 5}}}, "per_layer_config: expected none"),
+        ({"rope_theta": "big"}, "rope_theta: expected a number above 1, found 'big'"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor: expected 1.0, found 0.5"),
+        ({"model_type": "mistral", "layer_types": ["full_attention"] * 2}, "layer_types"),
+        ({"model_type": "qwen2", "layer_types": ["linear_attention"] * 2}, "layer_types"),
+        ({"model_type": "qwen2", "layer_types": ["full_attention"]}, "expected 2 entries"),
+        ({"model_type": "qwen2", "layer_types": ["sliding_attention"] * 2}, "is off"),
+        ({"rope_scaling": {"type": ["linear"]}}, "rope_scaling.rope_type: expected one of"),
+        ({"rope_scaling": "linear"}, "rope_scaling: expected one flat set of parameters"),
+        ({"model_type": "qwen2", "layer_types": 2}, "layer_types: expected 2 entries"),
+        ({"model_type": "qwen2", "max_window_layers": "x"}, "max_window_layers: expected an int"),
+        ({"model_type": "mistral", "sliding_window": 0}, "sliding_window: expected an integer"),
+    ],
+)
+def test_what_is_not_supported_is_refused_with_the_key_and_the_choices(changes, reason):
+    with pytest.raises(ModelError) as raised:
+        parse(**changes)
+    assert reason in str(raised.value)
+
+
+def test_a_fault_is_not_listed_again_as_what_follows_from_it():
+    with pytest.raises(ModelError) as raised:
+        parse(hidden_size="64")
+    assert len(raised.value.reasons) == 1
+
+
+def test_every_reason_is_listed_at_once():
+    with pytest.raises(ModelError) as raised:
+        parse(hidden_act="gelu", vocab_size=None, rope_scaling={"type": "su"})
+    assert len(raised.value.reasons) == 3
+
+
+def test_a_configuration_stays_as_it_is():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        parse().vocab_size = 3  # type: ignore[misc]

@@ -1,0 +1,87 @@
+"""Full-size truth without weights: published configurations plan, are inspected, and compile."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+from jaxwna16.cli.main import main
+from tests.jaxprs import find_kernels
+from tests.jaxwna16.models.published_decode import decode, describe_decode
+from tests.jaxwna16.models.published_models import NAMES, read_bytes, read_published, write_headers
+
+DENSE = "qwen3.6-27b"
+BLOCK = 4
+"""Layers of one block of the hybrid pattern."""
+KERNELS = {DENSE: 3 * 2 + 4, "qwen3.5-122b-a10b": 3 * 4 + 6, "qwen3-30b-a3b": 4 * 4}
+"""In a block: gate and up, and down; of experts both products, and of shared ones the former two;
+q/k/v and o in layers of attention. Delta nets are ignored by these checkpoints, as heads are."""
+_ROOT = Path(__file__).parents[3]
+_PLUGIN = Path(sys.prefix) / "gpu-check"
+
+
+@pytest.fixture(scope="module")
+def block(tmp_path_factory):
+    """Writes the headers of a model's first block."""
+    base = tmp_path_factory.mktemp("published")
+
+    def write(name: str) -> Path:
+        folder = base / name
+        return folder if folder.exists() else write_headers(folder, read_published(name, BLOCK))
+
+    return write
+
+
+def inspect(folder: Path, capsys) -> dict:
+    assert main(["inspect", str(folder), "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_model_of_full_size_is_planned_and_inspected_from_headers(name, tmp_path, capsys):
+    folder = write_headers(tmp_path / "c", read_published(name))
+    report = inspect(folder, capsys)
+    assert report["load_model"]["supported"]
+    totals = report["totals"]
+    assert 2 * totals["parameters"] == pytest.approx(read_bytes(name), rel=2e-3)
+    assert totals["quantized_bytes"] + totals["plain_bytes"] == totals["bytes"]
+    parts = [row["bytes"] for row in (*report["quantized"], *report["plain"])]
+    assert sum(parts) == totals["bytes"]
+    describe_decode(folder)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_decode_step_of_a_block_has_the_kernels_when_lowered_for_a_gpu(name, block, capsys):
+    folder = block(name)
+    report = inspect(folder, capsys)
+    reasons = {entry["reason"] for entry in report["skipped"]}
+    assert len(reasons) == (0 if name == "qwen3-30b-a3b" else 2)
+    assert any("vision tower" in reason for reason in reasons) == bool(reasons)
+    arguments = describe_decode(folder)
+    assert len(find_kernels(decode, *arguments)) == KERNELS[name]
+    lowered = jax.jit(decode).trace(*arguments).lower(lowering_platforms=("cuda",))
+    assert "__gpu$xla.gpu.triton" in lowered.as_text()
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("name", NAMES)
+def test_the_decode_step_of_a_block_compiles_for_an_h200(name, block):
+    """In a process of its own, since it loads the CUDA plugin."""
+    if not _PLUGIN.is_dir() and importlib.util.find_spec("jax_cuda13_plugin") is None:
+        pytest.skip("the CUDA plugin is not installed: `make test` does it")
+    folder = str(block(name))
+    command = [sys.executable, "-m", "tests.jaxwna16.models.published_decode", folder]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(_PLUGIN)}
+    done = subprocess.run(command, cwd=_ROOT, env=environment, capture_output=True, text=True)
+    assert done.stdout, done.stderr[-3000:]
+    kernels = json.loads(done.stdout)[folder]
+    wanted = {"_multiply_tile"} | (set() if name == DENSE else {"_multiply_block"})
+    assert {re.sub(r"__\d+$", "", kernel) for kernel in kernels} >= wanted
