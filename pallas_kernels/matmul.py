@@ -18,8 +18,9 @@ from pallas_kernels.folding import fold_vmap
 from pallas_kernels.format.spec import QuantSpec
 from pallas_kernels.format.weights import check_weights
 from pallas_kernels.lowering import choose_at_lowering, has_symbolic, refuse_at_lowering
-from pallas_kernels.tiles.dense_rules import Tiles, check_prefer, choose
+from pallas_kernels.tiles.dense_rules import check_prefer, choose
 from pallas_kernels.tiles.device import find_device
+from pallas_kernels.tiles.tiles import Tiles
 from pallas_kernels.xla import dense as xla
 
 Weights = Mapping[str, jax.Array]

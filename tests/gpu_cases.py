@@ -15,9 +15,11 @@ from collections.abc import Iterator
 
 from pallas_kernels import triton
 from pallas_kernels.format.spec import QuantSpec
-from pallas_kernels.tiles.dense_rules import Schedule, Tiles, choose, list_candidates
+from pallas_kernels.tiles.dense_rules import choose, list_candidates
 from pallas_kernels.tiles.device import Device
-from pallas_kernels.tiles.expert_rules import MoeTiles, choose_moe, list_moe_candidates
+from pallas_kernels.tiles.expert_rules import choose_moe, list_moe_candidates
+from pallas_kernels.tiles.expert_tiles import MoeTiles
+from pallas_kernels.tiles.tiles import Schedule, Tiles
 from tests import gpu_aot
 
 SIZE = 4096

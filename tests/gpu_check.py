@@ -28,13 +28,8 @@ import jax.numpy as jnp
 from pallas_kernels import triton
 from pallas_kernels.format.weights import make_abstract
 from pallas_kernels.tiles.blocks import Blocks, count_blocks
-from pallas_kernels.tiles.dense_rules import (
-    Schedule,
-    Tiles,
-    count_programs,
-    describe,
-    measure_shared_memory,
-)
+from pallas_kernels.tiles.dense_rules import count_programs, describe
+from pallas_kernels.tiles.tiles import Schedule, Tiles, measure_shared_memory
 from pallas_kernels.triton.grouped import Epilogue
 from tests import gpu_aot
 from tests.gpu_cases import (

@@ -27,13 +27,8 @@ from pallas_kernels.moe import float_moe, quant_moe
 from pallas_kernels.tiles.blocks import Blocks, find_local, group_pairs
 from pallas_kernels.tiles.device import Device, find_device
 from pallas_kernels.tiles.entries import MoeEntry
-from pallas_kernels.tiles.expert_rules import (
-    MoeTiles,
-    choose_moe,
-    combine,
-    describe_moe,
-    list_moe_candidates,
-)
+from pallas_kernels.tiles.expert_rules import choose_moe, combine, describe_moe, list_moe_candidates
+from pallas_kernels.tiles.expert_tiles import MoeTiles
 from pallas_kernels.xla import experts as moe_xla
 
 DRAWS = 4
