@@ -24,10 +24,10 @@ from loaders.files.host_memory import make_zeros
 from loaders.files.memory import require_memory_for
 from loaders.files.safetensors_file import TensorInfo, read_tensor, read_tensors
 from loaders.modules.awq_gptq_modules import check_groups, check_zero_points, describe_zero_points
-from loaders.modules.encoding import TRANSPOSED
 from loaders.modules.modules import QuantizedModule
 from loaders.modules.repack import pack, pack_expert, write_rows
 from loaders.plan import Plan
+from loaders.schemes.packings import TRANSPOSED
 from loaders.schemes.quantization_config import describe_modules
 from pallas_kernels.format.dequantize import dequantize
 

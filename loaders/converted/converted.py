@@ -35,11 +35,12 @@ from loaders.errors import CheckpointError, Fault
 from loaders.files.folder import CONFIG, check_file, read_config
 from loaders.files.memory import require_memory_for
 from loaders.files.safetensors_file import TensorInfo, read_header, read_tensor, read_tensors
-from loaders.modules.encoding import TILES, Encoding
+from loaders.modules.encoding import Encoding
 from loaders.modules.experts import Stack
 from loaders.modules.modules import QuantizedModule
 from loaders.modules.repack import pack
 from loaders.plan import Plan, Survey, make_plan, survey_folder
+from loaders.schemes.packings import TILES
 from loaders.stream import Progress, place_tensor, put_leaf
 from pallas_kernels.errors import SpecError
 from pallas_kernels.format.spec import QuantSpec
