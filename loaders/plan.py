@@ -33,13 +33,9 @@ from loaders.modules.kv_cache import describe_cache_scales, split_cache_scales
 from loaders.modules.modules import ROLES, QuantizedModule, plan_modules, split_experts
 from loaders.modules.other_numbers import find_other_numbers, list_other_numbers
 from loaders.modules.sizes import find_sizes
-from loaders.schemes.quantization_config import (
-    Scheme,
-    are_tied,
-    list_prefixes,
-    parse_quantization,
-    says_quantization,
-)
+from loaders.schemes.config_groups import Scheme
+from loaders.schemes.module_names import list_prefixes
+from loaders.schemes.quantization_config import are_tied, parse_quantization, says_quantization
 from pallas_kernels.format.spec import QuantSpec
 from pallas_kernels.format.weights import make_abstract
 

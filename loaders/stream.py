@@ -27,8 +27,8 @@ from loaders.modules.awq_gptq_modules import check_groups, check_zero_points, de
 from loaders.modules.modules import QuantizedModule
 from loaders.modules.repack import pack, pack_expert, write_rows
 from loaders.plan import Plan
+from loaders.schemes.module_names import describe_modules
 from loaders.schemes.packings import TRANSPOSED
-from loaders.schemes.quantization_config import describe_modules
 from pallas_kernels.format.dequantize import dequantize
 
 _AGAIN = "quantize the model again"

@@ -111,7 +111,7 @@ def _check_model(survey: Survey) -> tuple[dict[str, Any], list[Fault]]:
     from jaxwna16.errors import ModelError
     from jaxwna16.generation.language import plan_model
     from jaxwna16.models.families import read_config
-    from loaders.schemes.quantization_config import list_prefixes
+    from loaders.schemes.module_names import list_prefixes
 
     plan = survey.plan
     facts = {"model_type": plan.config.get("model_type"), "checked": True, "reason": ""}
