@@ -18,7 +18,7 @@ from jaxwna16.generation.text import Tokenizer
 from jaxwna16.models.causal_lm import CausalLM
 from jaxwna16.models.families import read_config
 from jaxwna16.programs import keep_programs
-from loaders.converted.converted import open_plan
+from loaders.open import open_plan
 from loaders.plan import Plan
 
 

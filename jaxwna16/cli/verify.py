@@ -42,8 +42,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from jaxwna16.checkpoints.load import resolve_folder
     from jaxwna16.cli.faults import describe_error
     from jaxwna16.cli.oracle import Oracle
-    from loaders.converted.converted import ConvertedPlan, open_survey
+    from loaders.converted.converted import ConvertedPlan
     from loaders.errors import CheckpointError
+    from loaders.open import open_survey
 
     started = time.perf_counter()
     survey = open_survey(resolve_folder(args.checkpoint), follow_links=args.follow_links)

@@ -32,7 +32,7 @@ from jaxwna16.models.filling.params import check_leaves, list_leaves, load_param
 from jaxwna16.models.filling.skipped import drop_skipped
 from jaxwna16.models.filling.tied_head import drop_tied_head
 from jaxwna16.models.filling.zero_biases import drop_zero_biases
-from loaders.converted.converted import open_plan
+from loaders.open import open_plan
 from loaders.plan import Plan
 from pallas_kernels.backends import check_backend
 from pallas_kernels.format.spec import QuantSpec

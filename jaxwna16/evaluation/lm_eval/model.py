@@ -35,7 +35,7 @@ from jaxwna16.generation.language import Generation, continue_tokens, load_model
 from jaxwna16.generation.stop_strings import find_stop_tokens
 from jaxwna16.generation.text import Tokenizer
 from jaxwna16.models.families import read_config
-from loaders.converted.converted import open_plan
+from loaders.open import open_plan
 
 _log = logging.getLogger(__name__)
 
