@@ -21,7 +21,10 @@ _SECTIONS = (SECTION, "compression_config")
 SUBCONFIGS = ("text_config", "llm_config", "language_config")
 """Keys under which config.json may describe the language model of several."""
 
-_Reader = Callable[[dict[str, Any], str], tuple[QuantizationConfig | AwqGptqConfig, list[Fault]]]
+Quantization = QuantizationConfig | AwqGptqConfig
+"""What the reader of a tool makes of its config."""
+
+_Reader = Callable[[dict[str, Any], str], tuple[Quantization, list[Fault]]]
 _READERS: dict[str, _Reader] = {
     "compressed-tensors": parse_compressed_tensors,
     "sparseml": parse_compressed_tensors,  # its name up to 0.3
@@ -34,7 +37,7 @@ _READERS: dict[str, _Reader] = {
 
 def parse_quantization(
     config: dict[str, Any],
-) -> tuple[QuantizationConfig | AwqGptqConfig, list[Fault]]:
+) -> tuple[Quantization, list[Fault]]:
     """Read what config.json says of quantization, wherever it stands there.
 
     Returns:
@@ -84,7 +87,7 @@ def says_quantization(config: Mapping[str, Any]) -> bool:
     return drop_quantization(config) != dict(config)
 
 
-def _parse(raw: Any, field: str) -> tuple[QuantizationConfig | AwqGptqConfig, list[Fault]]:
+def _parse(raw: Any, field: str) -> tuple[Quantization, list[Fault]]:
     """Dispatch on quant_method: each has its own reader in `_READERS`."""
     if not isinstance(raw, dict):
         what = f"expected an object, found {type(raw).__name__}"
