@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from jaxwna16 import __version__
 from jaxwna16.checkpoints.load import resolve_folder
 from jaxwna16.progress import show_bytes
+from jaxwna16.version import __version__
 from loaders.converted.converted import hash_leaf
 from loaders.converted.fingerprint import Fingerprint, list_files, take_fingerprint, take_stamps
 from loaders.converted.manifest import MANIFEST, METHOD, SECTIONS, Leaf, Manifest

@@ -159,7 +159,7 @@ class JaxWNA16LM(TemplateLM):
 
     def get_model_info(self) -> dict[str, Any]:
         """What the harness writes into its results beside the figures."""
-        from jaxwna16 import __version__
+        from jaxwna16.version import __version__
 
         return {
             "model_dtype": jnp.dtype(self.model.dtype).name,
