@@ -110,8 +110,8 @@ def _check_model(survey: Survey) -> tuple[dict[str, Any], list[Fault]]:
     """
     from jaxwna16.cli.faults import read_reason
     from jaxwna16.errors import ModelError
-    from jaxwna16.generation.language import plan_model
     from jaxwna16.models.families import read_config
+    from jaxwna16.models.filling.fit import plan_model
     from loaders.schemes.module_names import list_prefixes
 
     plan = survey.plan
