@@ -1,4 +1,4 @@
-"""Checkpoints beside each other: `compare_checkpoints` and what it measures."""
+"""Several checkpoints side by side: `open_plans`, `compare_checkpoints`, `measure_divergence`."""
 
 from jaxwna16.evaluation.comparison import Compared as Compared
 from jaxwna16.evaluation.comparison import Divergence as Divergence

@@ -18,7 +18,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
 from jaxwna16.checkpoints.load import resolve_folder
-from jaxwna16.cli.model import choose_dtype
+from jaxwna16.dtypes import choose_dtype
 from jaxwna16.errors import InputError
 from jaxwna16.evaluation.lm_eval.batches import BatchSize, read_batch_size
 from jaxwna16.evaluation.lm_eval.options import (
