@@ -98,8 +98,8 @@ def choose_loaders(name: str, folder: Path, symmetric: bool) -> list[str]:
 
 def summarize(folder: Path, samples: dict[str, Any]) -> dict[str, Any]:
     """Medians, what jaxwna16 promises to keep to, and how near it comes to plain reading."""
-    from loaders.converted.converted import open_plan
     from loaders.files.safetensors_file import TensorInfo
+    from loaders.open import open_plan
     from loaders.plan import make_plan
 
     plan = make_plan(folder)

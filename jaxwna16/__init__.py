@@ -10,6 +10,8 @@ Names are imported when they are first used: the command line looks at checkpoin
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from jaxwna16.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from jaxwna16 import linen as linen
     from jaxwna16.checkpoints.convert import convert_checkpoint as convert_checkpoint
@@ -50,8 +52,6 @@ if TYPE_CHECKING:
     from pallas_kernels import quant_moe as quant_moe
     from pallas_kernels import quantize as quantize
     from pallas_kernels import route as route
-
-__version__ = "0.1.0"
 
 _PLACES = {
     "jaxwna16.checkpoints.load": "Checkpoint load_checkpoint",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
 import numpy as np
 
 from jaxwna16.errors import InputError
@@ -21,3 +22,11 @@ def read_dtype(dtype: Any) -> np.dtype | None:
         return None if dtype is None else arguments.read_dtype("dtype", dtype)
     except SpecError as error:
         raise InputError(str(error)) from None
+
+
+def choose_dtype(dtype: str) -> str | None:
+    """The dtype for `load_model` that `--dtype` asks for."""
+    if dtype != "auto":
+        return dtype
+    # most CPUs compute in 16 bits far more slowly than in 32
+    return "float32" if jax.default_backend() == "cpu" else None

@@ -1,1 +1,1 @@
-"""Files on disk -> arrays in the packed tile layout. Users import `jaxwna16` instead."""
+"""Files on disk -> arrays in the packed tile layout, through `open`. Users import `jaxwna16`."""

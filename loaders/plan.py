@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,8 @@ import numpy as np
 from loaders.errors import CheckpointError, Fault, join_alike, shorten, suggest
 from loaders.files.folder import Scan, list_remarks, read_config, scan_tensors
 from loaders.files.safetensors_file import TensorInfo
-from loaders.modules.awq_gptq_modules import is_transposed, name_roles, plan_transposed
+from loaders.grouping import Grouped, group_tensors, leave_out, list_parents
+from loaders.modules.awq_gptq_modules import is_transposed, plan_transposed
 from loaders.modules.experts import (
     Member,
     Stack,
@@ -29,17 +30,12 @@ from loaders.modules.experts import (
     plan_stacks,
     split_name,
 )
-from loaders.modules.kv_cache import describe_cache_scales, split_cache_scales
-from loaders.modules.modules import ROLES, QuantizedModule, plan_modules, split_experts
-from loaders.modules.other_numbers import find_other_numbers, list_other_numbers
+from loaders.modules.kv_cache import describe_cache_scales
+from loaders.modules.modules import QuantizedModule, plan_modules, split_experts
 from loaders.modules.sizes import find_sizes
-from loaders.schemes.quantization_config import (
-    Scheme,
-    are_tied,
-    list_prefixes,
-    parse_quantization,
-    says_quantization,
-)
+from loaders.schemes.config_groups import Scheme
+from loaders.schemes.module_names import list_prefixes
+from loaders.schemes.quantization_config import Quantization, are_tied, parse_quantization
 from pallas_kernels.format.spec import QuantSpec
 from pallas_kernels.format.weights import make_abstract
 
@@ -170,58 +166,44 @@ def survey_folder(
     config = read_config(folder, follow_links=follow_links)
     quantization, faults = parse_quantization(config)
     scan = _scan(folder, faults, follow_links)
-    is_quantized = says_quantization(config)
-    tensors, cache_scales = split_cache_scales(scan.tensors) if is_quantized else (scan.tensors, [])
-    by_module, clashes = _group_by_module(tensors)
-    others = find_other_numbers(by_module, quantized=is_quantized)
-    named, misnamed = name_roles(_leave_out(by_module, others), quantization)
-    by_module |= named
-    clashes += misnamed
-    refused, remarks = quantization.check_groups(by_module)
-    unsaid = {path: kind for path, kind in others.items() if not quantization.refuses(path)}
-    clashes += list_other_numbers(unsaid, by_module)
-    packed = {
-        path: found
-        for path, found in by_module.items()
-        if path not in others and not found.keys().isdisjoint(ROLES)
-    }
     torn = {split_name(name)[0] for name in scan.absent}
-    is_clear = not faults and not refused
-    unread = packed.keys() & torn if is_clear else packed.keys()
-    schemes = {path: quantization.find_scheme(path) for path in packed if path not in unread}
-    sizes = find_sizes(packed, schemes, headers_only=headers_only, unsound=scan.unsound)
-    read = _leave_out(by_module, {*unread, *others})
-    members, wrong, broken = _plan_members(read, schemes, sizes, quantization.version)
-    members |= {name: {} for path in others for name in _name_parts(path, by_module[path])}
-    broken += [*unread, *others]
-    stacks, unstacked = plan_stacks(members, config) if is_clear else ({}, [])
-    cut = {name for fault in unstacked if (name := _name_layer(fault))}
-    # what lacks a file is said of the file
-    unstacked = [f for f in unstacked if not any(path.startswith(f"{f.tensor}.") for path in torn)]
-    faults = [*faults, *scan.faults, *refused, *clashes, *wrong, *unstacked]
-    faults += _list_in_the_way(scan.tensors, stacks)
-    quantized = {p: m for p, m in members.items() if isinstance(m, QuantizedModule)}
-    plain = {
-        info.name: info
-        for member in members.values()
-        if not isinstance(member, QuantizedModule)
-        for info in member.values()
-    }
-    # a tied head is a module without tensors, and some classes tie it unless told otherwise
-    head = [] if are_tied(config) is False else ["lm_head"]
-    modules = {*by_module, *torn, *head}
-    warnings = [*remarks, *quantization.describe_unused(modules)]
-    warnings += list_remarks(folder, config, {info.file for info in scan.tensors.values()})
-    warnings += [*_list_absent_zero_points(quantized), *_list_short_groups(quantized)]
-    warnings += [*describe_mixed(stacks, quantized), *describe_cache_scales(cache_scales)]
+    grouped = group_tensors(scan.tensors, config, quantization)
+    is_clear = not faults and not grouped.refused
+    unread = grouped.packed.keys() & torn if is_clear else grouped.packed.keys()
+    schemes = {p: quantization.find_scheme(p) for p in grouped.packed if p not in unread}
+    sizes = find_sizes(grouped.packed, schemes, headers_only=headers_only, unsound=scan.unsound)
+    planned = _plan_members(grouped, unread, schemes, sizes, quantization.version)
+    stacked = _stack_members(planned.members, config, torn) if is_clear else _Stacked()
+    plan = _join(folder, config, planned.members, stacked.stacks, follow_links)
+    warnings = _list_warnings(plan, quantization, grouped, scan, torn)
+    faults = [*faults, *scan.faults, *grouped.refused, *grouped.clashes, *planned.faults]
+    faults += [*stacked.faults, *_list_in_the_way(scan.tensors, stacked.stacks)]
     return Survey(
-        Plan(folder, config, quantized, plain, stacks, tuple(warnings), follow_links),
+        dataclasses.replace(plan, warnings=warnings),
         tuple(join_alike(suggest(faults, _MEND))),
-        {info.name: info for path in broken for info in by_module[path].values()},
+        {i.name: i for path in planned.broken for i in grouped.by_module[path].values()},
         scan.absent,
         scan.unsound,
-        frozenset({*broken, *torn, *cut}),
+        frozenset({*planned.broken, *torn, *stacked.cut}),
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Planned:
+    """All modules by path, those with faults as empty ones; the faults, and whose they are."""
+
+    members: dict[str, Member]
+    faults: list[Fault]
+    broken: list[str]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Stacked:
+    """Experts by the path of their stack; the faults, and the paths of layers that have some."""
+
+    stacks: Mapping[str, Stack] = dataclasses.field(default_factory=dict)
+    faults: Sequence[Fault] = ()
+    cut: Collection[str] = ()
 
 
 def _scan(folder: Path, faults: list[Fault], follow_links: bool) -> Scan:
@@ -235,6 +217,104 @@ def _scan(folder: Path, faults: list[Fault], follow_links: bool) -> Scan:
     return scan
 
 
+def _plan_members(
+    grouped: Grouped,
+    unread: Collection[str],
+    schemes: Mapping[str, Scheme | None],
+    sizes: Mapping[str, np.ndarray],
+    version: str,
+) -> _Planned:
+    """Plan all modules; those that hold all experts of a layer are taken apart.
+
+    Args:
+      grouped: their tensors by role.
+      unread: paths of the packed ones of which too little is known; they are left out.
+      schemes: those of the other packed ones, by path.
+      sizes: what `weight_shape` of these holds, by path.
+      version: of the compressed-tensors that wrote them, or "".
+    """
+    members: dict[str, Member] = {}
+    faults: list[Fault] = []
+    broken: list[str] = []
+    for path, found in leave_out(grouped.by_module, {*unread, *grouped.others}).items():
+        try:
+            members |= _plan_module(path, found, schemes, sizes, version)
+        except CheckpointError as error:
+            faults += error.faults
+            broken.append(path)
+            members |= {name: {} for name in _name_parts(path, found)}
+    for path in grouped.others:
+        members |= {name: {} for name in _name_parts(path, grouped.by_module[path])}
+    return _Planned(members, faults, [*broken, *unread, *grouped.others])
+
+
+def _plan_module(
+    path: str,
+    found: dict[str, TensorInfo],
+    schemes: Mapping[str, Scheme | None],
+    sizes: Mapping[str, np.ndarray],
+    version: str,
+) -> dict[str, Member]:
+    """One module, or the experts that it holds; arguments as `_plan_members`."""
+    stacked = are_stacked(path, found)
+    if path in schemes and is_transposed(found):
+        return {path: plan_transposed(path, found, schemes[path])}
+    if path in schemes:
+        modules = plan_modules(
+            path, found, sizes.get(path), schemes[path], version=version, stacked=stacked
+        )
+        return {module.path: module for module in modules}
+    if stacked:
+        return {f"{path}[{i}]": held for i, held in enumerate(split_experts(found))}
+    return {path: found}
+
+
+def _stack_members(
+    members: Mapping[str, Member], config: Mapping[str, Any], torn: Collection[str]
+) -> _Stacked:
+    """Stack the experts; `torn` are paths of modules that lack tensors, since a file is absent."""
+    stacks, faults = plan_stacks(members, config)
+    cut = {name for fault in faults if (name := _name_layer(fault))}
+    # what lacks a file is said of the file
+    faults = [f for f in faults if not any(path.startswith(f"{f.tensor}.") for path in torn)]
+    return _Stacked(stacks, faults, cut)
+
+
+def _join(
+    folder: Path,
+    config: Mapping[str, Any],
+    members: Mapping[str, Member],
+    stacks: Mapping[str, Stack],
+    follow_links: bool,
+) -> Plan:
+    """The plan of all modules, without its warnings."""
+    quantized = {p: m for p, m in members.items() if isinstance(m, QuantizedModule)}
+    plain = {
+        info.name: info
+        for member in members.values()
+        if not isinstance(member, QuantizedModule)
+        for info in member.values()
+    }
+    return Plan(folder, config, quantized, plain, stacks, follow_links=follow_links)
+
+
+def _list_warnings(
+    plan: Plan, quantization: Quantization, grouped: Grouped, scan: Scan, torn: Collection[str]
+) -> tuple[str, ...]:
+    """What is odd, and no fault."""
+    # a tied head is a module without tensors, and some classes tie it unless told otherwise
+    head = [] if are_tied(plan.config) is False else ["lm_head"]
+    return (
+        *grouped.remarks,
+        *quantization.describe_unused({*grouped.by_module, *torn, *head}),
+        *list_remarks(plan.folder, plan.config, {info.file for info in scan.tensors.values()}),
+        *_list_absent_zero_points(plan.quantized),
+        *_list_short_groups(plan.quantized),
+        *describe_mixed(plan.stacks, plan.quantized),
+        *describe_cache_scales(grouped.cache_scales),
+    )
+
+
 def _name_layer(fault: Fault) -> str:
     """The path of the experts that a fault is about."""
     head, name, _ = fault.tensor.partition("experts")
@@ -242,7 +322,7 @@ def _name_layer(fault: Fault) -> str:
 
 
 def _list_in_the_way(tensors: Mapping[str, TensorInfo], stacks: Mapping[str, Stack]) -> list[Fault]:
-    if stacks.keys().isdisjoint(_list_parents(tensors)):
+    if stacks.keys().isdisjoint(list_parents(tensors)):
         return []
     return [
         Fault("stands where the stack of the experts goes", info.file.name, name)
@@ -275,91 +355,9 @@ def _list_short_groups(modules: Mapping[str, QuantizedModule]) -> list[str]:
     ]
 
 
-def _group_by_module(
-    tensors: Mapping[str, TensorInfo],
-) -> tuple[dict[str, dict[str, TensorInfo]], list[Fault]]:
-    """Module path -> its tensors by role, in the order of the files."""
-    parents = _list_parents({name.rpartition(".")[0] for name in tensors})
-    faults = [
-        Fault("this is the name of a tensor and the path of others", info.file.name, name)
-        for name, info in tensors.items()
-        if name in parents
-    ]
-    by_module: dict[str, dict[str, TensorInfo]] = defaultdict(dict)
-    for name, info in tensors.items():
-        path, role = split_name(name)
-        other = by_module[path].setdefault(role, info)
-        if other is not info:
-            faults.append(Fault(f"is also there as {other.name}", info.file.name, name))
-    return by_module, faults
-
-
-def _list_parents(paths: Iterable[str]) -> set[str]:
-    """All of `list_prefixes` of all paths."""
-    parents: set[str] = set()
-    for path in paths:
-        while path and path not in parents:
-            parents.add(path)
-            path = path.rpartition(".")[0]
-    return parents
-
-
-def _plan_members(
-    by_module: Mapping[str, dict[str, TensorInfo]],
-    schemes: Mapping[str, Scheme | None],
-    sizes: Mapping[str, np.ndarray],
-    version: str,
-) -> tuple[dict[str, Member], list[Fault], list[str]]:
-    """All modules; those that hold all experts of a layer are taken apart.
-
-    Args:
-      by_module: their tensors by role.
-      schemes: those of the quantized ones, by path.
-      sizes: what `weight_shape` of these holds, by path.
-      version: of the compressed-tensors that wrote them, or "".
-
-    Returns:
-      The modules by path, those with faults as empty ones; the faults, and whose they are.
-    """
-    members: dict[str, Member] = {}
-    faults: list[Fault] = []
-    broken: list[str] = []
-    for path, found in by_module.items():
-        stacked = are_stacked(path, found)
-        try:
-            if path in schemes and is_transposed(found):
-                members[path] = plan_transposed(path, found, schemes[path])
-            elif path in schemes:
-                modules = plan_modules(
-                    path,
-                    found,
-                    sizes.get(path),
-                    schemes[path],
-                    version=version,
-                    stacked=stacked,
-                )
-                for module in modules:
-                    members[module.path] = module
-            elif stacked:
-                members |= {f"{path}[{i}]": held for i, held in enumerate(split_experts(found))}
-            else:
-                members[path] = found
-        except CheckpointError as error:
-            faults += error.faults
-            broken.append(path)
-            members |= {name: {} for name in _name_parts(path, found)}
-    return members, faults, broken
-
-
 def _name_parts(path: str, found: Mapping[str, TensorInfo]) -> list[str]:
     """A module's path; or those of the experts that it holds."""
     return name_slices(path, found) if are_stacked(path, found) else [path]
-
-
-def _leave_out(
-    by_module: Mapping[str, dict[str, TensorInfo]], paths: Collection[str]
-) -> dict[str, dict[str, TensorInfo]]:
-    return {path: found for path, found in by_module.items() if path not in paths}
 
 
 def _locate(part: QuantizedModule | TensorInfo) -> tuple[str, int]:

@@ -21,14 +21,14 @@ import numpy as np
 
 from loaders.errors import CheckpointError, Fault
 from loaders.files.host_memory import make_zeros
-from loaders.files.memory import require_memory_for
+from loaders.files.memory import require_memory
 from loaders.files.safetensors_file import TensorInfo, read_tensor, read_tensors
 from loaders.modules.awq_gptq_modules import check_groups, check_zero_points, describe_zero_points
-from loaders.modules.encoding import TRANSPOSED
 from loaders.modules.modules import QuantizedModule
 from loaders.modules.repack import pack, pack_expert, write_rows
 from loaders.plan import Plan
-from loaders.schemes.quantization_config import describe_modules
+from loaders.schemes.module_names import describe_modules
+from loaders.schemes.packings import TRANSPOSED
 from pallas_kernels.format.dequantize import dequantize
 
 _AGAIN = "quantize the model again"
@@ -93,6 +93,21 @@ def load_params(
     if faults:
         raise CheckpointError(plan.folder, faults)
     return params
+
+
+def require_memory_for(plan: Plan, dtype: Any = None) -> None:
+    """`require_memory` for what `load_params` makes of a plan.
+
+    A cast to a larger `dtype` is not counted, one to a smaller one is.
+    """
+    arrays = 0
+    for leaf in plan.describe_leaves().values():
+        itemsize = leaf.dtype.itemsize
+        if dtype is not None and jnp.issubdtype(leaf.dtype, jnp.floating):
+            itemsize = min(itemsize, jnp.dtype(dtype).itemsize)
+        arrays += leaf.size * itemsize
+    largest = max((part.nbytes for part in plan.list_parts()), default=0)
+    require_memory(plan.folder, arrays, 2 * largest)
 
 
 def check_scales(plan: Plan) -> list[Fault]:

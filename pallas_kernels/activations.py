@@ -32,6 +32,16 @@ def check(name: str, gated: bool) -> None:
         raise SpecError("activation 'swigluoai' is for gated experts")
 
 
+def activate(h: jax.Array, activation: str, *, gated: bool, interleaved: bool) -> jax.Array:
+    """Apply an activation to float32 [..., 2I] (gated) or [..., I]; float32 [..., I]."""
+    if not gated:
+        return apply(activation, h)
+    if interleaved:
+        return apply(activation, h[..., ::2], h[..., 1::2])
+    gate, up = jnp.split(h, 2, axis=-1)
+    return apply(activation, gate, up)
+
+
 def apply(name: str, gate: jax.Array, up: jax.Array | None = None) -> jax.Array:
     """act(gate) * up, or act(gate) without up; float32 in, float32 out."""
     if name == "swigluoai":

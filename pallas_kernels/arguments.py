@@ -10,7 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.errors import SpecError
-from pallas_kernels.format.weights import SCALE_DTYPES
+
+FLOAT_DTYPES = ("float16", "bfloat16", "float32")
+"""Of activations, of scales and of all that is not packed."""
 
 
 def read_array(name: str, value: Any) -> jax.Array:
@@ -50,7 +52,7 @@ def read_dtype(name: str, value: Any) -> np.dtype:
         dtype = None if value is None else jnp.dtype(value)
     except TypeError:
         dtype = None
-    if dtype is None or dtype.name not in SCALE_DTYPES:
+    if dtype is None or dtype.name not in FLOAT_DTYPES:
         found = repr(value) if dtype is None else dtype.name
         raise SpecError(f"{name} must be float32, bfloat16 or float16, got {found}")
     return dtype

@@ -18,9 +18,10 @@ from pallas_kernels.folding import fold_vmap
 from pallas_kernels.format.spec import QuantSpec
 from pallas_kernels.format.weights import check_weights
 from pallas_kernels.lowering import choose_at_lowering, has_symbolic, refuse_at_lowering
-from pallas_kernels.tiles.dense_rules import Tiles, check_prefer, choose
+from pallas_kernels.tiles.dense_rules import check_prefer, choose
 from pallas_kernels.tiles.device import find_device
-from pallas_kernels.xla import dense as xla
+from pallas_kernels.tiles.tiles import Tiles
+from pallas_kernels.xla.dense import matmul
 
 Weights = Mapping[str, jax.Array]
 _SYMBOLIC = (
@@ -189,7 +190,7 @@ def _run(call: _Call, x: jax.Array, weights: Sequence[Weights]) -> list[jax.Arra
 
 
 def _multiply_by_xla(call: _Call, x: jax.Array, weights: list) -> list[jax.Array]:
-    ys = [xla.matmul(x, w, spec) for w, spec in zip(weights, call.specs, strict=True)]
+    ys = [matmul(x, w, spec) for w, spec in zip(weights, call.specs, strict=True)]
     return [y.astype(x.dtype) for y in ([_gate(*ys)] if call.gated else ys)]
 
 
@@ -199,7 +200,7 @@ def _gate(gate: jax.Array, up: jax.Array) -> jax.Array:
 
 def _multiply_by_triton(call: _Call, x: jax.Array, weights: list, *, interpret: bool) -> list:
     # imported here, so that all else works where a later jax has no Pallas-Triton
-    from pallas_kernels import triton
+    from pallas_kernels.triton.dense import expand, multiply
 
     if has_symbolic(x.shape):
         refused = refuse_at_lowering(_SYMBOLIC.format(shape=list(x.shape))).astype(x.dtype)
@@ -217,11 +218,9 @@ def _multiply_by_triton(call: _Call, x: jax.Array, weights: list, *, interpret: 
             call.prefer,
         )
         if isinstance(schedule, Tiles):
-            return triton.multiply(
-                x, weights, call.specs, schedule, gated=call.gated, interpret=interpret
-            )
+            return multiply(x, weights, call.specs, schedule, gated=call.gated, interpret=interpret)
         ys = [
-            _multiply_expanded(x, triton.expand(w, spec, x.dtype, interpret=interpret), w)
+            _multiply_expanded(x, expand(w, spec, x.dtype, interpret=interpret), w)
             for w, spec in zip(weights, call.specs, strict=True)
         ]
         return [_gate(*(y.astype(jnp.float32) for y in ys)).astype(x.dtype)] if call.gated else ys

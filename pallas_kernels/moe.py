@@ -24,8 +24,8 @@ from pallas_kernels.folding import fold_vmap
 from pallas_kernels.format.spec import QuantSpec
 from pallas_kernels.format.weights import check_weights
 from pallas_kernels.lowering import choose_at_lowering, has_symbolic
-from pallas_kernels.xla import dense as xla
-from pallas_kernels.xla import experts as moe_xla
+from pallas_kernels.xla.dense import matmul
+from pallas_kernels.xla.experts import add_experts
 
 Weights = Mapping[str, jax.Array]
 _WEIGH = ("output", "input")
@@ -139,7 +139,7 @@ def float_moe(
     _check_call(x, ids, weights, (w13.shape[1:], w2.shape[1:]), options, shared)
 
     def run(x, ids, weights, offset, stacks):
-        return moe_xla.add_experts(
+        return add_experts(
             x,
             ids,
             weights,
@@ -267,11 +267,11 @@ def _run_by_xla(call: _Call, x, ids, weights, offset, stacks) -> jax.Array:
     def multiply(spec: QuantSpec):
         def run(x, leaves):
             # the loop adds the bias
-            return xla.matmul(x, {n: a for n, a in leaves.items() if n != "bias"}, spec)
+            return matmul(x, {n: a for n, a in leaves.items() if n != "bias"}, spec)
 
         return run
 
-    return moe_xla.add_experts(
+    return add_experts(
         x,
         ids,
         weights,
@@ -286,9 +286,9 @@ def _run_by_xla(call: _Call, x, ids, weights, offset, stacks) -> jax.Array:
 
 def _run_by_triton(call: _Call, x, ids, weights, offset, stacks, *, interpret) -> jax.Array:
     # imported here, so that all else works where a later jax has no Pallas-Triton
-    from pallas_kernels.triton import experts as moe_triton
+    from pallas_kernels.triton.experts import add_experts as add_by_triton
 
     def run(rows, others):
-        return moe_triton.add_experts(call, rows, *others, interpret=interpret)
+        return add_by_triton(call, rows, *others, interpret=interpret)
 
     return fold_vmap(run)((x, ids, weights), (offset, stacks))

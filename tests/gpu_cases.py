@@ -13,11 +13,14 @@ import itertools
 import random
 from collections.abc import Iterator
 
-from pallas_kernels import triton
 from pallas_kernels.format.spec import QuantSpec
-from pallas_kernels.tiles.dense_rules import Schedule, Tiles, choose, list_candidates
+from pallas_kernels.tiles.dense_rules import choose, list_candidates
 from pallas_kernels.tiles.device import Device
-from pallas_kernels.tiles.expert_rules import MoeTiles, choose_moe, list_moe_candidates
+from pallas_kernels.tiles.expert_rules import choose_moe, list_moe_candidates
+from pallas_kernels.tiles.expert_tiles import MoeTiles
+from pallas_kernels.tiles.tiles import Schedule, Tiles
+from pallas_kernels.triton.dense import can_pair
+from pallas_kernels.triton.grouping import MOST_PAIRS
 from tests import gpu_aot
 
 SIZE = 4096
@@ -86,7 +89,7 @@ class Case:
         if not isinstance(schedule, Tiles) or not (self.gated or self.experts):
             return schedule, False
         schedule = schedule if self.experts else dataclasses.replace(schedule, splits=1)
-        fits = triton.can_pair(self.spec, schedule, self.scale_dtype, self.device)
+        fits = can_pair(self.spec, schedule, self.scale_dtype, self.device)
         return schedule, schedule.splits == 1 and fits
 
     def _choose_dense(self) -> Schedule:
@@ -174,7 +177,7 @@ def _list_experts() -> Iterator[Case]:
 
 def _list_groupings() -> list[tuple[int, int, int]]:
     """Experts, pairs and block: the shapes of Qwen3, Kimi-K2, Qwen3.5-397B, and the largest."""
-    return [(128, 512, 8), (384, 512, 8), (512, 640, 8), (1024, triton.MOST_PAIRS, 8)]
+    return [(128, 512, 8), (384, 512, 8), (512, 640, 8), (1024, MOST_PAIRS, 8)]
 
 
 def draw_cases(number: int, seed: int) -> list[Case]:

@@ -25,17 +25,13 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import triton
 from pallas_kernels.format.weights import make_abstract
 from pallas_kernels.tiles.blocks import Blocks, count_blocks
-from pallas_kernels.tiles.dense_rules import (
-    Schedule,
-    Tiles,
-    count_programs,
-    describe,
-    measure_shared_memory,
-)
-from pallas_kernels.triton.grouped import Epilogue
+from pallas_kernels.tiles.dense_rules import count_programs, describe
+from pallas_kernels.tiles.tiles import Schedule, Tiles, measure_shared_memory
+from pallas_kernels.triton.dense import expand, multiply
+from pallas_kernels.triton.grouped import Epilogue, multiply_blocks
+from pallas_kernels.triton.grouping import group_few_pairs
 from tests import gpu_aot
 from tests.gpu_cases import (
     EXPERTS,
@@ -156,7 +152,7 @@ def compile_case(case: Case | Grouping) -> Finding:
 
 def _compile_grouping(case: Grouping) -> list[gpu_aot.Kernel]:
     return gpu_aot.compile(
-        lambda local: triton.group_few_pairs(local, case.experts, case.block),
+        lambda local: group_few_pairs(local, case.experts, case.block),
         jax.ShapeDtypeStruct((case.pairs,), jnp.int32),
         arch=case.arch,
         only="_group_one",
@@ -170,7 +166,7 @@ def _compile_experts(case: Case, tiles: Tiles, paired: bool) -> list[gpu_aot.Ker
     epilogue = Epilogue("silu" if paired else None, paired, None if first else "result")
 
     def run(x, stack, experts, rows, weights):
-        return triton.multiply_blocks(
+        return multiply_blocks(
             x,
             stack,
             spec,
@@ -199,8 +195,8 @@ def _compile_dense(case: Case, schedule: Schedule) -> list[gpu_aot.Kernel]:
     def run(x, weights):
         if isinstance(schedule, Tiles):
             each, specs = [weights] * count, [spec] * count
-            return triton.multiply(x, each, specs, schedule, gated=case.gated)
-        return triton.expand(weights, spec, case.dtype)
+            return multiply(x, each, specs, schedule, gated=case.gated)
+        return expand(weights, spec, case.dtype)
 
     return gpu_aot.compile(
         run,

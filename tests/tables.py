@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 
 from pallas_kernels.format.spec import QuantSpec
-from pallas_kernels.tiles.dense_rules import Schedule, Tiles
 from pallas_kernels.tiles.device import Device
 from pallas_kernels.tiles.entries import Entry, MoeEntry, TileTable
-from pallas_kernels.tiles.expert_rules import MoeTiles
+from pallas_kernels.tiles.expert_tiles import MoeTiles
+from pallas_kernels.tiles.tiles import Schedule, Tiles
 
 H200 = Device("NVIDIA H200", 132)
 TILES = Tiles(block_m=16, block_n=128, block_k=128, splits=3, stages=4)

@@ -1,12 +1,14 @@
-"""The arrows between the rooms, read from the imports; and what `import jaxwna16` costs."""
+"""The arrows between packages, wings and rooms, read from imports; what `import jaxwna16` costs."""
 
 from __future__ import annotations
 
 import ast
+import graphlib
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,66 @@ FOREIGN = {
     "pallas_kernels": {"jax", "numpy"},
     "loaders": {"jax", "numpy", "ml_dtypes", "safetensors"},
 }
+# Each folder from top to bottom: a room or wing imports what stands in lines below its own, and
+# nothing else of its folder. FAMILY is every folder with a definition.
+FAMILY = "FAMILY"
+WINGS = {
+    "pallas_kernels": """
+        __init__
+        matmul moe
+        lowering
+        backends folding routing
+        xla triton
+        tiles
+        format
+        activations arguments
+        errors
+    """,
+    "loaders": """
+        __init__
+        open write
+        converted
+        stream
+        plan
+        grouping
+        modules
+        schemes
+        files
+        errors
+    """,
+    "loaders/schemes": """
+        __init__
+        quantization_config
+        awq_gptq compressed_tensors
+        config_groups
+        module_names packings patterns presets
+    """,
+    "jaxwna16": """
+        __init__ __main__
+        cli
+        bench
+        comparison linen lm_eval
+        evaluation
+        generation
+        checkpoints
+        models
+        layers
+        dtypes extras programs progress
+        errors version
+    """,
+    "jaxwna16/models": """
+        __init__
+        filling
+        families
+        FAMILY
+        causal_lm
+        parts
+        config
+    """,
+}
+MOST_LINES = 400
+MOST_ROOMS = 9
+LARGE_WINGS = {"jaxwna16/bench", "jaxwna16/cli"}
 
 
 def _list_imports(path: Path) -> set[str]:
@@ -47,6 +109,117 @@ def test_imports_go_one_way_only(path):
     assert not packages & {"torch", "transformers", "compressed_tensors", "tensorflow"}
     if room in FOREIGN:
         assert packages <= FOREIGN[room] | set(ROOMS)
+
+
+def _name_module(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def _resolve(name: str, modules: Mapping[str, object]) -> str | None:
+    """The module that an imported name is or stands in."""
+    while name not in modules:
+        name, _, last = name.rpartition(".")
+        if not last:
+            return None
+    return name
+
+
+def _read_graph() -> dict[str, set[str]]:
+    """Each of our modules -> those it imports, also inside functions and for type checkers."""
+    modules = {_name_module(path): path for path in FILES}
+    found = {name: {_resolve(n, modules) for n in _list_imports(p)} for name, p in modules.items()}
+    return {name: {n for n in names if n not in (None, name)} for name, names in found.items()}
+
+
+GRAPH = _read_graph()
+
+
+def _read_levels(folder: str) -> dict[str, int]:
+    """Each room and wing of a folder -> its line in WINGS, 0 at the top."""
+    levels = {
+        name: level for level, line in enumerate(WINGS[folder].split("\n")) for name in line.split()
+    }
+    families = [path.parent.name for path in (ROOT / folder).glob("*/definition.py")]
+    family = levels.pop(FAMILY, None)
+    return levels if family is None else levels | dict.fromkeys(families, family)
+
+
+def _find_room(module: str, folder: str) -> str | None:
+    """The room or wing of a folder that a module is in."""
+    within = folder.replace("/", ".")
+    if module == within:
+        return "__init__"
+    return module[len(within) + 1 :].split(".")[0] if module.startswith(f"{within}.") else None
+
+
+def _list_upward(folder: str, graph: Mapping[str, set[str]]) -> Iterator[str]:
+    """The imports within a folder that do not go down."""
+    levels = _read_levels(folder)
+    for module, imported in graph.items():
+        for other in imported:
+            room, others = _find_room(module, folder), _find_room(other, folder)
+            if room and others and room != others and levels[room] >= levels[others]:
+                yield f"{module} -> {other}"
+
+
+def _find_circle(graph: Mapping[str, set[str]]) -> list[str]:
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        return error.args[1]
+    return []
+
+
+def _list_rooms(folder: Path) -> set[str]:
+    inner = [path for path in folder.iterdir() if path.is_dir() and any(path.glob("*.py"))]
+    return {path.stem for path in folder.glob("*.py")} | {path.name for path in inner}
+
+
+@pytest.mark.parametrize("folder", WINGS)
+def test_wings_import_only_wings_below_them(folder):
+    assert _list_rooms(ROOT / folder) == set(_read_levels(folder))
+    assert not list(_list_upward(folder, GRAPH))
+
+
+def test_no_imports_go_in_a_circle():
+    assert not _find_circle(GRAPH)
+
+
+@pytest.mark.parametrize(
+    "module, imported",
+    [
+        ("pallas_kernels.format.spec", "pallas_kernels.tiles.tiles"),
+        ("pallas_kernels.triton.experts", "pallas_kernels.xla.experts"),
+        ("loaders.files.write", "loaders.plan"),
+        ("jaxwna16.models.config.rope_config", "jaxwna16.models.parts.rope"),
+        ("jaxwna16.models.llama.config", "jaxwna16.models.qwen3_5.config"),
+        ("jaxwna16.checkpoints.convert", "jaxwna16"),
+    ],
+)
+def test_an_import_upwards_or_sideways_is_found(module, imported):
+    planted = {**GRAPH, module: {*GRAPH[module], imported}}
+    assert [arrow for folder in WINGS for arrow in _list_upward(folder, planted)] == [
+        f"{module} -> {imported}"
+    ]
+
+
+def test_a_circle_is_found():
+    tables, rules = "pallas_kernels.tiles.tables", "pallas_kernels.tiles.dense_rules"
+    assert set(_find_circle({**GRAPH, tables: {*GRAPH[tables], rules}})) >= {tables, rules}
+
+
+def test_wings_have_few_rooms_and_rooms_few_lines():
+    rooms: dict[str, int] = {}
+    for path in FILES:
+        if not path.stem.startswith("__"):
+            folder = str(path.parent.relative_to(ROOT))
+            rooms[folder] = rooms.get(folder, 0) + 1
+    crowded = {folder for folder, count in rooms.items() if count > MOST_ROOMS}
+    assert crowded <= LARGE_WINGS
+    folders = (*ROOMS, "tests", "examples", "benchmarks")
+    texts = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
+    lines = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in texts}
+    assert not [f"{path}: {count}" for path, count in lines.items() if count > MOST_LINES]
 
 
 def test_pallas_triton_is_imported_in_one_folder():

@@ -23,9 +23,10 @@ from pallas_kernels.format.quantize import pad_groups
 from pallas_kernels.format.spec import QuantSpec
 from pallas_kernels.format.weights import make_abstract
 from pallas_kernels.matmul import quant_matmul
-from pallas_kernels.tiles.dense_rules import Schedule, describe, list_candidates
+from pallas_kernels.tiles.dense_rules import describe, list_candidates
 from pallas_kernels.tiles.device import Device
 from pallas_kernels.tiles.entries import Entry
+from pallas_kernels.tiles.tiles import Schedule
 
 Weight = Any
 """A tree of arrays: packed, or floats."""

@@ -18,7 +18,7 @@ def describe_machine() -> dict[str, Any]:
     """Device, driver, versions, commit of this source and date; None where it is not known."""
     import jax
 
-    from jaxwna16 import __version__
+    from jaxwna16.version import __version__
 
     device = jax.devices()[0]
     changes = _run_git("status", "--porcelain", "--untracked-files=no") if _is_ours() else None

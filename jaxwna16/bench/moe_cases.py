@@ -27,14 +27,9 @@ from pallas_kernels.moe import float_moe, quant_moe
 from pallas_kernels.tiles.blocks import Blocks, find_local, group_pairs
 from pallas_kernels.tiles.device import Device, find_device
 from pallas_kernels.tiles.entries import MoeEntry
-from pallas_kernels.tiles.expert_rules import (
-    MoeTiles,
-    choose_moe,
-    combine,
-    describe_moe,
-    list_moe_candidates,
-)
-from pallas_kernels.xla import experts as moe_xla
+from pallas_kernels.tiles.expert_rules import choose_moe, combine, describe_moe, list_moe_candidates
+from pallas_kernels.tiles.expert_tiles import MoeTiles
+from pallas_kernels.xla.experts import choose_rows
 
 DRAWS = 4
 """How many different inputs take turns; what is counted is the mean over them."""
@@ -224,12 +219,12 @@ class MoeCase:
         total, experts = self.tokens * self.experts.top_k, self.experts.experts
         local = find_local(inputs[1].reshape(-1), experts, 0)
         if backend == "xla":
-            return group_pairs(local, experts, moe_xla.choose_rows(total, experts))
+            return group_pairs(local, experts, choose_rows(total, experts))
         block = self.choose_tiles(find_device()).first.block_m
 
         def group_on_gpu(local: jax.Array) -> Blocks:
             # imported here, so that all else works where a later jax has no Pallas-Triton
-            from pallas_kernels.triton import MOST_PAIRS, group_few_pairs
+            from pallas_kernels.triton.grouping import MOST_PAIRS, group_few_pairs
 
             group = group_few_pairs if total <= MOST_PAIRS else group_pairs
             return group(local, experts, block)

@@ -29,11 +29,12 @@ from jaxwna16.bench.engines import (
 from jaxwna16.bench.run import Deadline, Report, describe_failure
 from jaxwna16.bench.timing import ON_GPU, Effort
 from pallas_kernels.errors import TableError
-from pallas_kernels.tiles.dense_rules import Schedule, fix_schedule
+from pallas_kernels.tiles.dense_rules import fix_schedule
 from pallas_kernels.tiles.device import Device
 from pallas_kernels.tiles.entries import Entry, MoeEntry, TileTable, round_up_bucket
-from pallas_kernels.tiles.expert_rules import MoeTiles
+from pallas_kernels.tiles.expert_tiles import MoeTiles
 from pallas_kernels.tiles.tables import read_table, write_table
+from pallas_kernels.tiles.tiles import Schedule
 
 AnySchedule = Schedule | MoeTiles
 

@@ -14,16 +14,17 @@ from typing import Any
 
 import numpy as np
 
-from jaxwna16 import __version__
 from jaxwna16.checkpoints.load import resolve_folder
 from jaxwna16.progress import show_bytes
-from loaders.converted.converted import hash_leaf, plan_original
+from jaxwna16.version import __version__
+from loaders.converted.converted import hash_leaf
 from loaders.converted.fingerprint import Fingerprint, list_files, take_fingerprint, take_stamps
 from loaders.converted.manifest import MANIFEST, METHOD, SECTIONS, Leaf, Manifest
 from loaders.errors import CheckpointError, Fault
 from loaders.files.folder import CONFIG
 from loaders.files.write import build_folder, copy_companions, write_json, write_shards
 from loaders.modules.modules import QuantizedModule
+from loaders.open import plan_original
 from loaders.plan import Plan
 from loaders.stream import load_params
 from pallas_kernels.format.spec import LAYOUT_VERSION

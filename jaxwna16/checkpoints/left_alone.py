@@ -16,8 +16,9 @@ from jaxwna16.models.families import read_config
 from jaxwna16.models.filling.skipped import BESIDE
 from loaders.files.safetensors_file import TensorInfo
 from loaders.modules.experts import name_separately
+from loaders.schemes.module_names import name_classes
 from loaders.schemes.patterns import compile_pattern
-from loaders.schemes.quantization_config import SUBCONFIGS, are_tied, name_classes
+from loaders.schemes.quantization_config import SUBCONFIGS, are_tied
 
 HEAD = "lm_head"
 # names of towers and projectors of models that `load_model` does not know

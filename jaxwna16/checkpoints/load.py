@@ -12,7 +12,8 @@ from jaxwna16.dtypes import read_dtype
 from jaxwna16.errors import InputError
 from jaxwna16.extras import import_extra
 from jaxwna16.progress import show_bytes
-from loaders.converted.converted import ConvertedPlan, load_leaves, open_plan
+from loaders.converted.converted import ConvertedPlan, load_leaves
+from loaders.open import open_plan
 from loaders.plan import Plan
 from loaders.stream import Progress, load_params
 from pallas_kernels.format.spec import QuantSpec

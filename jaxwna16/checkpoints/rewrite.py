@@ -27,16 +27,16 @@ from jaxwna16.checkpoints.rewrite_plan import (
 from jaxwna16.dtypes import read_dtype
 from jaxwna16.errors import InputError
 from jaxwna16.progress import show_bytes
-from loaders.converted.converted import plan_original
 from loaders.errors import CheckpointError, Fault
 from loaders.files.safetensors_file import TensorInfo, read_tensor, read_tensors
-from loaders.files.write import write_checkpoint
 from loaders.modules.experts import name_separately
 from loaders.modules.modules import QuantizedModule
 from loaders.modules.repack import pack, unpack
+from loaders.open import plan_original
 from loaders.plan import Plan
 from loaders.schemes.quantization_config import SUBCONFIGS, drop_quantization
 from loaders.stream import check_cast, check_scales
+from loaders.write import write_checkpoint
 from pallas_kernels.errors import SpecError
 from pallas_kernels.format.dequantize import dequantize
 from pallas_kernels.format.quantize import quantize

@@ -99,7 +99,7 @@ def check_model(plan: Plan, specs: Mapping[str, QuantSpec]) -> None:
     Raises:
       InputError: listing why.
     """
-    from jaxwna16.generation.language import plan_model  # with flax, which nothing else here needs
+    from jaxwna16.models.filling.fit import plan_model  # with flax, which nothing else here needs
 
     try:
         plan_model(plan)

@@ -37,7 +37,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     from jaxwna16.cli.faults import describe_error
-    from jaxwna16.cli.model import choose_dtype, read_windows
+    from jaxwna16.cli.model import read_windows
+    from jaxwna16.dtypes import choose_dtype
     from jaxwna16.errors import InputError
     from jaxwna16.evaluation.comparison import compare_checkpoints, open_plans
     from jaxwna16.evaluation.comparison_plot import check_target, draw

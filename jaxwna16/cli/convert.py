@@ -28,7 +28,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     from jaxwna16.checkpoints.convert import convert_checkpoint
     from jaxwna16.checkpoints.load import resolve_folder
-    from loaders.converted.converted import open_plan
+    from loaders.open import open_plan
     from pallas_kernels.format.spec import LAYOUT_VERSION
 
     source, destination = resolve_folder(args.source), Path(args.destination)

@@ -33,8 +33,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    from jaxwna16 import __version__
     from jaxwna16.cli.backends import list_backends, spare_device_memory
+    from jaxwna16.version import __version__
 
     del args
     spare_device_memory()

@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from jaxwna16.cli.model import open_model, read_windows
     from jaxwna16.evaluation.perplexity import measure_perplexity
     from jaxwna16.generation.text import Tokenizer
-    from loaders.converted.converted import open_plan
+    from loaders.open import open_plan
 
     plan = open_plan(resolve_folder(args.checkpoint), follow_links=args.follow_links)
     tokenizer = Tokenizer.from_folder(plan.folder)

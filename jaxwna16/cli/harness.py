@@ -28,7 +28,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
     keep_programs()
     command: Any = import_extra("lm_eval.__main__", "eval")
-    importlib.import_module("jaxwna16.evaluation.lm_eval")  # registers the model
+    importlib.import_module("jaxwna16.evaluation.lm_eval.model")  # registers the model
     before = sys.argv
     sys.argv = ["jaxwna16 lm-eval", *_complete(args.arguments)]
     try:

@@ -59,8 +59,9 @@ def _inspect(checkpoint: str, follow_links: bool) -> dict[str, Any]:
     )
     from jaxwna16.cli.faults import describe_error
     from jaxwna16.models.filling.skipped import find_skipped, list_rules
-    from loaders.converted.converted import ConvertedPlan, open_survey
+    from loaders.converted.converted import ConvertedPlan
     from loaders.errors import CheckpointError
+    from loaders.open import open_survey
 
     spare_device_memory()
     folder = resolve_folder(checkpoint)

@@ -130,7 +130,7 @@ def _make_parser() -> argparse.ArgumentParser:
 
 
 def _read_version() -> str:
-    from jaxwna16 import __version__
+    from jaxwna16.version import __version__
 
     return __version__
 

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from jaxwna16.checkpoints.load import resolve_folder
+from jaxwna16.dtypes import choose_dtype
 from jaxwna16.errors import InputError
 from jaxwna16.evaluation.perplexity import cut_windows, find_prefix, read_text
 from jaxwna16.generation.language import load_model
@@ -18,7 +19,7 @@ from jaxwna16.generation.text import Tokenizer
 from jaxwna16.models.causal_lm import CausalLM
 from jaxwna16.models.families import read_config
 from jaxwna16.programs import keep_programs
-from loaders.converted.converted import open_plan
+from loaders.open import open_plan
 from loaders.plan import Plan
 
 
@@ -26,14 +27,6 @@ def open_tokenizer(args: argparse.Namespace) -> Tokenizer:
     """The tokenizer of a checkpoint whose headers are in order: what takes no time comes first."""
     plan = open_plan(resolve_folder(args.checkpoint), follow_links=args.follow_links)
     return Tokenizer.from_folder(plan.folder)
-
-
-def choose_dtype(dtype: str) -> str | None:
-    """The dtype for `load_model` that `--dtype` asks for."""
-    if dtype != "auto":
-        return dtype
-    # most CPUs compute in 16 bits far more slowly than in 32
-    return "float32" if jax.default_backend() == "cpu" else None
 
 
 def read_windows(

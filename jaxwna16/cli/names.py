@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 
 from loaders.errors import write_ranges
-from loaders.schemes.quantization_config import star_numbers
+from loaders.schemes.module_names import star_numbers
 
 
 def fold_names(names: Iterable[str]) -> list[str]:

@@ -28,10 +28,10 @@ import numpy as np
 from jaxwna16.errors import InputError
 from jaxwna16.extras import import_extra
 from loaders.errors import Fault
-from loaders.modules.encoding import ALIGNED, AWQ, GPTQ, LESS_ONE, LESS_ONE_BORROWED
 from loaders.modules.modules import QuantizedModule
 from loaders.modules.repack import pack, pack_expert
 from loaders.plan import Plan
+from loaders.schemes.packings import ALIGNED, AWQ, GPTQ, LESS_ONE, LESS_ONE_BORROWED
 from loaders.stream import make_stack
 from pallas_kernels.format.dequantize import dequantize
 

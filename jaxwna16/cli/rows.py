@@ -11,7 +11,7 @@ from loaders.files.safetensors_file import TensorInfo
 from loaders.modules.experts import split_name
 from loaders.modules.modules import QuantizedModule
 from loaders.plan import Plan, Survey
-from loaders.schemes.quantization_config import star_numbers
+from loaders.schemes.module_names import star_numbers
 from pallas_kernels.backends import explain
 
 _SLICE = re.compile(r"\[[0-9]+\]$")

@@ -42,8 +42,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from jaxwna16.checkpoints.load import resolve_folder
     from jaxwna16.cli.faults import describe_error
     from jaxwna16.cli.oracle import Oracle
-    from loaders.converted.converted import ConvertedPlan, open_survey
+    from loaders.converted.converted import ConvertedPlan
     from loaders.errors import CheckpointError
+    from loaders.open import open_survey
 
     started = time.perf_counter()
     survey = open_survey(resolve_folder(args.checkpoint), follow_links=args.follow_links)
@@ -109,9 +110,9 @@ def _check_model(survey: Survey) -> tuple[dict[str, Any], list[Fault]]:
     """
     from jaxwna16.cli.faults import read_reason
     from jaxwna16.errors import ModelError
-    from jaxwna16.generation.language import plan_model
     from jaxwna16.models.families import read_config
-    from loaders.schemes.quantization_config import list_prefixes
+    from jaxwna16.models.filling.fit import plan_model
+    from loaders.schemes.module_names import list_prefixes
 
     plan = survey.plan
     facts = {"model_type": plan.config.get("model_type"), "checked": True, "reason": ""}

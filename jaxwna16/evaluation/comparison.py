@@ -30,7 +30,7 @@ from jaxwna16.generation.language import load_model
 from jaxwna16.generation.text import Tokenizer
 from jaxwna16.programs import trace_counts
 from jaxwna16.progress import show_steps
-from loaders.converted.converted import open_plan
+from loaders.open import open_plan
 from loaders.plan import Plan
 
 

@@ -10,7 +10,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from jaxwna16.checkpoints.load import read_plan, resolve_folder
 from jaxwna16.dtypes import read_dtype
@@ -21,21 +20,11 @@ from jaxwna16.generation.text import Tokenizer
 from jaxwna16.generation.tokens import GenerationResult, generate_tokens
 from jaxwna16.models.causal_lm import CausalLM
 from jaxwna16.models.families import find_family
-from jaxwna16.models.filling.expanded import (
-    describe_expanded,
-    describe_leaves,
-    expand_all,
-    list_expanded,
-)
-from jaxwna16.models.filling.names import check_prefix, rename, rename_all
-from jaxwna16.models.filling.params import check_leaves, list_leaves, load_params
-from jaxwna16.models.filling.skipped import drop_skipped
-from jaxwna16.models.filling.tied_head import drop_tied_head
-from jaxwna16.models.filling.zero_biases import drop_zero_biases
-from loaders.converted.converted import open_plan
-from loaders.plan import Plan
-from pallas_kernels.backends import check_backend
-from pallas_kernels.format.spec import QuantSpec
+from jaxwna16.models.filling.expanded import expand_all
+from jaxwna16.models.filling.fit import fit_model
+from jaxwna16.models.filling.names import rename
+from jaxwna16.models.filling.params import list_leaves, load_params
+from loaders.open import open_plan
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +75,7 @@ def load_model(
     dtype = read_dtype(dtype)
     opened = open_plan(resolve_folder(path_or_hub_id), follow_links=follow_links)
     names = find_family(opened.config).names
-    model, plan, expanded = _fit(opened, dtype=dtype, backend=backend)
+    model, plan, expanded = fit_model(opened, dtype=dtype, backend=backend)
     warnings = (*plan.warnings, *describe_unapplied(plan.folder))
     leaves = list_leaves(model)
     wide = {path for path in leaves if leaves[path].dtype == jnp.float32 != model.dtype}
@@ -96,56 +85,6 @@ def load_model(
     model = load_params(model, params, names)
     model.folder, model.warnings = str(plan.folder), warnings
     return model
-
-
-def plan_model(plan: Plan, *, dtype: Any = None, backend: str | None = None) -> CausalLM:
-    """Make the model of a checkpoint without its arrays, and check that every tensor has its place.
-
-    Raises:
-      CheckpointError, ModelError, InputError, BackendError: as `load_model`; of the weights only
-        biases without a place and a tied head have been read by then.
-    """
-    return _fit(plan, dtype=read_dtype(dtype), backend=backend)[0]
-
-
-def _fit(
-    plan: Plan, *, dtype: Any, backend: str | None
-) -> tuple[CausalLM, Plan, dict[str, QuantSpec]]:
-    """The model of a checkpoint without its arrays, and the plan of the parts that are for it.
-
-    The third is what is packed there and floats in the model, by path (`list_expanded`). The plan's
-    warnings say what was left out.
-
-    Raises:
-      ModelError: if the architecture is not supported, if quantized modules have no place in it, or
-        if tensors do not fit it.
-      CheckpointError: if a file ends early, or a tied head differs from the embedding.
-      BackendError: if the backend is none, or not for this dtype.
-    """
-    family = find_family(plan.config)
-    config = family.read(plan.config)
-    plan = drop_skipped(plan, config)
-    check_prefix([*plan.quantized, *plan.plain], family.names, str(plan.folder))
-    if config.tie_word_embeddings:
-        plan = drop_tied_head(plan, family.names)
-    reordered = {path for path, module in plan.quantized.items() if module.encoding.reordered}
-    specs = rename_all(plan.specs, family.names)
-    dtype = dtype or config.dtype or "float32"
-    check_backend(backend, dtype)
-    facts = {
-        "dtype": dtype,
-        "backend": backend,
-        "reordered": {rename(path, family.names) for path in reordered},
-    }
-    make = family.open_class()
-    model = nnx.eval_shape(lambda: make(config, specs, **facts))
-    places = list_leaves(model)
-    plan = drop_zero_biases(plan, lambda name: rename(name, family.names) in places)
-    expanded = list_expanded(plan, places, family.names)
-    found = rename_all(describe_leaves(plan, expanded), family.names)
-    check_leaves(model, found, f"{plan.folder}: tensors")
-    warnings = (*plan.warnings, *describe_expanded(plan, expanded))
-    return model, dataclasses.replace(plan, warnings=warnings), expanded
 
 
 def generate(

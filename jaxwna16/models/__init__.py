@@ -1,1 +1,1 @@
-"""Language models as Flax NNX modules."""
+"""Language models as Flax NNX modules; `families` is the table of them."""

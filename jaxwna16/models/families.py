@@ -15,8 +15,10 @@ from typing import Any
 from jaxwna16.errors import ModelError
 from jaxwna16.models.config.config_reader import ConfigReader
 from jaxwna16.models.config.language_config import LanguageConfig
-from jaxwna16.models.llama import config
+from jaxwna16.models.llama import config as llama_config
+from jaxwna16.models.llama import names as llama_names
 from jaxwna16.models.qwen3_5 import config as qwen3_5_config
+from jaxwna16.models.qwen3_5 import names as qwen3_5_names
 
 Names = Mapping[str, str]
 """Parts of names as regular expressions -> what stands there in the model; see `rename`."""
@@ -47,17 +49,16 @@ class Family:
 
 FAMILIES = (
     Family(
-        model_types=config.MODEL_TYPES,
-        read=config.ModelConfig.from_dict,
+        model_types=llama_config.MODEL_TYPES,
+        read=llama_config.ModelConfig.from_dict,
         model="jaxwna16.models.llama.definition:Llama",
-        # Mixtral's, in published files
-        names={r"(?<=\.)block_sparse_moe(?=\.)": "mlp"},
+        names=llama_names.NAMES,
     ),
     Family(
         model_types=qwen3_5_config.MODEL_TYPES,
         read=qwen3_5_config.Qwen35Config.from_dict,
         model="jaxwna16.models.qwen3_5.definition:Qwen35",
-        names=qwen3_5_config.NAMES,
+        names=qwen3_5_names.NAMES,
     ),
 )
 MODEL_TYPES = tuple(name for family in FAMILIES for name in family.model_types)

@@ -13,7 +13,6 @@ import collections
 import dataclasses
 import functools
 import hashlib
-import os
 from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -27,20 +26,19 @@ from loaders.converted.manifest import (
     MANIFEST,
     SECTIONS,
     Manifest,
-    is_converted,
     names_method,
     read_manifest,
 )
 from loaders.errors import CheckpointError, Fault
 from loaders.files.folder import CONFIG, check_file, read_config
-from loaders.files.memory import require_memory_for
 from loaders.files.safetensors_file import TensorInfo, read_header, read_tensor, read_tensors
-from loaders.modules.encoding import TILES, Encoding
+from loaders.modules.encoding import Encoding
 from loaders.modules.experts import Stack
 from loaders.modules.modules import QuantizedModule
 from loaders.modules.repack import pack
-from loaders.plan import Plan, Survey, make_plan, survey_folder
-from loaders.stream import Progress, place_tensor, put_leaf
+from loaders.plan import Plan
+from loaders.schemes.packings import TILES
+from loaders.stream import Progress, place_tensor, put_leaf, require_memory_for
 from pallas_kernels.errors import SpecError
 from pallas_kernels.format.spec import QuantSpec
 from pallas_kernels.format.weights import check_weights
@@ -92,53 +90,6 @@ class ConvertedPlan(Plan):
         return {
             name: jax.ShapeDtypeStruct(info.shape, info.dtype) for name, info in self.leaves.items()
         }
-
-
-def open_plan(folder: str | Path, *, follow_links: bool = False) -> Plan:
-    """Plan a checkpoint folder, converted or not; `follow_links` as in `make_plan`.
-
-    Raises:
-      CheckpointError: listing every fault; of a converted one, also that the checkpoint which it
-        was made from is still at its place and is another one now.
-    """
-    folder = Path(folder)
-    make = _plan_converted if is_converted(folder, follow_links=follow_links) else make_plan
-    return make(folder, follow_links=follow_links)
-
-
-def open_survey(
-    folder: str | Path, *, headers_only: bool = False, follow_links: bool = False
-) -> Survey:
-    """Plan as much of a checkpoint folder as can be planned; of a converted one, all or nothing.
-
-    Args:
-      folder: the checkpoint folder.
-      headers_only, follow_links: as in `survey_folder`.
-
-    Raises:
-      CheckpointError: as `survey_folder`; of a converted one, listing every fault.
-    """
-    folder = Path(folder)
-    if is_converted(folder, follow_links=follow_links):
-        return Survey(_plan_converted(folder, follow_links=follow_links))
-    return survey_folder(folder, headers_only=headers_only, follow_links=follow_links)
-
-
-def plan_original(folder: str | os.PathLike[str], *, follow_links: bool = False) -> Plan:
-    """Plan a checkpoint folder whose tensors are needed as they came; arguments as `make_plan`.
-
-    Raises:
-      CheckpointError: as `make_plan`, and if it is a converted one.
-    """
-    folder = Path(folder)
-    if not is_converted(folder, follow_links=follow_links):
-        return make_plan(folder, follow_links=follow_links)
-    try:
-        source = read_manifest(folder, follow_links=follow_links).source.folder
-    except CheckpointError:
-        source = "the checkpoint that it was made from"
-    what = "this is a converted copy, which holds a model only as it is computed with"
-    raise CheckpointError(folder, [Fault(what, MANIFEST, "", f"use {source}")])
 
 
 def load_leaves(
@@ -227,7 +178,12 @@ def hash_leaf(array: np.ndarray) -> str:
     return hashlib.sha256(array.reshape(-1).view(np.uint8).data).hexdigest()
 
 
-def _plan_converted(folder: Path, *, follow_links: bool = False) -> ConvertedPlan:
+def plan_converted(folder: Path, *, follow_links: bool = False) -> ConvertedPlan:
+    """Plan a converted checkpoint; `follow_links` as in `make_plan`.
+
+    Raises:
+      CheckpointError: listing every fault of the manifest, the files and their source.
+    """
     config = read_config(folder, follow_links=follow_links)
     manifest = read_manifest(folder, follow_links=follow_links)
     faults = []

@@ -9,27 +9,11 @@ from typing import Any
 import jax.numpy as jnp
 
 from loaders.errors import CheckpointError, Fault
-from loaders.plan import Plan
 
 _PROC, _GROUPS = Path("/proc"), Path("/sys/fs/cgroup")
 # version of control groups -> files with the limit and the use, prefix of the fields of memory.stat
 _V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_")
 _V2 = ("memory.max", "memory.current", "")
-
-
-def require_memory_for(plan: Plan, dtype: Any = None) -> None:
-    """`require_memory` for what `loaders.stream.load_params` makes of a plan.
-
-    A cast to a larger `dtype` is not counted, one to a smaller one is.
-    """
-    arrays = 0
-    for leaf in plan.describe_leaves().values():
-        itemsize = leaf.dtype.itemsize
-        if dtype is not None and jnp.issubdtype(leaf.dtype, jnp.floating):
-            itemsize = min(itemsize, jnp.dtype(dtype).itemsize)
-        arrays += leaf.size * itemsize
-    largest = max((part.nbytes for part in plan.list_parts()), default=0)
-    require_memory(plan.folder, arrays, 2 * largest)
 
 
 def require_memory(folder: Path, arrays: int, beside: int) -> None:

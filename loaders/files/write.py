@@ -1,4 +1,4 @@
-"""Write a checkpoint folder: safetensors shards, config.json and the small files beside them.
+"""A new checkpoint folder: safetensors shards and the small files beside them.
 
 Everything goes into a hidden folder beside the destination, which gets its name at the very end,
 when all is on the disk: a crash or a kill never leaves half a checkpoint under the final name. What
@@ -22,7 +22,6 @@ from safetensors.numpy import save_file
 
 from loaders.errors import CheckpointError, Fault
 from loaders.files.folder import INDEX, check_file
-from loaders.plan import make_plan
 
 SHARD_BYTES = 2_000_000_000
 _STEM = "model"  # of what transformers and vLLM look for
@@ -33,49 +32,6 @@ _NOT_COPIED = (
     *("config.json", INDEX),
     *("quantize_config.json", "quant_config.json", "quantization_config.json"),
 )
-
-
-def write_checkpoint(
-    destination: Path,
-    tensors: Iterable[tuple[str, np.ndarray]],
-    config: Mapping[str, Any],
-    *,
-    beside: Path,
-    follow_links: bool = False,
-    shard_bytes: int = SHARD_BYTES,
-) -> None:
-    """Write `tensors` and `config` to a new folder.
-
-    Args:
-      destination: the folder to make; it must not exist.
-      tensors: names and arrays, taken one after the other.
-      config: what becomes config.json.
-      beside: the source checkpoint, whose tokenizer, generation config, chat template and license
-        files are copied.
-      follow_links: copy these also where they are links that leave the source.
-      shard_bytes: a shard is closed when it holds this much.
-
-    Raises:
-      CheckpointError: if the destination exists or cannot be written, or if the result could not
-        be read.
-    """
-    with build_folder(destination) as folder:
-        copy_companions(beside, folder, follow_links=follow_links)
-        weight_map, size = write_shards(folder, tensors, shard_bytes=shard_bytes)
-        if len(set(weight_map.values())) > 1:
-            index = {"metadata": {"total_size": size}, "weight_map": weight_map}
-            write_json(folder / INDEX, index)
-        write_json(folder / "config.json", config)
-        _check_readable(folder, destination)
-
-
-def _check_readable(folder: Path, destination: Path) -> None:
-    """Refuse to name what `make_plan` cannot read: the model holds something unexpected."""
-    try:
-        make_plan(folder)
-    except CheckpointError as error:
-        what = "what was to be written could not be read again, and is removed"
-        raise CheckpointError(destination, [Fault(what), *error.faults]) from None
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:

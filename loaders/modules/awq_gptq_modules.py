@@ -19,18 +19,12 @@ import numpy as np
 from loaders.errors import CheckpointError, Fault
 from loaders.files.safetensors_file import TensorInfo
 from loaders.modules.awq_gptq_words import list_tensors_of, read_zero_points
-from loaders.modules.encoding import (
-    AWQ,
-    GPTQ,
-    LESS_ONE,
-    MIDDLE,
-    MIDDLE_LESS_ONE,
-    Encoding,
-)
+from loaders.modules.encoding import Encoding
 from loaders.modules.modules import ROLES, QuantizedModule, check_bias, check_tensor, make_spec
 from loaders.schemes.awq_gptq.config import AwqGptqConfig
 from loaders.schemes.awq_gptq.schemes import TransposedScheme
 from loaders.schemes.config_groups import Scheme
+from loaders.schemes.packings import AWQ, GPTQ, LESS_ONE, MIDDLE, MIDDLE_LESS_ONE
 
 _ROLES = {
     "qweight": "weight_packed",

@@ -27,7 +27,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from loaders.modules.encoding import AWQ, GPTQ, LESS_ONE, LESS_ONE_BORROWED, Encoding
+from loaders.modules.encoding import Encoding
+from loaders.schemes.packings import AWQ, GPTQ, LESS_ONE, LESS_ONE_BORROWED
 from pallas_kernels.format.layout import codes_from_words
 from pallas_kernels.format.spec import QuantSpec
 from pallas_kernels.format.weights import SCALE_DTYPES

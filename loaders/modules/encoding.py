@@ -27,13 +27,10 @@ import numpy as np
 from loaders.errors import CheckpointError, Fault
 from loaders.files.safetensors_file import TensorInfo
 from loaders.schemes.config_groups import Scheme
+from loaders.schemes.packings import ALIGNED, STREAM
 from loaders.schemes.presets import parse_version
 from pallas_kernels.format.spec import QuantSpec
 
-STREAM, ALIGNED, TILES, AWQ, GPTQ = "stream", "aligned", "tiles", "awq", "gptq"
-TRANSPOSED = (AWQ, GPTQ)
-LESS_ONE, LESS_ONE_BORROWED = "less_one", "less_one_borrowed"
-MIDDLE, MIDDLE_LESS_ONE = "middle", "middle_less_one"
 _WIDTHS = (4, 8)
 _FIRST_STREAM = (0, 18)
 _FIRST_PACKED_ZEROS = (0, 9, 4)

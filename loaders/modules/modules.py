@@ -12,7 +12,7 @@ from loaders.errors import CheckpointError, Fault
 from loaders.files.safetensors_file import TensorInfo
 from loaders.modules.encoding import Encoding, choose_encoding, widen
 from loaders.modules.repack import expected_tensors
-from loaders.schemes.quantization_config import Scheme
+from loaders.schemes.config_groups import Scheme
 from pallas_kernels.errors import SpecError
 from pallas_kernels.format.spec import QuantSpec
 from pallas_kernels.format.weights import SCALE_DTYPES

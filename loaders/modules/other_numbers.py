@@ -13,7 +13,7 @@ import numpy as np
 
 from loaders.errors import Fault
 from loaders.files.safetensors_file import TensorInfo
-from loaders.schemes.quantization_config import describe_modules
+from loaders.schemes.module_names import describe_modules
 
 _WAY_OUT = (
     "quantize the original model; or multiply these weights by their scales, store the products as "

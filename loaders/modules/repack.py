@@ -13,7 +13,8 @@ import numpy as np
 from jax import lax
 
 from loaders.modules.awq_gptq_words import list_tensors_of, read_weight, read_zero_points
-from loaders.modules.encoding import ALIGNED, TRANSPOSED, Encoding
+from loaders.modules.encoding import Encoding
+from loaders.schemes.packings import ALIGNED, TRANSPOSED
 from pallas_kernels.errors import SpecError
 from pallas_kernels.format.layout import (
     codes_from_tiles,

@@ -8,7 +8,7 @@ import numpy as np
 
 from loaders.files.safetensors_file import TensorInfo, read_tensors
 from loaders.modules.experts import are_stacked
-from loaders.schemes.quantization_config import Scheme
+from loaders.schemes.config_groups import Scheme
 
 _MAX_SHAPE_BYTES = 1 << 16  # [E, 4] int64 for 2048 experts
 

@@ -15,6 +15,7 @@ from loaders.errors import Fault
 from loaders.schemes.presets import find_preset, parse_version
 
 FILE = "config.json"
+SECTION = "quantization_config"
 REQUANTIZE = (
     "decompress it with compressed-tensors and `jaxwna16 quantize` it, or quantize the original "
     "model to W4A16 or W8A16"

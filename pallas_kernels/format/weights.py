@@ -17,10 +17,11 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.arguments import FLOAT_DTYPES
 from pallas_kernels.errors import SpecError
 from pallas_kernels.format.spec import QuantSpec
 
-SCALE_DTYPES = ("float16", "bfloat16", "float32")
+SCALE_DTYPES = FLOAT_DTYPES
 
 
 def make_abstract(

@@ -14,9 +14,9 @@ from typing import Any, ClassVar
 import jax.numpy as jnp
 
 from pallas_kernels.format.spec import QuantSpec
-from pallas_kernels.tiles.dense_rules import Schedule, Tiles, find_faults
 from pallas_kernels.tiles.device import Device
-from pallas_kernels.tiles.expert_rules import MoeTiles, Specs, find_moe_faults
+from pallas_kernels.tiles.expert_tiles import MoeTiles, Specs, find_moe_faults
+from pallas_kernels.tiles.tiles import Schedule, Tiles, find_faults
 
 GROUP_CLASSES = (32, 64, 128)
 MAX_TOKENS = 4096

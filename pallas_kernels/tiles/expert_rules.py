@@ -12,41 +12,23 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import jax.numpy as jnp
-
 from pallas_kernels.format.spec import TILE_N, QuantSpec
 from pallas_kernels.tiles.dense_rules import (
-    Tiles,
     add_splits,
     can_take_128,
     choose_tiles,
     count_columns,
-    find_faults,
     get_fixed,
 )
 from pallas_kernels.tiles.device import Device
+from pallas_kernels.tiles.expert_tiles import MoeTiles, Specs, find_moe_faults
+from pallas_kernels.tiles.tables import load_moe_schedule
+from pallas_kernels.tiles.tiles import Tiles
 
-Specs = tuple[QuantSpec, QuantSpec]
 _BLOCKS = (8, 16, 32, 64, 128)
 _FEWEST = _BLOCKS[0]
 _FILLED = 0.9
 _MANY_EXPERTS = 4
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class MoeTiles:
-    """One way to run both grouped products.
-
-    Attributes:
-      first: of gate and up.
-      second: of down, with the same `block_m`.
-      direct: each pair of a token and an expert is a block of its own. Nothing needs to be grouped
-        then, but an expert that several tokens choose is read for each of them.
-    """
-
-    first: Tiles
-    second: Tiles
-    direct: bool = False
 
 
 def choose_moe(
@@ -75,8 +57,6 @@ def choose_moe(
     Raises:
       TableError: if the device has a table and it cannot be used.
     """
-    from pallas_kernels.tiles.tables import load_moe_schedule  # which needs MoeTiles
-
     fixed = get_fixed(MoeTiles)
     if fixed is not None:
         return fixed
@@ -87,30 +67,6 @@ def choose_moe(
             return tuned
     rule = _Rule(specs, experts, tokens * top_k, x_dtype, scale_dtypes, device, gated)
     return rule.choose(tokens)
-
-
-def find_moe_faults(
-    tiles: MoeTiles,
-    specs: Specs,
-    device: Device | None = None,
-    scale_dtypes: Sequence = (jnp.float32, jnp.float32),
-) -> list[str]:
-    """Everything that keeps the kernels from running `tiles` on experts of `specs`.
-
-    With a device, also whether they fit into its shared memory, as in `find_faults`.
-    """
-    parts = (("first", tiles.first), ("second", tiles.second))
-    faults = [
-        f"{name}: {fault}"
-        for (name, part), spec, scale_dtype in zip(parts, specs, scale_dtypes, strict=True)
-        for fault in find_faults(part, spec, device, scale_dtype)
-    ]
-    if tiles.first.block_m != tiles.second.block_m:
-        faults.append(
-            f"block_m of both products must be the same, got {tiles.first.block_m} and "
-            f"{tiles.second.block_m}"
-        )
-    return faults
 
 
 def describe_moe(tiles: MoeTiles) -> str:

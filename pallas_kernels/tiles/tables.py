@@ -30,7 +30,6 @@ from typing import Any, NoReturn
 
 from pallas_kernels.errors import TableError
 from pallas_kernels.format.spec import LAYOUT_VERSION, QuantSpec
-from pallas_kernels.tiles.dense_rules import PREFILL, Schedule, Tiles
 from pallas_kernels.tiles.device import UNKNOWN, Device
 from pallas_kernels.tiles.entries import (
     GROUP_CLASSES,
@@ -41,7 +40,8 @@ from pallas_kernels.tiles.entries import (
     find_moe_schedule,
     find_schedule,
 )
-from pallas_kernels.tiles.expert_rules import MoeTiles, Specs
+from pallas_kernels.tiles.expert_tiles import MoeTiles, Specs
+from pallas_kernels.tiles.tiles import PREFILL, Schedule, Tiles
 
 KERNEL_VERSION = 1
 """Version of the kernels that tiles are tuned for; it changes when timings would be misleading."""

@@ -18,8 +18,8 @@ from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.errors import BackendError
 from pallas_kernels.format.spec import SLAB_K, TILE_N, QuantSpec
-from pallas_kernels.tiles.dense_rules import Tiles, find_faults, fits
 from pallas_kernels.tiles.device import Device, find_device
+from pallas_kernels.tiles.tiles import Tiles, find_faults, fits
 from pallas_kernels.triton.walk import Strip, Walk, divide
 
 _ACTIVATIONS = (jnp.bfloat16, jnp.float16)

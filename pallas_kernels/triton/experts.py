@@ -8,13 +8,13 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import triton
-from pallas_kernels.activations import IN_KERNEL
+from pallas_kernels.activations import IN_KERNEL, activate
 from pallas_kernels.tiles.blocks import Blocks, find_local, group_pairs
 from pallas_kernels.tiles.device import find_device
 from pallas_kernels.tiles.expert_rules import can_pair_rows, choose_moe
-from pallas_kernels.triton.grouped import Epilogue
-from pallas_kernels.xla.experts import activate
+from pallas_kernels.triton.dense import can_pair
+from pallas_kernels.triton.grouped import Epilogue, multiply_blocks
+from pallas_kernels.triton.grouping import MOST_PAIRS, group_few_pairs
 
 _FEW_TOKENS = 256
 """Up to here results wait for their sum in float32; above, that would be too much memory traffic.
@@ -34,10 +34,8 @@ def add_experts(call, rows, offset, stacks, *, interpret: bool) -> jax.Array:
     local = find_local(ids.reshape(-1), call.experts, offset)
     if tiles.direct:
         blocks = Blocks(local, None)
-    elif local.size <= triton.MOST_PAIRS:
-        blocks = triton.group_few_pairs(
-            local, call.experts, tiles.first.block_m, interpret=interpret
-        )
+    elif local.size <= MOST_PAIRS:
+        blocks = group_few_pairs(local, call.experts, tiles.first.block_m, interpret=interpret)
     else:
         blocks = group_pairs(local, call.experts, tiles.first.block_m)
     flat = weights.reshape(-1).astype(jnp.float32)
@@ -46,10 +44,10 @@ def add_experts(call, rows, offset, stacks, *, interpret: bool) -> jax.Array:
         fused
         and not options.interleaved
         and can_pair_rows(call.spec13, options.gated)
-        and triton.can_pair(call.spec13, tiles.first, scale_dtypes[0], device)
+        and can_pair(call.spec13, tiles.first, scale_dtypes[0], device)
     )
     inside = paired or (fused and not options.gated)
-    h = triton.multiply_blocks(
+    h = multiply_blocks(
         x,
         stacks[0],
         call.spec13,
@@ -68,7 +66,7 @@ def add_experts(call, rows, offset, stacks, *, interpret: bool) -> jax.Array:
         h = add_in_order(h) if tiles.first.splits > 1 else h.astype(jnp.float32)
         h = activate(h, options.activation, gated=options.gated, interleaved=options.interleaved)
     wide = tiles.second.splits > 1 or tokens <= _FEW_TOKENS
-    y = triton.multiply_blocks(
+    y = multiply_blocks(
         h.astype(x.dtype),
         stacks[1],
         call.spec2,

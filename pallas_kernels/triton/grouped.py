@@ -22,7 +22,7 @@ from pallas_kernels.activations import apply
 from pallas_kernels.errors import BackendError
 from pallas_kernels.format.spec import TILE_N, QuantSpec
 from pallas_kernels.tiles.blocks import Blocks
-from pallas_kernels.tiles.dense_rules import Tiles, find_faults
+from pallas_kernels.tiles.tiles import Tiles, find_faults
 from pallas_kernels.triton.dense import choose_block_n
 from pallas_kernels.triton.walk import Strip, Walk, divide
 

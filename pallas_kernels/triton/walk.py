@@ -30,7 +30,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.format.planes import add_plain, describe_plane, negate_zero
 from pallas_kernels.format.spec import SLAB_K, TILE_N, QuantSpec
-from pallas_kernels.tiles.dense_rules import Tiles
+from pallas_kernels.tiles.tiles import Tiles
 
 
 @dataclasses.dataclass(frozen=True)

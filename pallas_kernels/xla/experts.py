@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.activations import apply
+from pallas_kernels.activations import activate
 from pallas_kernels.tiles.blocks import find_local, group_pairs
 
 _MOST_ROWS = 256
@@ -83,16 +83,6 @@ def add_experts(
     start = jnp.zeros((tokens, features), jnp.float32)
     total, _ = lax.scan(add_block, start, blocks)
     return total
-
-
-def activate(h: jax.Array, activation: str, *, gated: bool, interleaved: bool) -> jax.Array:
-    """Apply an activation to float32 [..., 2I] (gated) or [..., I]; float32 [..., I]."""
-    if not gated:
-        return apply(activation, h)
-    if interleaved:
-        return apply(activation, h[..., ::2], h[..., 1::2])
-    gate, up = jnp.split(h, 2, axis=-1)
-    return apply(activation, gate, up)
 
 
 def choose_rows(pairs: int, experts: int) -> int:

@@ -18,7 +18,7 @@ from pallas_kernels.tiles.blocks import group_pairs
 from pallas_kernels.tiles.dense_rules import fix_schedule
 from pallas_kernels.tiles.device import find_device
 from pallas_kernels.tiles.expert_rules import choose_moe, list_moe_candidates
-from pallas_kernels.triton import group_few_pairs
+from pallas_kernels.triton.grouping import group_few_pairs
 from tests.gpu.test_products import TENSOR_CORE
 from tests.pallas_kernels.experts import assert_sum_of_experts, draw_choices, make_experts
 from tests.pallas_kernels.products import make_x

@@ -15,9 +15,10 @@ import pytest
 from pallas_kernels.format.dequantize import dequantize
 from pallas_kernels.format.spec import QuantSpec
 from pallas_kernels.matmul import quant_matmul, quant_matmul_gated, quant_matmul_many
-from pallas_kernels.tiles.dense_rules import PREFILL, Tiles, fix_schedule, list_candidates
+from pallas_kernels.tiles.dense_rules import fix_schedule, list_candidates
 from pallas_kernels.tiles.device import find_device
-from pallas_kernels.triton import expand
+from pallas_kernels.tiles.tiles import PREFILL, Tiles
+from pallas_kernels.triton.dense import expand
 from tests.pallas_kernels.products import assert_close, make_weights, make_x
 
 pytestmark = [

@@ -12,7 +12,8 @@ import pytest
 from loaders.errors import CheckpointError
 from loaders.files.safetensors_file import open_file
 from loaders.plan import make_plan
-from loaders.schemes.quantization_config import QuantizationConfig, Scheme
+from loaders.schemes.compressed_tensors import QuantizationConfig
+from loaders.schemes.config_groups import Scheme
 from pallas_kernels.format.spec import QuantSpec
 from tests.folders import make_config, make_tensors, prefix_names, write_folder
 

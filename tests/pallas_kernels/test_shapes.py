@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from pallas_kernels.matmul import quant_matmul
-from pallas_kernels.tiles.dense_rules import PREFILL, fix_schedule
+from pallas_kernels.tiles.dense_rules import fix_schedule
+from pallas_kernels.tiles.tiles import PREFILL
 from tests.grids import sample
 from tests.pallas_kernels.products import assert_close, make_weights, make_x
 

@@ -18,7 +18,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
 from jaxwna16.checkpoints.load import resolve_folder
-from jaxwna16.cli.model import choose_dtype
+from jaxwna16.dtypes import choose_dtype
 from jaxwna16.errors import InputError
 from jaxwna16.evaluation.lm_eval.batches import BatchSize, read_batch_size
 from jaxwna16.evaluation.lm_eval.options import (
@@ -35,7 +35,7 @@ from jaxwna16.generation.language import Generation, continue_tokens, load_model
 from jaxwna16.generation.stop_strings import find_stop_tokens
 from jaxwna16.generation.text import Tokenizer
 from jaxwna16.models.families import read_config
-from loaders.converted.converted import open_plan
+from loaders.open import open_plan
 
 _log = logging.getLogger(__name__)
 
@@ -159,7 +159,7 @@ class JaxWNA16LM(TemplateLM):
 
     def get_model_info(self) -> dict[str, Any]:
         """What the harness writes into its results beside the figures."""
-        from jaxwna16 import __version__
+        from jaxwna16.version import __version__
 
         return {
             "model_dtype": jnp.dtype(self.model.dtype).name,

@@ -6,7 +6,7 @@ import dataclasses
 
 from jaxwna16.models.config.config_reader import ConfigReader
 from jaxwna16.models.config.moe_config import MoeConfig
-from jaxwna16.models.parts.rope import RopeConfig
+from jaxwna16.models.config.rope_config import RopeConfig
 
 MAX_LAYERS = 1000  # each is made, abstractly, before it is looked for in the files
 _ACTIVATIONS = ("silu", "swish")

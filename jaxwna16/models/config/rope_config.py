@@ -1,12 +1,39 @@
-"""Reading the rope parameters of a `config.json`."""
+"""The rope parameters of a `config.json`."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
 from jaxwna16.models.config.config_reader import ConfigReader, is_positive
-from jaxwna16.models.parts.rope import ROPE_TYPES, RopeConfig
+
+ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RopeConfig:
+    """Rope parameters as `config.json` names them; what a `rope_type` does not use has a default.
+
+    Attributes:
+      theta: `rope_theta`, the base of the frequencies.
+      original_max_positions: P in the formulas of `jaxwna16.models.parts.rope`; for "dynamic"
+        always the model's max_position_embeddings.
+      attention_factor: multiplies cos and sin (yarn); None: 0.1 ln(factor) + 1, or by the mscales.
+    """
+
+    rope_type: str
+    theta: float
+    original_max_positions: int
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    attention_factor: float | None = None
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    truncate: bool = True
 
 
 def read_rotary_dim(reader: ConfigReader, head_dim: int, default: float) -> int:

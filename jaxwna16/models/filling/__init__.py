@@ -1,1 +1,1 @@
-"""From the parts of a checkpoint to a model's leaves; `params` fills them in."""
+"""From a plan to a model's leaves: `fit` makes the model, `params` fills it."""

@@ -13,38 +13,13 @@ llama3, yarn), computed in the same order and in float32, so that angles agree t
 
 from __future__ import annotations
 
-import dataclasses
 import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class RopeConfig:
-    """Rope parameters as `config.json` names them; what a `rope_type` does not use has a default.
-
-    Attributes:
-      theta: `rope_theta`, the base of the frequencies.
-      original_max_positions: P above; for "dynamic" always the model's max_position_embeddings.
-      attention_factor: multiplies cos and sin (yarn); None: 0.1 ln(factor) + 1, or by the mscales.
-    """
-
-    rope_type: str
-    theta: float
-    original_max_positions: int
-    factor: float = 1.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    attention_factor: float | None = None
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    mscale: float | None = None
-    mscale_all_dim: float | None = None
-    truncate: bool = True
+from jaxwna16.models.config.rope_config import RopeConfig
 
 
 def rotation_tables(

@@ -20,8 +20,6 @@ from jaxwna16.models.config.rope_config import read_rope, read_rotary_dim
 from pallas_kernels.routing import Routing
 
 MODEL_TYPES = ("qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text")
-NAMES = {r"^model\.language_model\.": "model."}
-"""The text model beside others is `model.language_model`, alone it is `model`."""
 _LINEAR, _FULL = "linear_attention", "full_attention"
 _INTERVAL = 4
 _ROTATED = 0.25

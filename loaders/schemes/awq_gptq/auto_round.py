@@ -20,10 +20,10 @@ import dataclasses
 from typing import Any
 
 from loaders.errors import Fault
-from loaders.modules.encoding import AWQ, GPTQ
 from loaders.schemes.awq_gptq.config import AwqGptqConfig, parse_awq, parse_gptq
 from loaders.schemes.awq_gptq.schemes import DEQUANTIZE
 from loaders.schemes.config_groups import FILE
+from loaders.schemes.packings import AWQ, GPTQ
 
 # the first word -> the layout, and its format in the terms of the tools
 _LAYOUTS = {

@@ -15,7 +15,6 @@ from typing import Any
 
 from loaders.errors import Fault
 from loaders.files.safetensors_file import TensorInfo
-from loaders.modules.encoding import AWQ, GPTQ
 from loaders.schemes.awq_gptq.rules import DYNAMIC, EXTRA, Rule, check_pattern, parse_rules
 from loaders.schemes.awq_gptq.schemes import (
     DEQUANTIZE,
@@ -25,6 +24,7 @@ from loaders.schemes.awq_gptq.schemes import (
     make_scheme,
 )
 from loaders.schemes.config_groups import FILE, MEND
+from loaders.schemes.packings import AWQ, GPTQ
 from loaders.schemes.patterns import compile_pattern
 
 _FORMATS = {AWQ: ("gemm",), GPTQ: ("gptq", "gptq_v2")}

@@ -11,15 +11,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from loaders.errors import Fault
-from loaders.modules.encoding import (
-    AWQ,
-    GPTQ,
-    LESS_ONE,
-    LESS_ONE_BORROWED,
-    MIDDLE,
-    MIDDLE_LESS_ONE,
-)
 from loaders.schemes.config_groups import FILE, MEND, Scheme
+from loaders.schemes.packings import AWQ, GPTQ, LESS_ONE, LESS_ONE_BORROWED, MIDDLE, MIDDLE_LESS_ONE
 from loaders.schemes.presets import parse_version
 
 DEQUANTIZE = "load it with the tool that wrote it, save it dequantized and `jaxwna16 quantize` that"

@@ -19,11 +19,13 @@ from jaxwna16.bench.tune import (
     write_winners,
 )
 from pallas_kernels.errors import TableError
-from pallas_kernels.tiles.dense_rules import PREFILL, Tiles, list_candidates
+from pallas_kernels.tiles.dense_rules import list_candidates
 from pallas_kernels.tiles.device import Device
 from pallas_kernels.tiles.entries import TileTable
-from pallas_kernels.tiles.expert_rules import MoeTiles, list_moe_candidates
+from pallas_kernels.tiles.expert_rules import list_moe_candidates
+from pallas_kernels.tiles.expert_tiles import MoeTiles
 from pallas_kernels.tiles.tables import read_table, write_table
+from pallas_kernels.tiles.tiles import PREFILL, Tiles
 from tests.jaxwna16.bench.results import make_cases, make_moe_cases
 
 DEVICE = Device("an invented GPU", 132)

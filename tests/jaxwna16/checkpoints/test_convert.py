@@ -11,10 +11,10 @@ import pytest
 
 import jaxwna16
 import loaders.converted.converted
-from loaders.converted.converted import open_plan
 from loaders.errors import CheckpointError
 from loaders.files.safetensors_file import read_tensor
 from loaders.files.write import write_shards
+from loaders.open import open_plan
 from loaders.plan import make_plan
 from tests.folders import write_folder
 from tests.jaxwna16.checkpoints.converted import EXPERTS, Q, assert_same, write_source

@@ -16,8 +16,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxwna16.generation.language import plan_model
 from jaxwna16.models.causal_lm import CausalLM
+from jaxwna16.models.filling.fit import plan_model
 from loaders.plan import survey_folder
 
 SLOTS = 4096

@@ -15,9 +15,10 @@ from jaxwna16 import load_checkpoint
 from loaders.errors import CheckpointError
 from loaders.files import memory
 from loaders.files.folder import CONFIG, SINGLE
-from loaders.files.memory import find_available, require_memory, require_memory_for
+from loaders.files.memory import find_available, require_memory
 from loaders.files.safetensors_file import read_tensor
 from loaders.plan import make_plan
+from loaders.stream import require_memory_for
 from tests.folders import describe_entry, write_folder, write_raw
 
 GB = 10**9

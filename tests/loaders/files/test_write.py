@@ -18,9 +18,10 @@ import pytest
 
 from loaders.errors import CheckpointError
 from loaders.files.folder import INDEX
-from loaders.files.write import build_folder, write_checkpoint
+from loaders.files.write import build_folder
 from loaders.plan import make_plan
 from loaders.stream import load_params
+from loaders.write import write_checkpoint
 
 TENSORS = {
     "a.weight": np.arange(12, dtype=np.float32).reshape(3, 4),
@@ -149,7 +150,7 @@ _SLOW_WRITER = """
 import sys, time
 from pathlib import Path
 import numpy as np
-from loaders.files.write import write_checkpoint
+from loaders.write import write_checkpoint
 
 def give():
     yield "a", np.zeros(10)

@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 
 from loaders.files.safetensors_file import TensorInfo
-from loaders.schemes.quantization_config import name_classes, parse_quantization
+from loaders.schemes.module_names import name_classes
+from loaders.schemes.quantization_config import parse_quantization
 from tests.skeletons import QUANTIZABLE, apply_config, build_skeleton, expand_names
 
 FOLDER = Path(__file__).parent / "quantization_configs"

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from loaders.schemes.quantization_config import name_classes, parse_quantization
+from loaders.schemes.module_names import name_classes
+from loaders.schemes.quantization_config import parse_quantization
 from tests.skeletons import apply_config, build_skeleton
 
 PARTS = ["model", "layers", "0", "1", "10", "mlp", "q_proj", "embed_tokens", "Linear", "re:x"]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from loaders.schemes.config_groups import Scheme
 from loaders.schemes.presets import find_preset, parse_version
-from loaders.schemes.quantization_config import Scheme, parse_quantization
+from loaders.schemes.quantization_config import parse_quantization
 
 
 def test_presets_are_those_of_compressed_tensors():

@@ -6,14 +6,10 @@ import numpy as np
 import pytest
 
 from loaders.files.safetensors_file import TensorInfo
-from loaders.schemes.quantization_config import (
-    QuantizationConfig,
-    Scheme,
-    describe_modules,
-    list_prefixes,
-    name_classes,
-    parse_quantization,
-)
+from loaders.schemes.compressed_tensors import QuantizationConfig
+from loaders.schemes.config_groups import Scheme
+from loaders.schemes.module_names import describe_modules, list_prefixes, name_classes
+from loaders.schemes.quantization_config import parse_quantization
 
 WEIGHTS = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32}
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pallas_kernels.tiles.blocks import Blocks, count_blocks, find_local, group_pairs
-from pallas_kernels.triton import group_few_pairs
+from pallas_kernels.triton.grouping import group_few_pairs
 from pallas_kernels.xla.experts import choose_rows
 from tests.grids import cover
 from tests.jaxprs import find_largest

@@ -13,17 +13,14 @@ from pallas_kernels.backends import explain
 from pallas_kernels.errors import BackendError
 from pallas_kernels.format.spec import QuantSpec
 from pallas_kernels.tiles.dense_rules import (
-    PREFILL,
-    Tiles,
     check_prefer,
     choose,
-    find_faults,
     fix_schedule,
     list_candidates,
-    measure_shared_memory,
     round_up_tokens,
 )
 from pallas_kernels.tiles.device import UNKNOWN, Device, find_device
+from pallas_kernels.tiles.tiles import PREFILL, Tiles, find_faults, measure_shared_memory
 
 _DEVICES = [
     Device("NVIDIA H200", 132),

@@ -12,18 +12,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pallas_kernels.moe import quant_moe
-from pallas_kernels.tiles.dense_rules import Tiles, fix_schedule
+from pallas_kernels.tiles.dense_rules import fix_schedule
 from pallas_kernels.tiles.device import Device
 from pallas_kernels.tiles.expert_rules import (
-    MoeTiles,
     choose_block,
     choose_moe,
     combine,
     describe_moe,
-    find_moe_faults,
     list_moe_candidates,
 )
+from pallas_kernels.tiles.expert_tiles import MoeTiles, find_moe_faults
 from pallas_kernels.tiles.tables import write_table
+from pallas_kernels.tiles.tiles import Tiles
 from tests.pallas_kernels.products import make_weights
 from tests.tables import H200, make_moe_entry, make_moe_specs, make_table
 

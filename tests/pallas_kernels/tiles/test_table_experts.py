@@ -10,10 +10,10 @@ import pytest
 
 from pallas_kernels.errors import TableError
 from pallas_kernels.tiles import tables as tile_tables
-from pallas_kernels.tiles.dense_rules import Tiles
 from pallas_kernels.tiles.device import UNKNOWN
 from pallas_kernels.tiles.entries import find_moe_schedule, find_schedule
 from pallas_kernels.tiles.tables import load_moe_schedule, read_table, write_table
+from pallas_kernels.tiles.tiles import Tiles
 from tests.tables import (
     FEW,
     H200,

@@ -10,7 +10,7 @@ import pytest
 
 from pallas_kernels.errors import TableError
 from pallas_kernels.tiles import tables as tile_tables
-from pallas_kernels.tiles.dense_rules import PREFILL, Tiles, choose
+from pallas_kernels.tiles.dense_rules import choose
 from pallas_kernels.tiles.device import UNKNOWN
 from pallas_kernels.tiles.entries import classify_group, find_schedule, round_up_bucket
 from pallas_kernels.tiles.tables import (
@@ -20,6 +20,7 @@ from pallas_kernels.tiles.tables import (
     user_table_path,
     write_table,
 )
+from pallas_kernels.tiles.tiles import PREFILL, Tiles
 from tests.tables import H200, TILES, WIDE, make_entry, make_spec, make_table
 
 

@@ -14,8 +14,8 @@ from jax.experimental import pallas as pl
 from pallas_kernels.errors import BackendError
 from pallas_kernels.format.dequantize import dequantize
 from pallas_kernels.format.spec import QuantSpec
-from pallas_kernels.tiles.dense_rules import Tiles
-from pallas_kernels.triton import expand, multiply
+from pallas_kernels.tiles.tiles import Tiles
+from pallas_kernels.triton.dense import expand, multiply
 from tests.grids import cover, sample
 from tests.pallas_kernels.exact import Case, assert_exact, make_case
 from tests.pallas_kernels.products import make_x

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from pallas_kernels import BackendError, quant_moe
-from pallas_kernels.tiles.dense_rules import Tiles, fix_schedule
-from pallas_kernels.tiles.expert_rules import MoeTiles
+from pallas_kernels.tiles.dense_rules import fix_schedule
+from pallas_kernels.tiles.expert_tiles import MoeTiles
+from pallas_kernels.tiles.tiles import Tiles
 from tests.grids import sample
 from tests.jaxprs import find_kernels
 from tests.pallas_kernels.experts import assert_sum_of_experts, draw_choices, make_experts

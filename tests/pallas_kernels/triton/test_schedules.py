@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import pytest
 
 from pallas_kernels.matmul import quant_matmul
-from pallas_kernels.tiles.dense_rules import Tiles, choose, fix_schedule
+from pallas_kernels.tiles.dense_rules import choose, fix_schedule
+from pallas_kernels.tiles.tiles import Tiles
 from tests.gpu_cases import Case, list_all
 from tests.grids import sample
 from tests.pallas_kernels.exact import assert_exact, make_case
