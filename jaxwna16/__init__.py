@@ -41,14 +41,15 @@ if TYPE_CHECKING:
     from pallas_kernels import SpecError as SpecError
     from pallas_kernels import TableError as TableError
     from pallas_kernels import Wna16Error as Wna16Error
+    from pallas_kernels import dequantize as dequantize
     from pallas_kernels import explain as explain
     from pallas_kernels import float_moe as float_moe
     from pallas_kernels import quant_matmul as quant_matmul
     from pallas_kernels import quant_matmul_gated as quant_matmul_gated
     from pallas_kernels import quant_matmul_many as quant_matmul_many
     from pallas_kernels import quant_moe as quant_moe
+    from pallas_kernels import quantize as quantize
     from pallas_kernels import route as route
-    from pallas_kernels.format import dequantize, quantize
 
 __version__ = "0.1.0"
 

@@ -19,8 +19,7 @@ from jaxwna16.layers.fused import project
 from jaxwna16.models.filling.params import load_params
 from jaxwna16.models.llama.config import ModelConfig
 from jaxwna16.models.llama.definition import Llama
-from pallas_kernels import QuantSpec
-from pallas_kernels.format import dequantize, quantize
+from pallas_kernels import QuantSpec, dequantize, quantize
 from tests.jaxprs import find_kernels
 from tests.jaxwna16.models.hf_models import (
     forward,
