@@ -11,7 +11,7 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
 LOCKS = sorted(ROOT.glob("locks/python*.txt"))
-EXTRAS = ("demo", "eval", "gpu-check", "lint", "oracle", "plot", "test", "text")
+EXTRAS = ("demo", "docs", "eval", "gpu-check", "lint", "oracle", "plot", "test", "text")
 
 
 def _list_requirements() -> list[Requirement]:
