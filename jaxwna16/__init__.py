@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     from pallas_kernels import quantize as quantize
     from pallas_kernels import route as route
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _PLACES = {
     "jaxwna16.checkpoints.load": "Checkpoint load_checkpoint",
