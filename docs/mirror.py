@@ -13,11 +13,10 @@ PATTERNS = ("*.md", "docs/**/*.md", "docs/**/*.svg", "benchmarks/results/*.png")
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Put the repository's files in place of those of docs/; the theme's own stay."""
-    own = {file.abs_src_path for file in files.documentation_pages()}
     root = Path(config.config_file_path).parent
     found = sorted(path for pattern in PATTERNS for path in root.glob(pattern))
     mirrored = [
         File.generated(config, path.relative_to(root).as_posix(), abs_src_path=str(path))
         for path in found
     ]
-    return Files([*(file for file in files if file.abs_src_path not in own), *mirrored])
+    return Files([*(file for file in files if file.src_dir != config.docs_dir), *mirrored])
