@@ -19,7 +19,7 @@ endif
 # Modules are compiled once, not by each of the hundreds of processes that the tests start
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-without-torch test-newest thorough lint lock clean bench gpu gpu-check fuzz
+.PHONY: demo test test-without-torch test-newest thorough lint docs lock clean bench gpu gpu-check fuzz
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py
@@ -46,13 +46,20 @@ lint: $(VENV)/.lint
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
+# The pages of docs/ and the reference of what users import, as a site; a link that leads nowhere is an error.
+# Not with --quiet, which hides warnings from --strict. The variable leaves out an advertisement of the theme.
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	@echo "site/index.html"
+
 # What the environments consist of, one file for each minor version of Python: the newest that fit together
 lock: .venv-lock/bin/uv
 	mkdir -p locks
 	for version in $(LOCKED); do \
 	  printf '%s\n' '$(TORCH)' hatchling editables setuptools wheel | \
 	  .venv-lock/bin/uv pip compile --quiet --upgrade --universal --python-version $$version --no-header --no-annotate \
-	    --extra test --extra oracle --extra lint --extra gpu-check -o locks/python$$version.txt pyproject.toml - || exit; \
+	    --extra test --extra oracle --extra lint --extra docs --extra gpu-check \
+	    -o locks/python$$version.txt pyproject.toml - || exit; \
 	done
 
 # CPU benchmarks against transformers; results go to benchmarks/results
@@ -77,7 +84,7 @@ fuzz: $(VENV)/.test
 	  $(if $(MUTANTS),--mutants $(MUTANTS))
 
 clean:
-	rm -rf .venv .venv-* .cache/programs
+	rm -rf .venv .venv-* .cache/programs site
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -109,4 +116,8 @@ $(VENV)/.test: $(VENV)/.test-without-torch
 
 $(VENV)/.lint: $(VENV)/.test
 	$(BIN)/pip install -q -e '.[lint]'
+	touch $@
+
+$(VENV)/.docs: pyproject.toml $(LOCK) | $(BIN)/python
+	$(BIN)/pip install -q -e '.[docs]'
 	touch $@

@@ -108,6 +108,11 @@ def keep_programs(folder: str | os.PathLike[str] | None = None) -> Path | None:
 
     Raises:
       InputError: if a folder is given that cannot be made.
+
+    Example:
+      ```python
+      folder = jaxwna16.keep_programs("path/to/programs")
+      ```
     """
     config: Any = jax.config  # its settings are not known to type checkers
     if not config.jax_enable_compilation_cache:

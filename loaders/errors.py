@@ -40,7 +40,17 @@ class Fault:
 
 
 class CheckpointError(Wna16Error, ValueError):
-    """A checkpoint cannot be read. `faults` lists every reason, not the first."""
+    """A checkpoint cannot be read. `faults` lists every reason, not the first.
+
+    Example:
+      ```python
+      try:
+          jaxwna16.load_checkpoint("path/to/broken")
+      except jaxwna16.CheckpointError as error:
+          for fault in error.faults:
+              print(fault.file, fault.tensor, fault.what)
+      ```
+    """
 
     def __init__(self, path, faults: Sequence[Fault]):
         self.path, self.faults = str(path), tuple(faults)

@@ -55,6 +55,16 @@ def explain(
         platform.
       SpecError: if no backend takes x, or scales, of this dtype, `spec` is none, or `tokens` is no
         number of rows.
+
+    Example:
+      ```python
+      spec = jaxwna16.QuantSpec(
+          bits=4, group_size=32, symmetric=False, in_features=64, out_features=128
+      )
+      choice = jaxwna16.explain(spec, jnp.bfloat16, platform="cpu")
+      assert choice.backend == "xla"
+      print(choice.reason)
+      ```
     """
     if not isinstance(spec, QuantSpec):
         raise SpecError(f"spec must be a QuantSpec, got {type(spec).__name__}")

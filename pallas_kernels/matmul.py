@@ -64,6 +64,16 @@ def quant_matmul(
       BackendError: if the named backend cannot do it, or the number of tokens is symbolic (in
         `jax.export`) where a GPU kernel is lowered.
       TableError: if this GPU has a table of tuned tiles that cannot be used.
+
+    Example:
+      ```python
+      spec = jaxwna16.QuantSpec(
+          bits=4, group_size=32, symmetric=False, in_features=64, out_features=128
+      )
+      packed = jaxwna16.quantize(jax.random.normal(jax.random.key(0), (128, 64)), spec)
+      y = jaxwna16.quant_matmul(jnp.ones((3, 64), jnp.bfloat16), packed, spec)
+      assert y.shape == (3, 128)
+      ```
     """
     [y] = quant_matmul_many(x, [weights], [spec], backend=backend, prefer=prefer)
     return y
@@ -92,6 +102,17 @@ def quant_matmul_many(
 
     Raises:
       SpecError, BackendError, TableError: as `quant_matmul`.
+
+    Example:
+      ```python
+      spec = jaxwna16.QuantSpec(
+          bits=4, group_size=32, symmetric=False, in_features=64, out_features=128
+      )
+      packed = jaxwna16.quantize(jax.random.normal(jax.random.key(0), (128, 64)), spec)
+      x = jnp.ones((3, 64), jnp.bfloat16)
+      q, k = jaxwna16.quant_matmul_many(x, [packed, packed], [spec, spec])
+      assert q.shape == k.shape == (3, 128)
+      ```
     """
     x = _check_call(x, weights, specs, backend, prefer)
     calls: dict[Any, list[int]] = {}
@@ -132,6 +153,17 @@ def quant_matmul_gated(
 
     Raises:
       SpecError, BackendError, TableError: as `quant_matmul`.
+
+    Example:
+      ```python
+      spec = jaxwna16.QuantSpec(
+          bits=4, group_size=32, symmetric=False, in_features=64, out_features=128
+      )
+      packed = jaxwna16.quantize(jax.random.normal(jax.random.key(0), (128, 64)), spec)
+      x = jnp.ones((3, 64), jnp.bfloat16)
+      y = jaxwna16.quant_matmul_gated(x, packed, packed, spec, spec)
+      assert y.shape == (3, 128)
+      ```
     """
     weights, specs = [gate, up], [gate_spec, up_spec]
     x = _check_call(x, weights, specs, backend, prefer)

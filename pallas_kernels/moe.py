@@ -82,6 +82,22 @@ def quant_moe(
       BackendError: if the named backend cannot do it, or the number of tokens is symbolic (in
         `jax.export`).
       TableError: if this GPU has a table of tuned tiles that cannot be used.
+
+    Example:
+      ```python
+      spec13 = jaxwna16.QuantSpec(
+          bits=4, group_size=32, symmetric=True, in_features=64, out_features=128
+      )
+      spec2 = jaxwna16.QuantSpec(
+          bits=4, group_size=32, symmetric=True, in_features=64, out_features=64
+      )
+      w13 = jaxwna16.quantize(jax.random.normal(jax.random.key(0), (4, 128, 64)), spec13)
+      w2 = jaxwna16.quantize(jax.random.normal(jax.random.key(1), (4, 64, 64)), spec2)
+      x = jnp.ones((3, 64), jnp.bfloat16)
+      ids, weights = jaxwna16.route(jnp.zeros((3, 4)), top_k=2)
+      y = jaxwna16.quant_moe(x, ids, weights, w13, w2, spec13, spec2)
+      assert y.shape == (3, 64)
+      ```
     """
     options = _Options(activation, gated, interleaved, weigh)
     experts = _count_experts(w13)
@@ -129,6 +145,15 @@ def float_moe(
       b13, b2: biases [E, N]; None is none.
 
     Other arguments, result and errors are those of `quant_moe`.
+
+    Example:
+      ```python
+      w13 = jax.random.normal(jax.random.key(0), (4, 128, 64), jnp.bfloat16)
+      w2 = jax.random.normal(jax.random.key(1), (4, 64, 64), jnp.bfloat16)
+      ids, weights = jaxwna16.route(jnp.zeros((3, 4)), top_k=2)
+      y = jaxwna16.float_moe(jnp.ones((3, 64), jnp.bfloat16), ids, weights, w13, w2)
+      assert y.shape == (3, 64)
+      ```
     """
     options = _Options(activation, gated, interleaved, weigh)
     x, ids, weights, shared = _read(x, ids, weights, shared)

@@ -126,6 +126,14 @@ def route(
 
     Raises:
       SpecError: if options and shapes contradict each other.
+
+    Example:
+      ```python
+      logits = jnp.asarray([[0.0, 3.0, 1.0, 2.0]])
+      ids, weights = jaxwna16.route(logits, top_k=2)
+      assert ids.tolist() == [[1, 3]]
+      assert abs(weights.sum() - 1) < 1e-6
+      ```
     """
     routing = Routing(
         top_k=top_k,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
 LOCKS = sorted(ROOT.glob("locks/python*.txt"))
-EXTRAS = ("demo", "eval", "gpu-check", "lint", "oracle", "plot", "test", "text")
+EXTRAS = ("demo", "docs", "eval", "gpu-check", "lint", "oracle", "plot", "test", "text")
 
 
 def _list_requirements() -> list[Requirement]:
@@ -54,3 +55,9 @@ def test_the_compiler_of_gpu_kernels_is_that_of_jax(lock):
     versions = _read_versions(lock)
     assert versions["jax-cuda13-plugin"] == versions["jax-cuda13-pjrt"] == versions["jax"]
     assert versions["nvidia-nvvm"] == versions["nvidia-cuda-nvcc"]
+
+
+def test_a_commit_is_checked_by_the_ruff_of_the_locks():
+    config = (ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8")
+    [rev] = re.findall(r"ruff-pre-commit\n +rev: v(.+)", config)
+    assert {_read_versions(lock)["ruff"] for lock in LOCKS} == {rev}

@@ -51,6 +51,12 @@ def convert_checkpoint(
     Raises:
       CheckpointError: listing every fault of the source, bad scales included; or if it changes
         meanwhile, if it is such a copy itself, or if the destination exists.
+
+    Example:
+      ```python
+      jaxwna16.convert_checkpoint("path/to/checkpoint", "path/to/converted")
+      checkpoint = jaxwna16.load_checkpoint("path/to/converted")
+      ```
     """
     plan = plan_original(resolve_folder(source), follow_links=follow_links)
     names = list_files(plan.folder, _list_shards(plan))

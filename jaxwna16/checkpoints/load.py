@@ -32,6 +32,15 @@ class Checkpoint:
       config: config.json.
       folder: where it was read from.
       warnings: remarks of the loader, one sentence each.
+
+    Example:
+      ```python
+      checkpoint = jaxwna16.load_checkpoint("path/to/checkpoint")
+      print(checkpoint.config["model_type"], len(checkpoint.specs), "packed weights")
+      norm = checkpoint.find("model.norm.weight")
+      for warning in checkpoint.warnings:
+          print(warning)
+      ```
     """
 
     params: dict[str, Any]
@@ -88,6 +97,13 @@ def load_checkpoint(
       CheckpointError: listing every fault of the files, the config and the modules.
       InputError: if there is no such folder and the name cannot be fetched, or `dtype` is another
         than float32, bfloat16 and float16.
+
+    Example:
+      ```python
+      checkpoint = jaxwna16.load_checkpoint("path/to/checkpoint")
+      path = "model.layers.0.mlp.up_proj"
+      layer = jaxwna16.QuantDense.from_weights(checkpoint.find(path), checkpoint.specs[path])
+      ```
     """
     dtype = read_dtype(dtype)
     plan = open_plan(resolve_folder(path_or_hub_id), follow_links=follow_links)

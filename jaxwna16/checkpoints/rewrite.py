@@ -85,6 +85,14 @@ def quantize_checkpoint(
       InputError: if an argument is out of range, an entry of `ignore` names nothing, nothing would
         be quantized, or not all the experts that are one array; or if `load_model` takes the source
         and would not take the result.
+
+    Example:
+      ```python
+      jaxwna16.quantize_checkpoint(
+          "path/to/floats", "path/to/quantized", bits=4, group_size=32, symmetric=False
+      )
+      checkpoint = jaxwna16.load_checkpoint("path/to/quantized")
+      ```
     """
     dtype = read_dtype(dtype)
     check_numbers(bits, group_size)
@@ -145,6 +153,13 @@ def dequantize_checkpoint(
       CheckpointError: listing every fault of the source, bad scales included; naming a tensor with
         values too large for `dtype`; or if the destination exists.
       InputError: if nothing in it is quantized, or `dtype` is none of these.
+
+    Example:
+      ```python
+      jaxwna16.dequantize_checkpoint("path/to/checkpoint", "path/to/dequantized")
+      checkpoint = jaxwna16.load_checkpoint("path/to/dequantized")
+      assert not checkpoint.specs
+      ```
     """
     dtype = read_dtype(dtype)
     plan = plan_original(resolve_folder(source), follow_links=follow_links)

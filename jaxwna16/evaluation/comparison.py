@@ -97,6 +97,18 @@ def measure_divergence(
     Raises:
       InputError: if the text is shorter than a window, or a number is out of range.
       ModelError: if a divergence is not finite.
+
+    Example:
+      ```python
+      from jaxwna16.comparison import measure_divergence
+
+      reference = jaxwna16.load_model("path/to/floats", dtype="float32")
+      model = jaxwna16.load_model("path/to/checkpoint", dtype="float32")
+      tokenizer = jaxwna16.Tokenizer.from_folder("path/to/floats")
+      tokens = tokenizer.encode("It was a dark and stormy night. " * 8)
+      found = measure_divergence(reference, model, tokens, window=16, max_windows=4)
+      assert found.kl_divergence > 0
+      ```
     """
     windows = cut_windows(np.asarray(tokens), window, max_windows, stride)
     batch = check_batch(batch, windows)
@@ -154,6 +166,15 @@ def open_plans(
       CheckpointError: listing the faults of a checkpoint.
       InputError: listing the checkpoints with another tokenizer or vocabulary, and where they
         differ; or if there are fewer than two.
+
+    Example:
+      ```python
+      from jaxwna16.comparison import open_plans
+
+      text = "It was a dark and stormy night. " * 8
+      plans = open_plans(["path/to/floats", "path/to/checkpoint"], text)
+      print([plan.folder for plan in plans])
+      ```
     """
     if len(names) < 2:
         raise InputError(f"a comparison takes at least two checkpoints, got {len(names)}")
@@ -193,6 +214,17 @@ def compare_checkpoints(
 
     Raises:
       CheckpointError, ModelError: as `load_model` and `measure_perplexity`.
+
+    Example:
+      ```python
+      from jaxwna16.comparison import compare_checkpoints, open_plans
+
+      text = "It was a dark and stormy night. " * 8
+      plans = open_plans(["path/to/floats", "path/to/checkpoint"], text)
+      tokens = jaxwna16.Tokenizer.from_folder("path/to/floats").encode(text)
+      for row in compare_checkpoints(plans, tokens, window=16, max_windows=4):
+          print(row.name, row.scheme, row.perplexity, row.kl_divergence)
+      ```
     """
     windows: dict[str, Any] = {
         "window": window,

@@ -101,6 +101,15 @@ def measure_perplexity(
     Raises:
       InputError: if the text is shorter than a window, or a number is out of range.
       ModelError: if a likelihood is not finite.
+
+    Example:
+      ```python
+      model = jaxwna16.load_model("path/to/checkpoint", dtype="float32")
+      tokenizer = jaxwna16.Tokenizer.from_folder("path/to/checkpoint")
+      tokens = tokenizer.encode("It was a dark and stormy night. " * 8)
+      found = jaxwna16.measure_perplexity(model, tokens, window=16, max_windows=4)
+      print(found.perplexity)
+      ```
     """
     windows = cut_windows(np.asarray(tokens), window, max_windows, stride)
     batch = check_batch(batch, windows)

@@ -32,6 +32,13 @@ class Generation:
     """What `generate` wrote: one text per prompt, and the tokens and timings behind them.
 
     Of a text that a stop string ended, the tokens go up to the one that completed it.
+
+    Example:
+      ```python
+      model = jaxwna16.load_model("path/to/checkpoint", dtype="float32")
+      answer = jaxwna16.generate(model, ["One", "Two"], max_new_tokens=8)
+      print(answer.texts[0], answer.result.tokens[0])
+      ```
     """
 
     texts: list[str]
@@ -71,6 +78,13 @@ def load_model(
       InputError: if `dtype` is another than float32, bfloat16 and float16, or if
         generation_config.json is not a JSON object.
       BackendError: if the backend is none, or not for this dtype.
+
+    Example:
+      ```python
+      model = jaxwna16.load_model("path/to/checkpoint", dtype="float32")
+      logits = model(jnp.asarray([[1, 2, 3]]))
+      assert logits.shape == (1, 3, model.config.vocab_size)
+      ```
     """
     dtype = read_dtype(dtype)
     opened = open_plan(resolve_folder(path_or_hub_id), follow_links=follow_links)
@@ -126,6 +140,14 @@ def generate(
 
     Raises:
       InputError: listing what is wrong with the prompts or the options.
+
+    Example:
+      ```python
+      model = jaxwna16.load_model("path/to/checkpoint", dtype="float32")
+      answer = jaxwna16.generate(model, ["One", "Two"], max_new_tokens=8, stop=".")
+      for text in answer.texts:
+          print(text)
+      ```
     """
     prompts, stop = _list_items(prompts), _list_items(stop)
     if strays := [prompt for prompt in prompts if not isinstance(prompt, str)]:

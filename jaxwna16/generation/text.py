@@ -45,6 +45,13 @@ class Tokenizer:
       special_tokens: `bos_token`, `eos_token`, … by name, as the chat template sees them.
       chat_templates: Jinja sources by name; "default" is the one that is used.
       source: what errors call this tokenizer, its folder.
+
+    Example:
+      ```python
+      tokenizer = jaxwna16.Tokenizer.from_folder("path/to/checkpoint")
+      ids = tokenizer.encode("Hello")
+      assert tokenizer.decode(ids) == "Hello"
+      ```
     """
 
     backend: tokenizers.Tokenizer

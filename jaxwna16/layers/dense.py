@@ -21,7 +21,18 @@ _LEAVES = ("packed", "scale", "zero_point", "bias", "perm")
 
 
 class QuantParam(nnx.Variable):
-    """An integer leaf of a packed weight: no `nnx.Param`, so optimizers and `nnx.grad` skip it."""
+    """An integer leaf of a packed weight: no `nnx.Param`, so optimizers and `nnx.grad` skip it.
+
+    Example:
+      ```python
+      spec = jaxwna16.QuantSpec(
+          bits=4, group_size=32, symmetric=False, in_features=64, out_features=128
+      )
+      layer = jaxwna16.QuantDense(spec)
+      assert set(nnx.state(layer, jaxwna16.QuantParam)) == {"packed", "zero_point"}
+      assert set(nnx.state(layer, nnx.Param)) == {"scale"}
+      ```
+    """
 
 
 class QuantDense(nnx.Module):
@@ -36,6 +47,17 @@ class QuantDense(nnx.Module):
       zero_point: `QuantParam` int8 `spec.scale_shape`, None when symmetric.
       bias: `nnx.Param` [N], None without bias.
       perm: `QuantParam` int32 [K], starts as 0 .. K-1; None without act-order.
+
+    Example:
+      ```python
+      spec = jaxwna16.QuantSpec(
+          bits=4, group_size=32, symmetric=False, in_features=64, out_features=128
+      )
+      packed = jaxwna16.quantize(jax.random.normal(jax.random.key(0), (128, 64)), spec)
+      layer = jaxwna16.QuantDense.from_weights(packed, spec)
+      y = layer(jnp.ones((3, 64), jnp.bfloat16))
+      assert y.shape == (3, 128)
+      ```
     """
 
     def __init__(

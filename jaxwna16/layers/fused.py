@@ -45,6 +45,17 @@ def project(x: jax.Array, layers: Sequence[Layer]) -> tuple[jax.Array, ...]:
 
     Raises:
       SpecError, BackendError, TableError: as `quant_matmul`.
+
+    Example:
+      ```python
+      spec = jaxwna16.QuantSpec(
+          bits=4, group_size=32, symmetric=False, in_features=64, out_features=128
+      )
+      packed = jaxwna16.quantize(jax.random.normal(jax.random.key(0), (128, 64)), spec)
+      layer = jaxwna16.QuantDense.from_weights(packed, spec)
+      q, k = jaxwna16.project(jnp.ones((3, 64), jnp.bfloat16), [layer, layer])
+      assert q.shape == k.shape == (3, 128)
+      ```
     """
     calls: dict[Any, list[int]] = {}
     for i, layer in enumerate(layers):
@@ -82,6 +93,17 @@ def gated(x: jax.Array, gate: Layer, up: Layer) -> jax.Array:
 
     Raises:
       SpecError, BackendError, TableError: as `quant_matmul`.
+
+    Example:
+      ```python
+      spec = jaxwna16.QuantSpec(
+          bits=4, group_size=32, symmetric=False, in_features=64, out_features=128
+      )
+      packed = jaxwna16.quantize(jax.random.normal(jax.random.key(0), (128, 64)), spec)
+      layer = jaxwna16.QuantDense.from_weights(packed, spec)
+      y = jaxwna16.gated(jnp.ones((3, 64), jnp.bfloat16), layer, layer)
+      assert y.shape == (3, 128)
+      ```
     """
     settings = _find_settings(gate)
     if settings is None or settings != _find_settings(up):

@@ -35,6 +35,17 @@ class QuantDense(nn.Module):
 
     Raises:
       SpecError, BackendError: if the values are impossible.
+
+    Example:
+      ```python
+      spec = jaxwna16.QuantSpec(
+          bits=4, group_size=32, symmetric=False, in_features=64, out_features=128
+      )
+      packed = jaxwna16.quantize(jax.random.normal(jax.random.key(0), (128, 64)), spec)
+      layer = jaxwna16.linen.QuantDense(spec)
+      y = layer.apply({"params": packed}, jnp.ones((3, 64), jnp.bfloat16))
+      assert y.shape == (3, 128)
+      ```
     """
 
     spec: QuantSpec

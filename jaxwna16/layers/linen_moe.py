@@ -38,6 +38,22 @@ class QuantMoE(nn.Module):
 
     Raises:
       SpecError, BackendError: if the values are impossible.
+
+    Example:
+      ```python
+      spec13 = jaxwna16.QuantSpec(
+          bits=4, group_size=32, symmetric=True, in_features=64, out_features=128
+      )
+      spec2 = jaxwna16.QuantSpec(
+          bits=4, group_size=32, symmetric=True, in_features=64, out_features=64
+      )
+      w13 = jaxwna16.quantize(jax.random.normal(jax.random.key(0), (4, 128, 64)), spec13)
+      w2 = jaxwna16.quantize(jax.random.normal(jax.random.key(1), (4, 64, 64)), spec2)
+      layer = jaxwna16.linen.QuantMoE(spec13, spec2, experts=4, top_k=2)
+      x = jnp.ones((3, 64), jnp.bfloat16)
+      y = layer.apply({"params": {"w13": w13, "w2": w2}}, x, jnp.zeros((3, 4)))
+      assert y.shape == (3, 64)
+      ```
     """
 
     spec13: QuantSpec

@@ -69,6 +69,23 @@ class QuantMoE(nnx.Module):
       w13: gate and up of all experts: `packed` uint16 [E, *spec13.packed_shape] and `zero_point`
         int8 as `QuantParam`, `scale` and `bias` as `nnx.Param`.
       w2: down of all experts.
+
+    Example:
+      ```python
+      spec13 = jaxwna16.QuantSpec(
+          bits=4, group_size=32, symmetric=True, in_features=64, out_features=128
+      )
+      spec2 = jaxwna16.QuantSpec(
+          bits=4, group_size=32, symmetric=True, in_features=64, out_features=64
+      )
+      w13 = jaxwna16.quantize(jax.random.normal(jax.random.key(0), (4, 128, 64)), spec13)
+      w2 = jaxwna16.quantize(jax.random.normal(jax.random.key(1), (4, 64, 64)), spec2)
+      experts = jaxwna16.QuantMoE.from_weights(w13, w2, spec13, spec2, top_k=2)
+      router = nnx.Linear(64, 4, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+      x = jnp.ones((3, 64), jnp.bfloat16)
+      y = experts(x, router(x))
+      assert y.shape == (3, 64)
+      ```
     """
 
     def __init__(

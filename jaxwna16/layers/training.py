@@ -24,6 +24,13 @@ def split_params(params: Any, wrt: Callable[[str], bool] | None = None) -> tuple
 
     Returns:
       (trainable, rest), each of the structure of `params`, with None where the other has a leaf.
+
+    Example:
+      ```python
+      checkpoint = jaxwna16.load_checkpoint("path/to/checkpoint")
+      trainable, rest = jaxwna16.split_params(checkpoint.params, wrt=lambda path: "norm" in path)
+      count = sum(leaf.size for leaf in jax.tree.leaves(trainable))
+      ```
     """
 
     def is_trained(path, leaf) -> bool:
@@ -41,6 +48,14 @@ def merge_params(trainable: Any, rest: Any) -> Any:
 
     Raises:
       InputError: if the two are not parts of one tree.
+
+    Example:
+      ```python
+      checkpoint = jaxwna16.load_checkpoint("path/to/checkpoint")
+      trainable, rest = jaxwna16.split_params(checkpoint.params)
+      halved = jax.tree.map(lambda leaf: leaf / 2, trainable)
+      params = jaxwna16.merge_params(halved, rest)
+      ```
     """
 
     def pick(path, ours, theirs):

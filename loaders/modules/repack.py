@@ -78,6 +78,17 @@ def pack(
 
     Raises:
       SpecError: listing every tensor that is missing, unknown, or of a wrong dtype or shape.
+
+    Example:
+      ```python
+      spec = jaxwna16.QuantSpec(
+          bits=4, group_size=32, symmetric=False, in_features=64, out_features=128
+      )
+      packed = jaxwna16.quantize(jax.random.normal(jax.random.key(0), (128, 64)), spec)
+      tensors = jaxwna16.unpack(packed, spec)  # as the files of a checkpoint hold them
+      again = jaxwna16.pack(tensors, spec)
+      assert (again["packed"] == packed["packed"]).all()
+      ```
     """
     tensors = dict(tensors)
     bias = tensors.pop("bias", None)
@@ -150,6 +161,16 @@ def unpack(weights: Mapping[str, jax.Array], spec: QuantSpec) -> dict[str, np.nd
 
     Raises:
       SpecError: if the arrays contradict the spec.
+
+    Example:
+      ```python
+      spec = jaxwna16.QuantSpec(
+          bits=4, group_size=32, symmetric=False, in_features=64, out_features=128
+      )
+      packed = jaxwna16.quantize(jax.random.normal(jax.random.key(0), (128, 64)), spec)
+      tensors = jaxwna16.unpack(packed, spec)
+      assert tensors["weight_packed"].shape == (128, 64 * 4 // 32)
+      ```
     """
     check_weights(weights, spec)
     leaves = dict(weights)

@@ -124,6 +124,17 @@ def dequantize(weights: Mapping[str, jax.Array], spec: QuantSpec, dtype=None) ->
 
     Raises:
       SpecError: if the arrays contradict the spec.
+
+    Example:
+      ```python
+      spec = jaxwna16.QuantSpec(
+          bits=4, group_size=32, symmetric=False, in_features=64, out_features=128
+      )
+      w = jax.random.normal(jax.random.key(0), (128, 64))
+      packed = jaxwna16.quantize(w, spec)
+      rounded = jaxwna16.dequantize(packed, spec, jnp.float32)
+      assert abs(rounded - w).max() < 0.3
+      ```
     """
     shape = getattr(weights.get("packed"), "shape", ()) if isinstance(weights, Mapping) else ()
     experts = shape[0] if len(shape) == 5 else None

@@ -40,6 +40,16 @@ def quantize(w: jax.Array, spec: QuantSpec, *, scale_dtype=jnp.bfloat16) -> dict
     Raises:
       SpecError: if w's shape or dtype does not fit the spec, w is not finite or traced, or
         `scale_dtype` is not one of the three.
+
+    Example:
+      ```python
+      spec = jaxwna16.QuantSpec(
+          bits=4, group_size=32, symmetric=False, in_features=64, out_features=128
+      )
+      w = jax.random.normal(jax.random.key(0), (128, 64))
+      packed = jaxwna16.quantize(w, spec)
+      assert packed["packed"].shape == spec.packed_shape
+      ```
     """
     w = read_array("w", w)
     if w.ndim == 3 and w.shape[0]:

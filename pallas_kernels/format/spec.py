@@ -33,6 +33,14 @@ class QuantSpec:
 
     Raises:
       SpecError: if the values are not integers in range or the group does not divide K.
+
+    Example:
+      ```python
+      spec = jaxwna16.QuantSpec(
+          bits=4, group_size=32, symmetric=False, in_features=64, out_features=128
+      )
+      assert spec.groups == 2
+      ```
     """
 
     bits: int

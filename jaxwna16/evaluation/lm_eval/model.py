@@ -71,6 +71,15 @@ class JaxWNA16LM(TemplateLM):
     Raises:
       InputError: if an option is not one of these, or a value is out of range.
       CheckpointError, ModelError: as `load_model`.
+
+    Example:
+      ```python
+      from jaxwna16.lm_eval import JaxWNA16LM
+
+      lm = JaxWNA16LM("path/to/checkpoint")
+      assert lm.tok_encode("Hello")
+      # results = lm_eval.simple_evaluate(model=lm, tasks=["wikitext"])
+      ```
     """
 
     def __init__(
