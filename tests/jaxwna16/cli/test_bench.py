@@ -58,7 +58,7 @@ def test_the_refusal_is_json_too(call):
         (["--cpu", "--dtype", "float32"], "invalid choice"),
         (["--cpu", "--moe", "64x32"], "neither HxIxExtop_k"),
         (["--cpu", "--moe", "64x32x2x4"], "a token cannot choose 4 of 2 experts"),
-        (["--cpu", "--moe", "--shapes", "64x64"], "--shapes are linear layers"),
+        (["--cpu", "--moe", "--shapes", "64x64"], "--shapes times linear layers"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
