@@ -48,7 +48,7 @@ def test_the_refusal_is_json_too(call):
     ("argv", "says"),
     [
         (["--tune"], "--tune times kernels that run on an NVIDIA GPU"),
-        (["--cpu", "--table", "t.json"], "give --tune, too"),
+        (["--cpu", "--table", "t.json"], "add --tune"),
         (["--cpu", "--seconds", "0"], "--seconds must be above 0"),
         (["--cpu", "--peer-seconds", "-3"], "--peer-seconds must be above 0"),
         (["--cpu", "--bits", "3"], "--bits must be 4, 8 or 4,8, got 3"),
