@@ -20,13 +20,13 @@ _TOKENS = (1, 16, 64, 256, 2048)
 def spare_device_memory() -> None:
     """Keep JAX from taking most of a GPU's memory, for verbs that only look at the machine.
 
-    Works until the first device is used; what the user has set stays.
+    This works until the first device is used. It does not override the user's own setting.
     """
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 
 def describe_lack_of_devices() -> str:
-    """Why JAX can use no device at all; "" where it can."""
+    """The reason why JAX can use no device; "" if it can use one."""
     try:
         jax.devices()
     except RuntimeError as error:
@@ -62,7 +62,7 @@ def word_backends(choices: list[dict[str, Any]]) -> list[str]:
 def word_choices(
     rows: list[dict[str, Any]], choices: list[dict[str, Any]], dtype: str
 ) -> list[str]:
-    """One line for each backend and reason, with the modules that it is for where not for all.
+    """One line for each backend and reason; it names its modules if it is not for all of them.
 
     Args:
       rows: the modules, as `inspect` reports them, each with its backend for `dtype`.
@@ -105,7 +105,7 @@ def list_schedules(platform: str | None = None) -> list[dict[str, Any]]:
 
 
 def word_schedules(schedules: list[dict[str, Any]]) -> list[str]:
-    """One line for each number of tokens, its dtypes together where they do not differ."""
+    """One line for each number of tokens; dtypes with the same schedule share a line."""
     from jaxwna16.cli.screen import count
 
     alike: dict[tuple[str, str], list[str]] = {}

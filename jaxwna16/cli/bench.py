@@ -36,16 +36,16 @@ _CPU_EXPERTS = "512x256x16x4"
 
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Time packed products, of linear layers or of experts, on this machine's GPU, beside its "
-        "own limits, the bf16 product and other projects' kernels. docs/benchmarks.md says how to "
-        "read the figures."
+        "Time packed products of linear layers or of experts on this machine's GPU. The report "
+        "compares them with the GPU's own limits, the bf16 product and other projects' kernels. "
+        "docs/benchmarks.md explains the figures."
     )
     parser.add_argument(
         "--shapes",
         metavar="KxN,...",
         type=parse_shapes,
         help="input x output features, or models (llama-3.1-8b, llama-3.3-70b, qwen3-30b-a3b); "
-        "default: the linear layers of all three and four squares",
+        "default: the linear layers of all three models, and four squares",
     )
     parser.add_argument(
         "--moe",
@@ -62,7 +62,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
         type=parse_counts,
         help="rows of x (default: powers of two up to 4096)",
     )
-    parser.add_argument("--bits", type=parse_counts, metavar="4,8", help="of a weight (default: 4)")
+    parser.add_argument(
+        "--bits", type=parse_counts, metavar="4,8", help="bits per weight (default: 4)"
+    )
     parser.add_argument(
         "--group-size",
         metavar="G",
@@ -72,31 +74,33 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--symmetric", action="store_true", help="without zero points")
     parser.add_argument(
-        "--asymmetric", action="store_true", help="with zero points (the default); both: each"
+        "--asymmetric",
+        action="store_true",
+        help="with zero points (the default); both options: time both",
     )
     parser.add_argument(
         "--dtype",
         choices=("bfloat16", "float16"),
         default="bfloat16",
-        help="of x and the scales (default: bfloat16)",
+        help="dtype of x and the scales (default: bfloat16)",
     )
     parser.add_argument(
-        "--peers", action="store_true", help="time other projects' kernels that are installed"
+        "--peers", action="store_true", help="also time installed kernels of other projects"
     )
     parser.add_argument(
-        "--tune", action="store_true", help="time no cases: find the fastest tiles for this GPU"
+        "--tune", action="store_true", help="find the fastest tiles for this GPU; time no cases"
     )
     parser.add_argument(
         "--table",
         metavar="FILE",
         type=Path,
-        help="where --tune writes them; default: where they are looked for",
+        help="file for the tiles of --tune; default: the file where the kernels look for them",
     )
     parser.add_argument(
         "--seconds",
         metavar="S",
         type=float,
-        help=f"begin no case after this time (default: {_SECONDS:.0f}, with --tune "
+        help=f"start no new case after this time (default: {_SECONDS:.0f}, with --tune "
         f"{_TUNING_SECONDS:.0f})",
     )
     parser.add_argument(
@@ -104,10 +108,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="S",
         type=float,
         default=_PEER_SECONDS,
-        help=f"for all peers together (default: {_PEER_SECONDS:.0f})",
+        help=f"time for all peers together (default: {_PEER_SECONDS:.0f})",
     )
     parser.add_argument(
-        "--output", metavar="FOLDER", type=Path, help="write JSON, tables and the plot there"
+        "--output", metavar="FOLDER", type=Path, help="folder for JSON, tables and the plot"
     )
     parser.add_argument(
         "--cpu", action="store_true", help="without a GPU: time the XLA path on the CPU"
@@ -137,7 +141,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "files": [],
     }
     with _show_progress() as say:
-        # after each of its parts: whoever is stopped has those before
+        # after each part, so that an interrupted run keeps the parts before
         for found in (_tune if args.tune else _bench)(args, cases, on_cpu, say):
             report |= found
             report["problems"] = list_problems(report)
@@ -149,7 +153,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def judge(report: dict[str, Any]) -> int:
-    """1 if one of our own cases failed, or nothing that was to be tuned works."""
+    """1 if one of our own cases failed, or if no candidate of a tuned case works."""
     from jaxwna16.bench.run import count_failures
 
     unusable = any(found["best"] is None for found in report["tuned"])
@@ -193,9 +197,9 @@ def _check_call(args: argparse.Namespace) -> bool:
     import jax
 
     if args.moe is not None and args.shapes:
-        raise CallError("--shapes are linear layers, --moe times experts: give one of them")
+        raise CallError("--shapes times linear layers, --moe times experts: give only one of them")
     if args.table is not None and not args.tune:
-        raise CallError("--table says where --tune writes: give --tune, too")
+        raise CallError("--table is the file that --tune writes: add --tune")
     for name in ("seconds", "peer_seconds"):
         value = getattr(args, name)
         if value is not None and not value > 0:
@@ -241,7 +245,7 @@ def _plan(args: argparse.Namespace, on_cpu: bool) -> Sequence[AnyCase]:
     cases = plan(shapes, tokens, **facts)
     if named or args.bits or kinds or on_cpu:
         return cases
-    # what the targets compare with besides: 8 bits, and a symmetric twin
+    # the targets also compare with 8 bits and with a symmetric twin
     extra: list[dict[str, Any]] = [{"bits": [8]}]
     if not args.tune:  # tiles do not depend on symmetry
         extra.append({"symmetric": [True]})
@@ -254,7 +258,7 @@ def _plan(args: argparse.Namespace, on_cpu: bool) -> Sequence[AnyCase]:
 def _bench(
     args: argparse.Namespace, cases: Sequence[AnyCase], on_cpu: bool, say: Callable[[str], None]
 ) -> Iterator[dict[str, Any]]:
-    """What is known after each weight, and after each peer."""
+    """The parts of the report so far, after each weight and after each peer."""
     import dataclasses
 
     from jaxwna16.bench.limits import measure_limits
@@ -285,7 +289,7 @@ def _bench(
 def _tune(
     args: argparse.Namespace, cases: Sequence[AnyCase], on_cpu: bool, say: Callable[[str], None]
 ) -> Iterator[dict[str, Any]]:
-    """What is known after each case; its winner is in the table then."""
+    """The parts of the report so far, after each case; its winner is then in the table."""
     from jaxwna16.bench.run import Deadline
     from jaxwna16.bench.tune import (
         Workbench,
@@ -300,7 +304,7 @@ def _tune(
     del on_cpu
     device, deadline = find_device(), Deadline(args.seconds or _TUNING_SECONDS)
     path, origin = args.table or user_table_path(device.kind), _describe_origin()
-    # now, so that a table that cannot be used costs no time on the GPU
+    # read first, so that an unusable table costs no time on the GPU
     table = read_tuned(path, device)
     entries, plan, tuned = len(table.entries) + len(table.experts), plan_tuning(cases), []
 
@@ -319,7 +323,7 @@ def _tune(
 
 
 def _describe_origin() -> dict[str, str]:
-    """By what and when a table was made, as it says itself."""
+    """The versions, date and commit that a table of tiles records."""
     from jaxwna16.bench.machine import describe_machine
 
     machine = describe_machine()
@@ -336,7 +340,7 @@ def _describe_options(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _make_folder(folder: Path) -> None:
-    """Now, so that a wrong name costs no time on the GPU."""
+    """Make the folder first, so that a wrong name costs no time on the GPU."""
     from jaxwna16.errors import InputError
 
     try:
@@ -353,7 +357,7 @@ def _write(report: dict[str, Any], args: argparse.Namespace) -> None:
 
 
 def _draw(report: dict[str, Any], args: argparse.Namespace) -> None:
-    """Draw the plot beside the tables; one that cannot be drawn costs nothing but itself."""
+    """Draw the plot beside the tables. If this fails, only the plot is missing."""
     from jaxwna16.bench.output import write_plot
 
     try:

@@ -17,14 +17,14 @@ if TYPE_CHECKING:
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Compare checkpoints of one vocabulary on a text: bytes, perplexity, distance from the "
-        "first of them (KL divergence, agreement of the most likely token), tokens per second. "
-        "Two models are in memory at once, the first and the one that is compared with it."
+        "first checkpoint (KL divergence, agreement of the most likely token), tokens per second. "
+        "Two models are in memory at once: the first and the one that is compared with it."
     )
     parser.add_argument(
         "checkpoints",
         metavar="DIR",
         nargs="+",
-        help="checkpoint folders, or names on the hub; the first is what the others are held to",
+        help="checkpoint folders, or names on the hub; the first is the reference",
     )
     add_links(parser)
     add_computation(parser)
@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.plot is not None:
         try:
             draw(rows, args.plot)
-        except InputError as error:  # the figures have taken long to make
+        except InputError as error:  # the figures took long to make, so they are reported
             report |= {"plot": None, "error": describe_error(error)}
     return report
 

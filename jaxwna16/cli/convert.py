@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Write a copy of a checkpoint in the form that is computed with, which loads as fast as "
-        "its bytes are read. The copy is for jaxwna16 alone: keep the original."
+        "Write a copy of a checkpoint with its weights already repacked. The copy loads as fast as "
+        "its bytes are read. Only jaxwna16 can read it: keep the original."
     )
     parser.add_argument("source", metavar="DIR", help="checkpoint folder, or a name on the hub")
-    parser.add_argument("destination", metavar="DST", help="folder to make; it must not exist")
+    parser.add_argument("destination", metavar="DST", help="new folder; it must not exist")
     add_links(parser)
     add_json(parser, sys.modules[__name__])
 
@@ -58,4 +58,4 @@ def show(report: dict[str, Any], console: Console) -> None:
         f"{decimal(report['bytes'])} in {report['seconds']:.1f} s"
     )
     console.print(escape_controls(f"made {report['destination']}"))
-    console.print("it is refused once the original changes; keep that one, other tools need it")
+    console.print("keep the original: other tools need it, and the copy is refused if it changes")

@@ -16,9 +16,8 @@ if TYPE_CHECKING:
 
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Write a packed checkpoint's weights as floats, equal bit for bit to what "
-        "compressed-tensors makes of them: computed in the dtype of the scales, then cast "
-        "if --dtype asks for it."
+        "Write a packed checkpoint's weights as floats. They equal those of compressed-tensors bit "
+        "for bit: they are computed in the dtype of the scales, then cast if --dtype asks for it."
     )
     add_rewrite(parser, "packed checkpoint")
     add_json(parser, sys.modules[__name__])

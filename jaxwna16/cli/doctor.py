@@ -100,7 +100,7 @@ def _word_device(device: dict[str, Any]) -> str:
 def _word_extra(extra: dict[str, Any]) -> str:
     packages = ", ".join(f"{name} {v or 'missing'}" for name, v in extra["packages"].items())
     words = f"{extra['extra']}: {packages}"
-    return words if extra["installed"] else f"{words}; to have it: {extra['install']}"
+    return words if extra["installed"] else f"{words}; to install it: {extra['install']}"
 
 
 def _list_devices() -> tuple[list[dict[str, Any]], list[str]]:
@@ -160,7 +160,7 @@ def _find_version(package: str) -> str | None:
 
 
 def _advise(devices: list[dict[str, Any]], extras: list[dict[str, Any]]) -> list[str]:
-    """What would make this machine run more, or faster."""
+    """Changes that would let this machine run more, or faster."""
     installed = {extra["extra"] for extra in extras if extra["installed"]}
     advice = []
     if "text" not in installed:

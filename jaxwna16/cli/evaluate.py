@@ -22,9 +22,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
     measures = parser.add_subparsers(title="measures", metavar="MEASURE", required=True)
     perplexity = measures.add_parser("perplexity", help="how well it predicts a text")
     perplexity.description = (
-        "Measure perplexity: the text is cut into windows of tokens, each is read by itself, and "
-        "every token but its first is scored; with --stride below --window, each token of the text "
-        "once, and then also by word and byte, as lm-evaluation-harness defines these."
+        "Measure perplexity. The text is cut into windows of tokens. Each window is read by "
+        "itself, and every token except its first is scored. With --stride below --window, each "
+        "token of the text is scored once, and the report also has the figures by word and byte "
+        "that lm-evaluation-harness defines."
     )
     add_model(perplexity)
     add_windows(perplexity)
@@ -74,7 +75,7 @@ def _relate_to_text(
     tokenizer: Tokenizer,
     found: Perplexity,
 ) -> dict[str, Any]:
-    """The figures by word and byte, null unless every token of the text was scored."""
+    """The figures by word and byte; null unless every token of the text was scored."""
     import dataclasses
 
     from jaxwna16.evaluation.perplexity import TextPerplexity, find_prefix, relate_to_text

@@ -1,4 +1,4 @@
-"""An error of ours as the command line shows it: for people on stderr, for programs as JSON."""
+"""Errors of this package on the command line: text on stderr for people, JSON for programs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def describe_error(error: Exception) -> dict[str, Any]:
 
 
 def show_error(error: dict[str, Any], console: Console) -> None:
-    """Print what `describe_error` gave; faults that differ in layer numbers alone are one line."""
+    """Print a described error; faults that differ only in layer numbers are one line."""
     console.print(Text.assemble(("error: ", "bold red"), escape_controls(error["message"])))
     alike: dict[Fault, list[str]] = defaultdict(list)
     for fault in error["faults"]:
@@ -46,6 +46,6 @@ def _list_faults(error: Exception) -> list[Fault]:
 
 
 def read_reason(reason: str) -> Fault:
-    """A ModelError's reason as a fault: "model.norm.weight: expected …" names its tensor first."""
+    """Turn a ModelError's reason ("model.norm.weight: expected …") into a fault with its tensor."""
     name, colon, what = reason.partition(": ")
     return Fault(what, tensor=name) if colon and " " not in name else Fault(reason)

@@ -1,4 +1,4 @@
-"""`jaxwna16 generate`: continues prompts, and prints the text as it comes."""
+"""`jaxwna16 generate`: continues prompts, and prints the text while it is generated."""
 
 from __future__ import annotations
 
@@ -17,57 +17,67 @@ if TYPE_CHECKING:
 
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Continue a prompt. The text goes to stdout as it comes (of several prompts: at the end), "
-        "the speed goes to stderr."
+        "Continue a prompt. The text goes to stdout while it is generated (for several prompts: at "
+        "the end). The speed goes to stderr."
     )
     add_model(parser)
     prompts = parser.add_mutually_exclusive_group(required=True)
-    prompts.add_argument("--prompt", metavar="TEXT", action="append", help="repeat it for a batch")
     prompts.add_argument(
-        "--prompts", metavar="FILE", help="a text file with one prompt a line, for a wide batch"
+        "--prompt", metavar="TEXT", action="append", help="text to continue; repeat it for a batch"
+    )
+    prompts.add_argument(
+        "--prompts", metavar="FILE", help="text file with one prompt per line, for a wide batch"
     )
     parser.add_argument(
         "--chat",
         action=argparse.BooleanOptionalAction,
-        help="put the prompt into the checkpoint's chat template; by default if it has one",
+        help="use the checkpoint's chat template; default: if it has one",
     )
     parser.add_argument(
-        "--max-new-tokens", metavar="N", type=int, default=128, help="at most (default: 128)"
+        "--max-new-tokens",
+        metavar="N",
+        type=int,
+        default=128,
+        help="largest number of new tokens (default: 128)",
     )
     parser.add_argument(
-        "--temperature", metavar="T", type=float, default=0.0, help="0 (the default) is greedy"
+        "--temperature",
+        metavar="T",
+        type=float,
+        default=0.0,
+        help="sampling temperature; 0 (the default) is greedy",
     )
     parser.add_argument(
-        "--top-k", metavar="K", type=int, default=0, help="draw among the K likeliest; 0 is off"
+        "--top-k", metavar="K", type=int, default=0, help="sample from the K likeliest; 0: off"
     )
     parser.add_argument(
         "--top-p",
         metavar="P",
         type=float,
         default=1.0,
-        help="draw among the likeliest that reach P",
+        help="sample from the likeliest tokens that together reach probability P",
     )
     parser.add_argument(
-        "--seed", metavar="N", type=int, default=0, help="of the draws (default: 0)"
+        "--seed", metavar="N", type=int, default=0, help="seed of the sampling (default: 0)"
     )
     parser.add_argument(
         "--stop",
         metavar="TEXT",
         action="append",
         default=[],
-        help="end the text before this; may be repeated",
+        help="end the text before this string; may be repeated",
     )
     parser.add_argument(
         "--logprobs",
         metavar="N",
         type=int,
-        help="with --json: log-probabilities of the tokens, and of the N likeliest at each place",
+        help="with --json: log-probabilities of the tokens and of the N likeliest at each position",
     )
     parser.add_argument(
         "--prefill-chunk",
         metavar="N",
         type=int,
-        help="tokens of each prompt run at once (default: up to 512); fewer need less memory",
+        help="prefill prompts in pieces of N tokens (default: up to 512); fewer need less memory",
     )
     add_json(parser, sys.modules[__name__])
 
@@ -81,7 +91,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from jaxwna16.generation.language import generate
 
     if args.logprobs is not None and not args.json:
-        raise CallError("--logprobs goes into the report: add --json")
+        raise CallError("--logprobs is printed only in the JSON report: add --json")
     prompts = args.prompt or _read_prompts(args.prompts)
     if not all(prompts):
         raise InputError("the prompt is empty: give it at least one character")
@@ -93,7 +103,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         make_console(stderr=True).status("compiling and generating") as status,
         warnings.catch_warnings(),
     ):
-        warnings.simplefilter("ignore", NanWarning)  # the report says it
+        warnings.simplefilter("ignore", NanWarning)  # they are in the report
 
         def print_piece(texts: list[str]) -> None:
             status.stop()
@@ -146,8 +156,8 @@ def _describe_failures(folder: str, failures: list[str]) -> dict[str, Any]:
     from jaxwna16.errors import InputError
 
     what = (
-        f"{folder}: the model computed no numbers: `jaxwna16 verify` finds NaN in the files; "
-        "float16 overflows above 65504 (--dtype float32 or bfloat16)"
+        f"{folder}: the model's logits are not numbers: `jaxwna16 verify` finds NaN in the files; "
+        "float16 overflows above 65504 (use --dtype float32 or bfloat16)"
     )
     return describe_error(InputError(what, failures))
 
@@ -160,12 +170,12 @@ def _read_prompts(path: str) -> list[str]:
     # splitlines() would cut at U+2028, form feeds and the like, which a prompt may hold
     prompts = [line for line in read_text(path).split("\n") if line.strip()]
     if not prompts:
-        raise InputError(f"{path}: there is no prompt in it, all lines are blank")
+        raise InputError(f"{path}: the file has no prompt: all its lines are blank")
     return prompts
 
 
 def _describe_logprobs(result: GenerationResult, tokenizer: Tokenizer) -> list[list[Any]] | None:
-    """Each token by itself, and the likeliest in its place; text is that of the token alone."""
+    """Each token and the likeliest ones at its position, each with the text of the token alone."""
     if result.logprobs is None or result.top_logprobs is None:
         return None
 
@@ -187,7 +197,7 @@ def show(report: dict[str, Any], console: Console) -> None:
     from jaxwna16.cli.screen import escape_controls, make_console
 
     if len(report["texts"]) == 1:
-        print()  # the text itself was printed while it came
+        print()  # the text itself was printed during generation
     else:
         for prompt, text in zip(report["prompts"], report["texts"], strict=True):
             console.print(escape_controls(f"> {prompt}"), style="bold")

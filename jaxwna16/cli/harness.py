@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 _COMMANDS = ("run", "ls", "validate")
-_NAMING = ("--model", "--config")  # a file of the harness names its model
+_NAMING = ("--model", "--config")  # a config file of the harness names its model
 _NAMING_SHORT = ("-M", "-C")
 
 
@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _complete(arguments: list[str]) -> list[str]:
-    """Name the command `run` and our model, where the call names no others."""
+    """Add the command `run` and our model if the call names none."""
     command, rest = "run", arguments
     if arguments and arguments[0] in _COMMANDS:
         command, *rest = arguments

@@ -1,7 +1,7 @@
-"""What config.json leaves unquantized on purpose: how many modules each entry of that list means.
+"""The ignore list of config.json: the number of modules that each entry matches.
 
-An entry that means fewer modules than it was meant to is no fault that a reader could notice: the
-others are quantized, and good integers. So the counts are shown, and what was almost matched.
+If an entry matches fewer modules than intended, no check can notice: the others are quantized, with
+good integers. So `inspect` shows the counts, and near misses.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ _ALIKE = 0.85  # shared_experts and shared_expert are 0.96 alike, q_proj and k_p
 
 
 def list_ignored(plan: Plan) -> list[dict[str, Any]]:
-    """The entries of the ignore list, names that differ in numbers alone as one.
+    """The entries of the ignore list; names that differ only in numbers are one row.
 
-    `modules` are those with a matrix that an entry matches, `of` those alike: with the same names
-    but for the numbers of layers and experts. `near` is a spelling of an entry without modules that
-    would match packed ones, `near_modules` of them; else "" and 0.
+    `modules` counts the modules with a matrix that an entry matches. `of` counts the modules that
+    have the same names except for the numbers of layers and experts. If an entry matches nothing,
+    `near` is a spelling that would match `near_modules` packed modules; else "" and 0.
     """
     quantization, _ = parse_quantization(dict(plan.config))
     packed = _list_unsliced([*plan.quantized])
@@ -58,17 +58,17 @@ def list_ignored(plan: Plan) -> list[dict[str, Any]]:
 
 
 def word_near(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """A warning for each entry that means nothing and is almost the name of packed modules."""
+    """A warning for each entry that matches nothing and is almost the name of packed modules."""
     return [
-        f"config.json: {row['entry']!r} is to be ignored and matches no module; {row['near']!r} "
-        f"would match {row['near_modules']}, which are quantized"
+        f"config.json: the ignored {row['entry']!r} matches no module; {row['near']!r} would match "
+        f"{row['near_modules']}, which are quantized"
         for row in rows
         if row["near"]
     ]
 
 
 def find_near(entry: str, packed: Sequence[str]) -> tuple[str, int]:
-    """The spelling of an entry, one word changed, that matches most packed modules; or "", 0."""
+    """The entry with one word changed that matches most packed modules, and how many; or "", 0."""
     starred = Counter(map(star_numbers, packed))
     words = {word for path in starred for word in path.split(".")}
     found = {near: _count(near, packed, starred) for near in _respell(entry, words)}
@@ -93,5 +93,5 @@ def _count(entry: str, packed: Sequence[str], starred: Counter[str]) -> int:
 
 
 def _list_unsliced(paths: Sequence[str]) -> list[str]:
-    """Paths in the files: stacked experts, which a plan has one by one, are one module there."""
+    """Paths as in the files. A plan lists stacked experts one by one; a file has one module."""
     return list(dict.fromkeys(_SLICE.sub("", path) for path in paths))

@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 @contextmanager
 def _without_collector() -> Iterator[None]:
-    """No search for garbage. A plan has none, and is so large that it takes half of the time."""
+    """Turn garbage collection off: a plan has no garbage, and the search takes half of the time."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -97,7 +97,7 @@ def _inspect(checkpoint: str, follow_links: bool) -> dict[str, Any]:
 
 
 def _describe_support(plan: Plan) -> tuple[LanguageConfig | None, dict[str, Any]]:
-    """Whether `load_model` has a definition for what config.json describes, and which it is."""
+    """The configuration if `load_model` supports the model of config.json, and the report on it."""
     from jaxwna16.errors import ModelError
     from jaxwna16.models.families import read_config
 
@@ -170,7 +170,7 @@ def _list_facts(report: dict[str, Any]) -> list[tuple[str, str]]:
     if report["load_model"]["supported"]:
         facts.append(("load_model", f"supports this {report['model_type']} model"))
     else:
-        facts.append(("load_model", "does not support it (load_checkpoint does):"))
+        facts.append(("load_model", "does not support this model (load_checkpoint reads it):"))
         facts += [("", reason) for reason in report["load_model"]["reasons"]]
     facts += [("ignored", _word_ignored(row)) for row in report["ignored"]]
     facts += [("skipped", _word_skipped(entry)) for entry in report["skipped"]]
@@ -220,7 +220,7 @@ def _word_sizes(totals: dict[str, Any], rows: list[dict[str, Any]]) -> Iterator[
     if totals["quantized_parameters"]:
         parts += (
             f": {decimal(totals['quantized_bytes'])} quantized at {totals['bits_per_weight']:.2f} "
-            f"bits a weight, {decimal(totals['plain_bytes'])} not quantized"
+            f"bits per weight, {decimal(totals['plain_bytes'])} not quantized"
         )
     yield "size", parts
     if totals["extra_bytes"]:
@@ -243,7 +243,7 @@ def _make_cells(name: str, shape: Iterable[int], kind: str, row: dict[str, Any])
 
 
 def _name_scheme(row: dict[str, Any]) -> str:
-    """As "W4 g32 asym" or "W8 channel sym", "W3 g32 sym as W4" where it is held otherwise."""
+    """Such as "W4 g32 asym" or "W8 channel sym"; "W3 g32 sym as W4" if memory has another form."""
     group = "channel" if row["strategy"] == "channel" else f"g{row['group_size']}"
     words = [f"W{row['bits']} {group} {'sym' if row['symmetric'] else 'asym'}"]
     words += [row["packing"].upper()] if row["packing"] in ("awq", "gptq") else []

@@ -5,8 +5,8 @@ does the work and returns a plain dict, `show(report, console)` prints that dict
 `--json` the dict itself is printed. A report on a faulty input says so under "error"; a verb whose
 report can hold failures of other kinds has `judge(report)`, which gives the exit code. What a verb
 needs beyond the standard library is imported in `run` and `show`, so that `--help` does not wait
-for JAX. This module itself imports nothing of ours until `main` runs, so that what interrupts an
-import ends the process without a traceback (`_interruptible_imports`).
+for JAX. This module imports nothing of this package until `main` runs, so that an interrupt during
+an import ends the process without a traceback (`_interruptible_imports`).
 
 Exit codes: 0 good, 1 the input is at fault, 2 the call is, 130 interrupted.
 """
@@ -32,7 +32,7 @@ _IMPORTING = "<frozen importlib._bootstrap>"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb and return the exit code; `argv` None is the process's own arguments."""
+    """Run one verb and return the exit code; `argv` None means the process's own arguments."""
     with _interruptible_imports():
         try:
             return _call(argv)
@@ -47,10 +47,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 @contextmanager
 def _interruptible_imports() -> Iterator[None]:
-    """Within it SIGINT ends the process at once while a module is being imported.
+    """Within this context, SIGINT during the import of a module ends the process at once.
 
-    An exception does not get through all of an import: libraries catch it, or Python prints it as
-    one that it ignores. Nothing is half-done then, so that nothing has to be cleaned up.
+    An exception may not get out of an import: libraries catch it, or Python prints and ignores it.
+    During an import no work is half done, so nothing has to be cleaned up.
     """
     is_ours = signal.getsignal(signal.SIGINT) is signal.default_int_handler
     try:
@@ -79,7 +79,7 @@ def _call(argv: Sequence[str] | None) -> int:
     import io
 
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # what the terminal cannot write must not end us
+        if isinstance(stream, io.TextIOWrapper):  # unencodable characters must not end us
             stream.reconfigure(errors="backslashreplace")
     try:
         args = _make_parser().parse_args(argv)
@@ -113,15 +113,17 @@ def _make_parser() -> argparse.ArgumentParser:
     )
     generate.configure(verbs.add_parser("generate", help="continue a prompt"))
     evaluate.configure(verbs.add_parser("eval", help="measure how good a model is"))
-    # no sign begins an option here, so that every argument is left to the harness's own parser
+    # no character begins an option here, so that the harness's own parser gets every argument
     harness.configure(
         verbs.add_parser(
             "lm-eval", help="run lm-evaluation-harness", prefix_chars="\0", add_help=False
         )
     )
-    quantize.configure(verbs.add_parser("quantize", help="make a packed checkpoint of a float one"))
+    quantize.configure(
+        verbs.add_parser("quantize", help="make a packed checkpoint from a float one")
+    )
     dequantize.configure(
-        verbs.add_parser("dequantize", help="make a float checkpoint of a packed one")
+        verbs.add_parser("dequantize", help="make a float checkpoint from a packed one")
     )
     convert.configure(verbs.add_parser("convert", help="make a copy that loads at disk speed"))
     bench.configure(verbs.add_parser("bench", help="time the kernels on this machine"))

@@ -24,7 +24,7 @@ from loaders.plan import Plan
 
 
 def open_tokenizer(args: argparse.Namespace) -> Tokenizer:
-    """The tokenizer of a checkpoint whose headers are in order: what takes no time comes first."""
+    """The tokenizer of a checkpoint, after a check of the headers: fast checks come first."""
     plan = open_plan(resolve_folder(args.checkpoint), follow_links=args.follow_links)
     return Tokenizer.from_folder(plan.folder)
 
@@ -34,8 +34,8 @@ def read_windows(
 ) -> tuple[str, list[int]]:
     """The text that `arguments.add_windows` describes, and its tokens.
 
-    Where every token is to be scored, the tokens begin with one more, so that the first has a
-    token before it: BOS, or EOS where the tokenizer has no BOS. One that is there stays alone.
+    If every token is scored, the first needs a token before it. The tokens then begin with BOS, or
+    with EOS if the tokenizer has no BOS. It is not added if it is there already.
 
     Raises:
       InputError: if the text cannot be read or has fewer windows than asked for, or if a window is
@@ -61,8 +61,8 @@ def read_windows(
         limit = read_config(plan.config).max_length
         if args.window > limit + 1:  # the output at a window's last token is not used
             raise InputError(
-                f"--window {args.window}: {plan.folder} was made for {limit} tokens, so that a "
-                f"window can have {limit + 1}, the last of which is only predicted"
+                f"--window {args.window}: {plan.folder} was made for {limit} tokens, so a window "
+                f"has at most {limit + 1}, the last of which is only predicted"
             )
     return text, tokens
 

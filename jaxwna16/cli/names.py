@@ -12,7 +12,7 @@ from loaders.schemes.module_names import star_numbers
 
 
 def fold_names(names: Iterable[str]) -> list[str]:
-    """Write names that differ in layer numbers as one, from which each of them can be told.
+    """Fold names that differ only in layer numbers into one, from which each can be recovered.
 
     ["layers.0.q", "layers.1.q", "layers.3.q"] becomes ["layers.{0-1,3}.q"]. Names are folded only
     if they are all the combinations of their numbers; else they stay as they are.

@@ -1,11 +1,11 @@
 """`verify --oracle`: every packed weight, decompressed by us and by compressed-tensors itself.
 
-The extra "oracle" brings compressed-tensors, and that torch; nothing else of ours imports them. It
-is compared what a load makes of a module: its leaves in the tile layout, those of an expert in its
-rows of a stack, through `dequantize`.
+The extra "oracle" installs compressed-tensors, which installs torch. No other module of this
+package imports them. Our side of the comparison is the result of loading: `dequantize` reads the
+leaves of a module in the tile layout, and those of an expert in its rows of a stack.
 
-What compressed-tensors 0.20 cannot read is first brought into its form, where that only moves
-integers. Its own functions do so as far as it has them (it packs, unpacks, and converts AutoAWQ):
+Forms that compressed-tensors 0.20 cannot read are first brought into its own form, if that only
+moves integers. Its own functions do this where it has them (it packs, unpacks, converts AutoAWQ):
 
     int8 or missing zero points         packed; the scheme is symmetric
     weight_g_idx                        the input features are sorted by group, and back again
@@ -38,7 +38,7 @@ from pallas_kernels.format.dequantize import dequantize
 _VERSION = "0.20"
 _AWQ_NAMES = {"weight_packed": "qweight", "weight_scale": "scales", "weight_zero_point": "qzeros"}
 _APART = ("bias", "weight_shape")
-_REPORT = "do not use it, and report this: one of both is wrong"
+_REPORT = "do not use it, and report this: one of the two is wrong"
 Arrays = dict[str, np.ndarray]
 _Part = tuple[QuantizedModule, Arrays]
 
@@ -46,7 +46,7 @@ _Part = tuple[QuantizedModule, Arrays]
 class Oracle:
     """Compares the modules of a plan, one by one, and counts.
 
-    Memory: the experts of which not all parts have come yet, packed, and one expanded weight.
+    Memory: the packed parts of experts that are not complete yet, and one expanded weight.
 
     Raises:
       InputError: if compressed-tensors 0.20 is not installed.
@@ -66,7 +66,7 @@ class Oracle:
         self._reasons: Counter[str] = Counter()
 
     def compare(self, module: QuantizedModule, arrays: Arrays) -> list[Fault]:
-        """Compare a module, or an expert all of whose parts have come with this one.
+        """Compare a module, or an expert if this module is the last of its parts.
 
         Args:
           module: of the plan.
@@ -87,7 +87,7 @@ class Oracle:
         return self._compare_expert(stack, self._waiting.pop((stack, expert)))
 
     def finish(self) -> list[Fault]:
-        """Compare experts of which not all parts have come."""
+        """Compare experts that are not complete."""
         faults: list[Fault] = []
         for (stack, _), parts in self._waiting.items():
             faults += self._compare_expert(stack, parts)
@@ -99,13 +99,13 @@ class Oracle:
         self._reasons[reason] += 1
 
     def describe(self) -> dict[str, Any]:
-        """The result, as `verify --json` has it."""
+        """The result, in the form of `verify --json`."""
         left_out = [{"reason": reason, "modules": n} for reason, n in self._reasons.items()]
         return {"version": self._reader.version, **self._counts, "not_comparable": left_out}
 
     def _compare_expert(self, path: str, parts: list[_Part]) -> list[Fault]:
         stack = self._plan.stacks[path]
-        assert stack.spec is not None  # those of floats are compared one by one
+        assert stack.spec is not None  # float stacks are compared one module at a time
         one = {
             name: jax.ShapeDtypeStruct((1, *leaf.shape[1:]), leaf.dtype)
             for name, leaf in stack.leaves.items()
@@ -138,7 +138,7 @@ class Oracle:
             return []
         first = tuple(int(i) for i in np.argwhere(differ)[0])
         what = (
-            f"{int(differ.sum())} of {differ.size} weights are not those of compressed-tensors "
+            f"{int(differ.sum())} of {differ.size} weights differ from compressed-tensors "
             f"{self._reader.version}, the first at {list(first)}: {ours[first]} instead of "
             f"{theirs[first]}"
         )
@@ -148,7 +148,7 @@ class Oracle:
 def find_differences(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
     """Where two arrays of floats differ in any bit, bool of their shape.
 
-    Numbers below the smallest normal one of float32, which XLA makes zeros on a CPU, do not.
+    XLA flushes numbers below float32's smallest normal one to zero on a CPU: they count as equal.
     """
     if ours.dtype != theirs.dtype or ours.shape != theirs.shape:
         return np.ones(ours.shape, np.bool_)
@@ -168,7 +168,7 @@ class _Reader:
         self.version: str = package.__version__
         if not self.version.startswith(f"{_VERSION}."):
             raise InputError(
-                f"this needs compressed-tensors {_VERSION}, found {self.version}: "
+                f"--oracle needs compressed-tensors {_VERSION}, found {self.version}: "
                 'pip install "jaxwna16[oracle]"'
             )
         name = "compressed_tensors.compressors.pack_quantized"
@@ -211,7 +211,7 @@ class _Reader:
     def _convert(
         self, module: QuantizedModule, tensors: dict[str, Any], order: Any
     ) -> tuple[dict[str, Any], bool]:
-        """The tensors as compressed-tensors 0.20 has them, and whether they were not so before."""
+        """The tensors in the form of compressed-tensors 0.20, and whether they had another one."""
         encoding, spec = module.encoding, module.spec
         bits, aligned = encoding.bits, encoding.words == ALIGNED and 32 % encoding.bits != 0
         if encoding.words == AWQ:
@@ -237,7 +237,7 @@ class _Reader:
         return tensors, moved
 
     def _divide_groups(self, state: dict[str, Any], module: QuantizedModule) -> dict[str, Any]:
-        """What stands once for a group, for each of the smaller ones."""
+        """Scales and zero points of a group, repeated for each of the smaller groups in it."""
         spec, parts = module.spec, module.group_size // module.spec.group_size
         return {
             role: state[role].repeat_interleave(parts, 1)[:, : spec.groups].contiguous()
@@ -269,7 +269,7 @@ class _Reader:
         return values.T
 
     def _read(self, words: Any, bits: int, length: int, aligned: bool) -> Any:
-        """int32 words [rows, …] -> the values in them with a sign, int8 [rows, length]."""
+        """int32 words [rows, …] -> the signed values in them, int8 [rows, length]."""
         if not aligned:
             return self._unpack(words.contiguous(), bits, (words.shape[0], length))
         shifts = self._torch.arange(0, 32 // bits) * bits

@@ -19,16 +19,18 @@ _CHANNEL = "channel"
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Round the linear weights of a Hugging Face folder to the nearest integers, and write a "
-        "pack-quantized checkpoint that compressed-tensors, transformers and vLLM read as well."
+        "pack-quantized checkpoint. compressed-tensors, transformers and vLLM read it, too."
     )
     add_rewrite(parser, "checkpoint that is not quantized")
-    parser.add_argument("--bits", type=int, choices=(4, 8), default=4, help="default: 4")
+    parser.add_argument(
+        "--bits", type=int, choices=(4, 8), default=4, help="bits per weight (default: 4)"
+    )
     parser.add_argument(
         "--group-size",
         metavar="G",
         type=_read_group_size,
         default=128,
-        help='input features that share a scale (default: 128), or "channel": all of them',
+        help='input features that share a scale (default: 128); "channel" means all of them',
     )
     zero_points = parser.add_mutually_exclusive_group()
     zero_points.add_argument(
@@ -42,15 +44,15 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--ignore",
         metavar="MODULE",
         action="append",
-        help="module to leave as it is, beside heads, routers and whatever stands beside the "
-        "language model: its path, or re: and a pattern that matches from the start of the path; "
-        "repeat it for more",
+        help="module to leave as it is, in addition to the default (heads, routers, parts beside "
+        "the language model): its path, or re: and a pattern that matches from the start of the "
+        "path; may be repeated",
     )
     left_alone.add_argument(
         "--ignore-only",
         metavar="MODULE",
         action="append",
-        help="the same in place of what is left alone by default; '' for none",
+        help="like --ignore, but in place of the default; '' for no module",
     )
     add_json(parser, sys.modules[__name__])
 

@@ -1,4 +1,4 @@
-"""What `quantize` and `dequantize` report about the checkpoint that they made."""
+"""The report of `quantize` and `dequantize` on the checkpoint that they made."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from loaders.plan import make_plan
 def compare(
     source: Path, destination: Path, seconds: float, *, follow_links: bool
 ) -> dict[str, Any]:
-    """Sizes of both checkpoints; `modules` are the quantized ones of either."""
+    """Sizes of both checkpoints; `modules` counts the quantized modules of both."""
     old, new = make_plan(source, follow_links=follow_links), make_plan(destination)
     return {
         "source": str(source),
@@ -29,7 +29,7 @@ def compare(
 
 
 def show_sizes(report: dict[str, Any], console: Console) -> None:
-    """Print what was made, in how many bytes of how many, and where."""
+    """Print both sizes, their ratio and the new folder."""
     ratio = report["ratio"]
     change = f"{ratio:.2f} times smaller" if ratio >= 1 else f"{1 / ratio:.2f} times larger"
     console.print(

@@ -1,4 +1,4 @@
-"""Modules and tensors as rows of a table: those that differ in layer and expert numbers are one."""
+"""Modules and tensors as rows of a table; a row covers all layers and experts with one name."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pallas_kernels.backends import explain
 
 _SLICE = re.compile(r"\[[0-9]+\]$")
 _EXPERTS = re.compile(r"(^|\.)experts[.\[]")
-# jaxwna16.models.filling.expanded asks the model instead, which takes flax
+# jaxwna16.models.filling.expanded asks the model instead, which needs flax
 _EXPANDED = re.compile(r"(.*\.)?(embed_tokens|gate|shared_expert_gate)")
 _FLOATS = "load_model holds them as floats"
 
@@ -27,10 +27,10 @@ def list_module_rows(
     """The quantized modules, in the order of the files.
 
     Args:
-      plan: of the checkpoint.
-      skipped: paths of what `load_model` leaves out, with the reason.
-      dtype: of activations, for the choice of the backend.
-      lack: why there is no device to choose one for, or "".
+      plan: the checkpoint's plan.
+      skipped: paths that `load_model` leaves out, with the reason.
+      dtype: the dtype of activations, for the choice of the backend.
+      lack: the reason why there is no device, or "".
     """
     alike: dict[tuple, list[QuantizedModule]] = defaultdict(list)
     for path, module in plan.quantized.items():
@@ -91,9 +91,9 @@ def _choose_backend(
 
 
 def count_extra_bytes(modules: Iterable[QuantizedModule]) -> int:
-    """Bytes that weights take more in memory than in the files.
+    """Bytes that weights need in memory beyond those in the files.
 
-    That is where integers are held wider, and where groups are divided, with a scale for each part.
+    They come from wider integers, and from divided groups, which have a scale for each part.
     """
     bits = 0
     for module in modules:
@@ -126,7 +126,7 @@ def list_tensor_rows(
 
 
 def list_absent_rows(survey: Survey) -> list[dict[str, Any]]:
-    """Modules of which the index names tensors that no file has: how many alike, by file."""
+    """Modules whose tensors the index names but no file has, counted by file and pattern."""
     modules = dict.fromkeys((file, split_name(name)[0]) for name, file in survey.absent.items())
     counts = Counter((file, make_pattern(path)) for file, path in modules)
     return [
@@ -136,7 +136,7 @@ def list_absent_rows(survey: Survey) -> list[dict[str, Any]]:
 
 
 def list_skipped(plan: Plan, skipped: Mapping[str, str]) -> list[dict[str, Any]]:
-    """What `load_model` leaves out, by reason."""
+    """The parts that `load_model` leaves out, by reason."""
     alike: dict[str, list[QuantizedModule | TensorInfo]] = defaultdict(list)
     parts = {**plan.quantized, **plan.plain}
     for name, reason in skipped.items():
@@ -154,6 +154,6 @@ def list_skipped(plan: Plan, skipped: Mapping[str, str]) -> list[dict[str, Any]]
 
 
 def make_pattern(name: str) -> str:
-    """Stars in place of layer and expert numbers, also of the one in "experts.down_proj[3]"."""
+    """The name with stars for layer and expert numbers, also in "experts.down_proj[3]"."""
     name = star_numbers(name)
     return _SLICE.sub("[*]", name) if name.endswith("]") else name

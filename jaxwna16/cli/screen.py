@@ -1,4 +1,4 @@
-"""What a terminal gets to show: text and tables, in which names from files are only names."""
+"""Text and tables for the terminal. Names from files are printed as plain text, never as markup."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 def make_console(*, stderr: bool = False) -> Console:
-    """A console that writes what it is given; in a pipe, lines are long enough not to be folded."""
+    """A console that prints text unchanged; in a pipe, lines are wide enough not to be folded."""
     console = Console(stderr=stderr, markup=False, highlight=False, emoji=False)
     if not console.is_terminal and "COLUMNS" not in os.environ:
         console.width = _PIPE_WIDTH
@@ -22,9 +22,9 @@ def make_console(*, stderr: bool = False) -> Console:
 
 
 def make_table(*columns: str, numbers: tuple[str, ...] = ()) -> Table:
-    """A table without lines, of these column titles; `numbers` are aligned to the right.
+    """A table without lines, with these column titles; `numbers` are aligned to the right.
 
-    The first column that holds no numbers gives way where the terminal is narrow.
+    If the terminal is narrow, the first column without numbers shrinks.
     """
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     flexible = next(title for title in columns if title not in numbers)
@@ -35,7 +35,7 @@ def make_table(*columns: str, numbers: tuple[str, ...] = ()) -> Table:
 
 
 def make_facts(rows: Iterable[tuple[str, str]]) -> Table:
-    """Labels and what is to be said about each, in two columns."""
+    """A table of labels and texts, in two columns."""
     table = Table.grid(padding=(0, 2, 0, 0))
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
@@ -45,10 +45,10 @@ def make_facts(rows: Iterable[tuple[str, str]]) -> Table:
 
 
 def escape_controls(text: str) -> str:
-    """Write control characters, which terminals obey, as escapes; newline and tab stay."""
+    """Write control characters as escapes, since terminals obey them; newline and tab stay."""
     return _CONTROLS.sub(lambda match: f"\\x{ord(match[0]):02x}", text)
 
 
 def count(number: float, thing: str) -> str:
-    """A number and what is counted: "1 module", "210 modules"."""
+    """A number and its noun: "1 module", "210 modules"."""
     return f"{number:,} {thing}" if number == 1 else f"{number:,} {thing}s"

@@ -1,4 +1,4 @@
-"""`jaxwna16 verify`: reads every tensor of a checkpoint and checks everything there is to check."""
+"""`jaxwna16 verify`: reads every tensor of a checkpoint and checks all of it."""
 
 from __future__ import annotations
 
@@ -104,9 +104,9 @@ def _word_oracle(oracle: dict[str, Any]) -> str:
 
 
 def _check_model(survey: Survey) -> tuple[dict[str, Any], list[Fault]]:
-    """What became of the check of the model's tensors, and the faults that it found.
+    """The result of the check of the model's tensors, and the faults that it found.
 
-    What has faults of its own already is not said to be missing.
+    A tensor that has faults of its own is not reported as missing.
     """
     from jaxwna16.cli.faults import read_reason
     from jaxwna16.errors import ModelError
@@ -131,7 +131,7 @@ def _check_model(survey: Survey) -> tuple[dict[str, Any], list[Fault]]:
 
 
 def _leave_out_unsound(survey: Survey) -> Plan:
-    """The plan without the tensors in files of which nothing but the header should be read."""
+    """The plan without the tensors in unsound files, of which only the header should be read."""
     from loaders.modules.modules import QuantizedModule
 
     def is_sound(part: QuantizedModule | TensorInfo) -> bool:
@@ -189,7 +189,7 @@ def _check_module(
 
 
 def _check_leaves(plan: ConvertedPlan, oracle: Oracle | None) -> tuple[list[Fault], list[str]]:
-    """The same of a converted checkpoint, whose numbers were checked before they were written."""
+    """The same for a converted checkpoint, whose numbers were checked before they were written."""
     from jaxwna16.progress import show_bytes
     from loaders.converted.converted import check_leaf, read_leaves
 

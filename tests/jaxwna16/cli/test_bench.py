@@ -49,7 +49,7 @@ def test_the_refusal_is_json_too(call):
     ("argv", "says"),
     [
         (["--tune"], "--tune times kernels that run on an NVIDIA GPU"),
-        (["--cpu", "--table", "t.json"], "give --tune, too"),
+        (["--cpu", "--table", "t.json"], "add --tune"),
         (["--cpu", "--seconds", "0"], "--seconds must be above 0"),
         (["--cpu", "--peer-seconds", "-3"], "--peer-seconds must be above 0"),
         (["--cpu", "--bits", "3"], "--bits must be 4, 8 or 4,8, got 3"),
@@ -59,7 +59,7 @@ def test_the_refusal_is_json_too(call):
         (["--cpu", "--dtype", "float32"], "invalid choice"),
         (["--cpu", "--moe", "64x32"], "neither HxIxExtop_k"),
         (["--cpu", "--moe", "64x32x2x4"], "a token cannot choose 4 of 2 experts"),
-        (["--cpu", "--moe", "--shapes", "64x64"], "--shapes are linear layers"),
+        (["--cpu", "--moe", "--shapes", "64x64"], "--shapes times linear layers"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

@@ -93,7 +93,7 @@ def test_another_vocabulary_is_refused_by_name(call, float_folder, tmp_path, tex
         (["--plot", "plot.jpeg"], "must end in one of .png"),
         (["--plot", "folder.png"], "folder.png: this is a folder"),
         (["--plot", "locked/plot.png"], "locked/plot.png: cannot be written"),
-        (["--window", 130], "was made for 128 tokens, so that a window can have 129"),
+        (["--window", 130], "was made for 128 tokens, so a window has at most 129"),
     ],
 )
 def test_the_impossible_is_refused_before_the_work(

@@ -67,7 +67,7 @@ def test_words_and_bytes_are_left_out_where_not_every_token_is_scored(call, pack
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--window", "130"], "a window can have 129"),
+        (["--window", "130"], "a window has at most 129"),
         (["--window", "32", "--stride", "33"], "--stride"),
         (["--window", "451"], "fewer than one window of 451"),
         (["--window", "1"], "at least 2 tokens"),

@@ -73,7 +73,7 @@ def test_nan_logits_are_an_error_beside_the_report(call, broken):
     assert report["finish_reasons"][1] == "nan"
     assert report["tokens"][1] == [] and report["texts"][1] == ""
     assert len(report["tokens"][0]) > 0
-    assert "the model computed no numbers" in report["error"]["message"]
+    assert "the model's logits are not numbers" in report["error"]["message"]
     what = {fault["what"].partition(" the logits")[0] for fault in report["error"]["faults"]}
     assert "prompt 1: after 0 new tokens" in what
     outcome = call("generate", broken, "--prompt", PROMPTS[1], "--max-new-tokens", 12)
