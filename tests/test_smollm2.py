@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,29 +29,14 @@ TEXT = Path(__file__).parents[1] / "examples" / "data" / "persuasion.txt"
 WINDOW, WINDOWS = 128, 2
 
 
-@pytest.fixture(scope="module", params=DEPTHS)
-def layers(request) -> int:
-    return request.param
+class Reference(NamedTuple):
+    """Logits [WINDOWS, WINDOW, V] of the text, and 64 tokens after the prompt."""
+
+    logits: np.ndarray
+    greedy: list[int]
 
 
-@pytest.fixture(scope="module")
-def packed(layers, tmp_path_factory) -> Path:
-    """W4A16 asymmetric, groups of 32, bfloat16 scales: the rounding of a scale's dtype counts."""
-    folder = tmp_path_factory.mktemp("smollm2") / "W4A16-asym-g32"
-    source = write_layers(layers, folder.with_name("floats"))
-    jaxwna16.quantize_checkpoint(
-        source, folder, bits=4, group_size=32, symmetric=False, dtype=jnp.bfloat16
-    )
-    return folder
-
-
-@pytest.fixture(scope="module")
-def model(packed) -> Llama:
-    return jaxwna16.load_model(packed, dtype="float32")
-
-
-@pytest.fixture(scope="module")
-def reference(packed, model) -> transformers.PreTrainedModel:
+def make_reference(packed: Path) -> transformers.PreTrainedModel:
     """transformers' Llama in float32 on the weights that compressed-tensors decompresses."""
     tensors = read_files(packed)
     state = {name: t.float() for name, t in tensors.items() if name.endswith("norm.weight")}
@@ -74,6 +60,22 @@ def reference(packed, model) -> transformers.PreTrainedModel:
     return twin
 
 
+@pytest.fixture(scope="module", params=DEPTHS)
+def layers(request) -> int:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def packed(layers, tmp_path_factory) -> Path:
+    """W4A16 asymmetric, groups of 32, bfloat16 scales: the rounding of a scale's dtype counts."""
+    folder = tmp_path_factory.mktemp("smollm2") / "W4A16-asym-g32"
+    source = write_layers(layers, folder.with_name("floats"))
+    jaxwna16.quantize_checkpoint(
+        source, folder, bits=4, group_size=32, symmetric=False, dtype=jnp.bfloat16
+    )
+    return folder
+
+
 @pytest.fixture(scope="module")
 def tokens(packed) -> list[int]:
     text = read_text(TEXT)
@@ -82,44 +84,55 @@ def tokens(packed) -> list[int]:
 
 
 @pytest.fixture(scope="module")
-def reference_logits(reference, tokens) -> np.ndarray:
+def prompt(packed) -> list[int]:
+    return jaxwna16.Tokenizer.from_folder(packed).encode("The capital of France is")
+
+
+@pytest.fixture(scope="module")
+def model(packed) -> Llama:
+    return jaxwna16.load_model(packed, dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def theirs(packed, tokens, prompt) -> Reference:
+    """What transformers makes of the same weights; its model is large, and not kept."""
+    reference = make_reference(packed)
     with torch.inference_mode():
-        return reference(torch.tensor(tokens).reshape(WINDOWS, WINDOW)).logits.numpy()
+        logits = reference(torch.tensor(tokens).reshape(WINDOWS, WINDOW)).logits.numpy()
+        greedy = reference.generate(
+            torch.tensor([prompt]),
+            max_new_tokens=64,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+    return Reference(logits, greedy[0, len(prompt) :].tolist())
 
 
-def test_logits_in_float32_equal_those_of_transformers(model, tokens, reference_logits):
+def test_logits_in_bfloat16_keep_the_derived_tolerance(layers, packed, tokens, theirs):
+    """docs/numerics.md: 17 roundings a layer, each 0.72 * 2^-8 / sqrt(3) of its value (rms)."""
+    model = jaxwna16.load_model(packed, dtype="bfloat16")
     ours = jax.jit(lambda model, x: model(x))(model, jnp.asarray([tokens[:WINDOW]]))
-    largest = np.abs(reference_logits).max()
-    assert np.abs(np.asarray(ours[0]) - reference_logits[0]).max() <= 1e-4 * largest
+    expected = theirs.logits[0].astype(np.float64)
+    error = np.asarray(ours[0], np.float64) - expected
+    relative = math.sqrt((error**2).mean() / (expected**2).mean())
+    assert relative <= math.sqrt(17 * layers) * 0.72 * 2.0**-8 / math.sqrt(3)
+    assert relative > 2.0**-9  # it was computed in bfloat16 at all
 
 
-def test_perplexity_agrees_to_four_digits(model, tokens, reference_logits):
+def test_logits_in_float32_equal_those_of_transformers(model, tokens, theirs):
+    ours = jax.jit(lambda model, x: model(x))(model, jnp.asarray([tokens[:WINDOW]]))
+    largest = np.abs(theirs.logits).max()
+    assert np.abs(np.asarray(ours[0]) - theirs.logits[0]).max() <= 1e-4 * largest
+
+
+def test_perplexity_agrees_to_four_digits(model, tokens, theirs):
     found = jaxwna16.measure_perplexity(model, tokens, window=WINDOW)
-    logits = torch.from_numpy(reference_logits)[:, :-1].double().flatten(0, 1)
+    logits = torch.from_numpy(theirs.logits)[:, :-1].double().flatten(0, 1)
     targets = torch.tensor(tokens).reshape(WINDOWS, WINDOW)[:, 1:].flatten()
     expected = math.exp(torch.nn.functional.cross_entropy(logits, targets).item())
     assert found.perplexity == pytest.approx(expected, rel=5e-5)
 
 
-def test_64_greedy_tokens_are_the_same(packed, model, reference):
-    prompt = jaxwna16.Tokenizer.from_folder(packed).encode("The capital of France is")
-    ours = generate_tokens(model, [prompt], max_new_tokens=64).tokens[0]
-    theirs = reference.generate(
-        torch.tensor([prompt]),
-        max_new_tokens=64,
-        do_sample=False,
-        eos_token_id=None,
-        pad_token_id=0,
-    )
-    assert ours == theirs[0, len(prompt) :].tolist()
-
-
-def test_logits_in_bfloat16_keep_the_derived_tolerance(layers, packed, tokens, reference_logits):
-    """docs/numerics.md: 17 roundings a layer, each 0.72 * 2^-8 / sqrt(3) of its value (rms)."""
-    model = jaxwna16.load_model(packed, dtype="bfloat16")
-    ours = jax.jit(lambda model, x: model(x))(model, jnp.asarray([tokens[:WINDOW]]))
-    expected = reference_logits[0].astype(np.float64)
-    error = np.asarray(ours[0], np.float64) - expected
-    relative = math.sqrt((error**2).mean() / (expected**2).mean())
-    assert relative <= math.sqrt(17 * layers) * 0.72 * 2.0**-8 / math.sqrt(3)
-    assert relative > 2.0**-9  # it was computed in bfloat16 at all
+def test_64_greedy_tokens_are_the_same(model, prompt, theirs):
+    assert generate_tokens(model, [prompt], max_new_tokens=64).tokens[0] == theirs.greedy
