@@ -8,7 +8,7 @@ LOCK := $(wildcard locks/python$(VERSION).txt)
 LOCKED := 3.11 3.12 3.13 3.14
 # torch is asked for by itself, and first, so that nothing else chooses a larger build of it
 TORCH := torch==2.13.0
-PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile
+PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 # pip holds itself to these, also where it builds a package; newer ones have a name of its own for that
 ifneq ($(LOCK),)

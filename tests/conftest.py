@@ -48,8 +48,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         left_out = [item for item in items if item.get_closest_marker("thorough")]
         items[:] = [item for item in items if item not in left_out]
         config.hook.pytest_deselected(items=left_out)
-    # The files of real models take longest: begun last, they would keep one worker busy alone.
-    items.sort(key=lambda item: len(item.path.parts))
+    # Real models need most memory, which a worker has most of at its start. Then come models, whose
+    # files take longest: begun last, they would keep one worker busy alone.
+    items.sort(
+        key=lambda item: (item.path.parent != config.rootpath / "tests", -len(item.path.parts))
+    )
 
 
 @pytest.hookimpl(wrapper=True)
