@@ -14,13 +14,13 @@ from jax import lax
 from pallas_kernels.arguments import read_array, read_dtype
 from pallas_kernels.backends import check_backend
 from pallas_kernels.errors import SpecError
-from pallas_kernels.folding import fold_vmap
 from pallas_kernels.format.spec import QuantSpec
 from pallas_kernels.format.weights import check_weights
 from pallas_kernels.lowering import choose_at_lowering, has_symbolic, refuse_at_lowering
 from pallas_kernels.tiles.dense_rules import check_prefer, choose
 from pallas_kernels.tiles.device import find_device
 from pallas_kernels.tiles.tiles import Tiles
+from pallas_kernels.vmap_rule import fold_vmap
 from pallas_kernels.xla.dense import matmul
 
 Weights = Mapping[str, jax.Array]

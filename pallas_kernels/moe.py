@@ -20,10 +20,10 @@ from pallas_kernels.activations import check as check_activation
 from pallas_kernels.arguments import read_array, read_dtype
 from pallas_kernels.backends import check_backend
 from pallas_kernels.errors import BackendError, SpecError
-from pallas_kernels.folding import fold_vmap
 from pallas_kernels.format.spec import QuantSpec
 from pallas_kernels.format.weights import check_weights
 from pallas_kernels.lowering import choose_at_lowering, has_symbolic
+from pallas_kernels.vmap_rule import fold_vmap
 from pallas_kernels.xla.dense import matmul
 from pallas_kernels.xla.experts import add_experts
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 
-from jaxwna16.models.filling.names import rename
+from jaxwna16.models.filling.renaming import rename
 from loaders.plan import Plan
 from pallas_kernels.format.dequantize import dequantize
 from pallas_kernels.format.spec import QuantSpec

@@ -11,8 +11,8 @@ from jaxwna16.dtypes import read_dtype
 from jaxwna16.models.causal_lm import CausalLM
 from jaxwna16.models.families import find_family
 from jaxwna16.models.filling.expanded import describe_expanded, describe_leaves, list_expanded
-from jaxwna16.models.filling.names import check_prefix, rename, rename_all
 from jaxwna16.models.filling.params import check_leaves, list_leaves
+from jaxwna16.models.filling.renaming import check_prefix, rename, rename_all
 from jaxwna16.models.filling.skipped import drop_skipped
 from jaxwna16.models.filling.tied_head import drop_tied_head
 from jaxwna16.models.filling.zero_biases import drop_zero_biases

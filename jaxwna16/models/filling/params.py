@@ -13,7 +13,7 @@ from jaxwna16.errors import ModelError
 from jaxwna16.layers.dense import QuantDense
 from jaxwna16.layers.moe import ExpertStack
 from jaxwna16.models.causal_lm import CausalLM
-from jaxwna16.models.filling.names import rename_all
+from jaxwna16.models.filling.renaming import rename_all
 
 _PACKED_MODULES = (QuantDense, ExpertStack)
 

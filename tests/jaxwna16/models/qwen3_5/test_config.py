@@ -9,7 +9,7 @@ import transformers
 
 from jaxwna16.errors import ModelError
 from jaxwna16.models.families import FAMILIES, find_family, read_config
-from jaxwna16.models.filling.names import check_prefix, rename_all
+from jaxwna16.models.filling.renaming import check_prefix, rename_all
 from jaxwna16.models.qwen3_5.config import MODEL_TYPES
 from loaders.plan import make_plan
 from tests.sparse import write_sparse

@@ -17,7 +17,7 @@ import numpy as np
 
 from jaxwna16.checkpoints.left_alone import HEAD, find_left_alone, list_ignored, name_module
 from jaxwna16.checkpoints.load import resolve_folder
-from jaxwna16.checkpoints.rewrite_plan import (
+from jaxwna16.checkpoints.quantize_plan import (
     check_experts,
     check_model,
     check_numbers,

@@ -22,8 +22,8 @@ from jaxwna16.models.causal_lm import CausalLM
 from jaxwna16.models.families import find_family
 from jaxwna16.models.filling.expanded import expand_all
 from jaxwna16.models.filling.fit import fit_model
-from jaxwna16.models.filling.names import rename
 from jaxwna16.models.filling.params import list_leaves, load_params
+from jaxwna16.models.filling.renaming import rename
 from loaders.open import open_plan
 
 
