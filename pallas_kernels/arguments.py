@@ -15,7 +15,7 @@ FLOAT_DTYPES = ("float16", "bfloat16", "float32")
 """Of activations, of scales and of all that is not packed."""
 
 
-def read_array(name: str, value: Any) -> jax.Array:
+def convert_array(name: str, value: Any) -> jax.Array:
     """The array that `value` is or can become.
 
     Raises:
@@ -42,8 +42,8 @@ def read_count(name: str, value: Any) -> int:
     return count
 
 
-def read_dtype(name: str, value: Any) -> np.dtype:
-    """The dtype that `value` spells.
+def check_float_dtype(name: str, value: Any) -> np.dtype:
+    """The float dtype that `value` spells.
 
     Raises:
       SpecError: naming the argument, unless it is float32, bfloat16 or float16.

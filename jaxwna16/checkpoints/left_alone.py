@@ -12,7 +12,7 @@ from typing import Any
 
 from jaxwna16.errors import InputError, ModelError
 from jaxwna16.models.config.language_config import MAX_LAYERS
-from jaxwna16.models.families import read_config
+from jaxwna16.models.families import parse_config
 from jaxwna16.models.filling.skipped import BESIDE
 from loaders.files.safetensors_file import TensorInfo
 from loaders.modules.experts import name_separately
@@ -124,7 +124,7 @@ def name_module(tensor: str) -> str:
 def _count_layers(config: Mapping[str, Any]) -> tuple[int, int]:
     """How many layers a model has, and how many may stand behind them."""
     try:
-        model = read_config(config)
+        model = parse_config(config)
         return model.num_hidden_layers, model.prediction_layers
     except ModelError:
         pass

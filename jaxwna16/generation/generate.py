@@ -22,7 +22,7 @@ from jaxwna16.models.causal_lm import CausalLM
 from jaxwna16.models.families import find_family
 from jaxwna16.models.filling.expanded import expand_all
 from jaxwna16.models.filling.fit import fit_model
-from jaxwna16.models.filling.params import list_leaves, load_params
+from jaxwna16.models.filling.params import fill_model, list_leaves
 from jaxwna16.models.filling.renaming import rename
 from loaders.open import open_plan
 
@@ -96,7 +96,7 @@ def load_model(
     kept = {name for name in plan.describe_leaves() if rename(name, names) in wide}
     params = read_plan(plan, dtype=model.dtype, kept=kept, progress=progress).params
     expand_all(params, expanded, model.dtype)
-    model = load_params(model, params, names)
+    model = fill_model(model, params, names)
     model.folder, model.warnings = str(plan.folder), warnings
     return model
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from pallas_kernels.arguments import read_array, read_dtype
+from pallas_kernels.arguments import check_float_dtype, convert_array
 from pallas_kernels.backends import check_backend
 from pallas_kernels.errors import SpecError
 from pallas_kernels.format.spec import QuantSpec
@@ -146,10 +146,10 @@ def check_options(
     """Raise a SpecError or BackendError if no layer can have these options."""
     if not isinstance(spec, QuantSpec):
         raise SpecError(f"QuantDense takes a QuantSpec, got {type(spec).__name__}")
-    read_dtype("scale_dtype", scale_dtype)
+    check_float_dtype("scale_dtype", scale_dtype)
     for name, value in (("dtype", dtype), ("bias_dtype", bias_dtype)):
         if value is not None:
-            read_dtype(name, value)
+            check_float_dtype(name, value)
     # without a dtype every backend may do: the call knows that of x
     check_backend(backend, jnp.dtype(jnp.bfloat16 if dtype is None else dtype))
     check_prefer(prefer)
@@ -164,5 +164,5 @@ def make_start(name: str, leaf: jax.ShapeDtypeStruct) -> jax.Array:
 
 def cast_input(x: jax.Array, dtype: Any) -> jax.Array:
     """x as an array in `dtype`; in its own where that is None."""
-    x = read_array("x", x)
+    x = convert_array("x", x)
     return x if dtype is None else x.astype(dtype)

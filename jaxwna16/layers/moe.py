@@ -12,7 +12,7 @@ from flax import nnx
 
 from jaxwna16.layers.dense import QuantParam, cast_input, check_options, make_start
 from pallas_kernels.activations import check as check_activation
-from pallas_kernels.arguments import read_array
+from pallas_kernels.arguments import convert_array
 from pallas_kernels.errors import SpecError
 from pallas_kernels.format.spec import QuantSpec
 from pallas_kernels.format.weights import check_weights, make_abstract
@@ -279,7 +279,7 @@ def run_experts(
     expert_offset: jax.Array | int,
 ) -> jax.Array:
     """Route, run the chosen experts, add the shared ones; arguments as `QuantMoE.__call__`."""
-    router_logits = read_array("router_logits", router_logits)
+    router_logits = convert_array("router_logits", router_logits)
     held, lead = weights[0]["packed"].shape[0], x.shape[:-1]
     found = router_logits.shape
     if len(found) != x.ndim or found[:-1] != lead or found[-1] < held:
@@ -311,7 +311,7 @@ def weigh_shared(shared: jax.Array | None, gate: jax.Array | None) -> jax.Array 
         if gate is not None:
             raise SpecError("shared_gate is given without shared")
         return shared
-    shared, gate = read_array("shared", shared), read_array("shared_gate", gate)
+    shared, gate = convert_array("shared", shared), convert_array("shared_gate", gate)
     if gate.shape != (*shared.shape[:-1], 1):
         raise SpecError(f"shared_gate must be {[*shared.shape[:-1], 1]}, got {list(gate.shape)}")
     return shared.astype(jnp.float32) * jax.nn.sigmoid(gate.astype(jnp.float32))

@@ -20,7 +20,7 @@ _PACKED_MODULES = (QuantDense, ExpertStack)
 Model = TypeVar("Model", bound=CausalLM)
 
 
-def load_params(
+def fill_model(
     model: Model, params: Mapping[str, Any], names: Mapping[str, str] | None = None
 ) -> Model:
     """Give a model, usually an abstract one of `nnx.eval_shape`, the arrays of a params tree.

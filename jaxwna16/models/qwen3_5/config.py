@@ -11,8 +11,8 @@ from jaxwna16.models.config.config_reader import ConfigReader
 from jaxwna16.models.config.language_config import (
     MAX_LAYERS,
     LanguageConfig,
-    read_dtype,
     read_eos,
+    read_saved_dtype,
     refuse_others,
 )
 from jaxwna16.models.config.moe_config import MoeConfig, check_choice
@@ -146,7 +146,7 @@ def _read(reader: ConfigReader, model_type: str) -> Qwen35Config:
         is_full=_read_types(reader, layers),
         delta=_read_delta(reader),
         rope=rope,
-        dtype=read_dtype(reader),
+        dtype=read_saved_dtype(reader),
         eos_token_ids=read_eos(reader),
         moe=_read_experts(reader, layers) if sparse else None,
     )
