@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxwna16.checkpoints.load import read_plan, resolve_folder
@@ -19,11 +18,7 @@ from jaxwna16.generation.stop_strings import StoppingText, find_stop_tokens
 from jaxwna16.generation.text import Tokenizer
 from jaxwna16.generation.tokens import GenerationResult, generate_tokens
 from jaxwna16.models.causal_lm import CausalLM
-from jaxwna16.models.families import find_family
-from jaxwna16.models.filling.expanded import expand_all
 from jaxwna16.models.filling.fit import fit_model
-from jaxwna16.models.filling.params import fill_model, list_leaves
-from jaxwna16.models.filling.renaming import rename
 from loaders.open import open_plan
 
 
@@ -88,16 +83,11 @@ def load_model(
     """
     dtype = read_dtype(dtype)
     opened = open_plan(resolve_folder(path_or_hub_id), follow_links=follow_links)
-    names = find_family(opened.config).names
-    model, plan, expanded = fit_model(opened, dtype=dtype, backend=backend)
-    warnings = (*plan.warnings, *describe_unapplied(plan.folder))
-    leaves = list_leaves(model)
-    wide = {path for path in leaves if leaves[path].dtype == jnp.float32 != model.dtype}
-    kept = {name for name in plan.describe_leaves() if rename(name, names) in wide}
-    params = read_plan(plan, dtype=model.dtype, kept=kept, progress=progress).params
-    expand_all(params, expanded, model.dtype)
-    model = fill_model(model, params, names)
-    model.folder, model.warnings = str(plan.folder), warnings
+    fit = fit_model(opened, dtype=dtype, backend=backend)
+    warnings = (*fit.warnings, *describe_unapplied(opened.folder))
+    read = read_plan(fit.plan, dtype=fit.model.dtype, kept=fit.kept, progress=progress)
+    model = fit.fill(read.params)
+    model.folder, model.warnings = str(opened.folder), warnings
     return model
 
 

@@ -39,8 +39,8 @@ def fill_model(
       ModelError: as `check_leaves`, and listing leaves that have one place.
     """
     found = rename_all(dict(_flatten(params, "")), names or {})
-    check_leaves(model, found)
     graph, state = nnx.split(model)
+    check_leaves(_list_leaves(state), found)
     packed = {p for p, module in nnx.iter_modules(model) if isinstance(module, _PACKED_MODULES)}
     leaves = []
     for path, variable in nnx.to_flat_state(state):
@@ -50,14 +50,16 @@ def fill_model(
     return nnx.merge(graph, nnx.from_flat_state(leaves))
 
 
-def check_leaves(model: CausalLM, found: Mapping[str, Any], source: str = "parameters") -> None:
+def check_leaves(
+    places: Mapping[str, Any], found: Mapping[str, Any], source: str = "parameters"
+) -> None:
     """Check that leaves (arrays, or only their shapes and dtypes) are those of a model.
 
     `rotary_emb.inv_freq` of old checkpoints is let pass: the model knows it.
 
     Args:
-      model: the model, possibly abstract.
-      found: path of each leaf -> something with `shape` and `dtype`.
+      places: path of each leaf of the model -> something with `shape` and `dtype`.
+      found: the same of the leaves to check.
       source: what the leaves come from, for the message.
 
     Raises:
@@ -65,7 +67,7 @@ def check_leaves(model: CausalLM, found: Mapping[str, Any], source: str = "param
         kind of number.
     """
     faults, unexpected = [], dict(found)
-    for name, wanted in list_leaves(model).items():
+    for name, wanted in places.items():
         leaf = unexpected.pop(name, None)
         if leaf is None or leaf.shape != wanted.shape or not _same_kind(leaf, wanted):
             faults.append(f"{name}: expected {_describe(wanted)}, found {_describe(leaf)}")
@@ -80,7 +82,11 @@ def check_leaves(model: CausalLM, found: Mapping[str, Any], source: str = "param
 
 def list_leaves(model: CausalLM) -> dict[str, Any]:
     """Path of each leaf of a model -> its array, or shape and dtype."""
-    leaves = nnx.to_flat_state(nnx.state(model))
+    return _list_leaves(nnx.state(model))
+
+
+def _list_leaves(state: nnx.State) -> dict[str, Any]:
+    leaves = nnx.to_flat_state(state)
     return {".".join(map(str, path)): variable.get_value() for path, variable in leaves}
 
 
