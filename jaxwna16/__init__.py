@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from jaxwna16.evaluation.perplexity import measure_perplexity as measure_perplexity
     from jaxwna16.generation.generate import Generation as Generation
     from jaxwna16.generation.generate import generate as generate
-    from jaxwna16.generation.generate import load_model as load_model
+    from jaxwna16.generation.load_model import load_model as load_model
     from jaxwna16.generation.text import Tokenizer as Tokenizer
     from jaxwna16.layers.dense import QuantDense as QuantDense
     from jaxwna16.layers.dense import QuantParam as QuantParam
@@ -60,7 +60,8 @@ _PLACES = {
     "jaxwna16.errors": "InputError ModelError NanWarning",
     "jaxwna16.evaluation.perplexity": "measure_perplexity",
     "jaxwna16.layers.fused": "gated project",
-    "jaxwna16.generation.generate": "Generation generate load_model",
+    "jaxwna16.generation.generate": "Generation generate",
+    "jaxwna16.generation.load_model": "load_model",
     "jaxwna16.layers.moe": "QuantMoE",
     "jaxwna16.programs": "keep_programs",
     "jaxwna16.checkpoints.quantize": "dequantize_checkpoint quantize_checkpoint",

@@ -14,7 +14,7 @@ from jaxwna16.checkpoints.load import resolve_folder
 from jaxwna16.dtypes import choose_dtype
 from jaxwna16.errors import InputError
 from jaxwna16.evaluation.perplexity import cut_windows, find_prefix, read_text
-from jaxwna16.generation.generate import load_model
+from jaxwna16.generation.load_model import load_model
 from jaxwna16.generation.text import Tokenizer
 from jaxwna16.models.causal_lm import CausalLM
 from jaxwna16.models.families import parse_config

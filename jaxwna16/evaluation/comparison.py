@@ -26,7 +26,7 @@ from jaxwna16.evaluation.perplexity import (
     cut_windows,
     measure_perplexity,
 )
-from jaxwna16.generation.generate import load_model
+from jaxwna16.generation.load_model import load_model
 from jaxwna16.generation.text import Tokenizer
 from jaxwna16.programs import trace_counts
 from jaxwna16.progress import show_steps

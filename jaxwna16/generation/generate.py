@@ -1,25 +1,19 @@
-"""`load_model` and `generate`: from a checkpoint to text."""
+"""`generate`: texts that continue prompts, by a model and its tokenizer."""
 
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from jaxwna16.checkpoints.load import read_plan, resolve_folder
-from jaxwna16.dtypes import read_dtype
 from jaxwna16.errors import InputError
-from jaxwna16.generation.generation_config import describe_unapplied
 from jaxwna16.generation.stop_strings import StoppingText, find_stop_tokens
 from jaxwna16.generation.text import Tokenizer
 from jaxwna16.generation.tokens import GenerationResult, generate_tokens
 from jaxwna16.models.causal_lm import CausalLM
-from jaxwna16.models.filling.fit import fit_model
-from loaders.open import open_plan
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,57 +32,6 @@ class Generation:
 
     texts: list[str]
     result: GenerationResult
-
-
-def load_model(
-    path_or_hub_id: str | os.PathLike[str],
-    *,
-    dtype: Any = None,
-    backend: str | None = None,
-    progress: bool | None = None,
-    follow_links: bool = False,
-) -> CausalLM:
-    """Load a language model of one of `families.MODEL_TYPES`, with packed weights or without.
-
-    What some checkpoints hold beside it (a vision tower, layers that predict several tokens at
-    once) is left out by the rules in `jaxwna16.models.filling.skipped`; the model's `warnings` list
-    it, and what generation_config.json asks for and `generate` does not do.
-
-    Args:
-      path_or_hub_id: a checkpoint folder, or a name on the Hugging Face hub.
-      dtype: dtype of activations, cache and of all that is not quantized; None is the dtype that
-        config.json states, float32 where it states none.
-      backend: of the quantized layers: None, "triton" or "xla" (see `quant_matmul`).
-      progress: True, False, or None for a bar on a terminal only.
-      follow_links: as in `load_checkpoint`.
-
-    Returns:
-      An NNX module: `model(tokens)` maps int32 [B, S] to float32 logits [B, S, V].
-
-    Raises:
-      CheckpointError: listing every fault of the checkpoint; a head that differs from the embedding
-        which it is tied to is one.
-      ModelError: if the architecture is not supported, or listing every tensor that is missing,
-        unexpected or of another shape.
-      InputError: if `dtype` is another than float32, bfloat16 and float16, or if
-        generation_config.json is not a JSON object.
-      BackendError: if the backend is none, or not for this dtype.
-
-    Example:
-      ```python
-      model = jaxwna16.load_model("path/to/checkpoint", dtype="float32")
-      logits = model(jnp.asarray([[1, 2, 3]]))
-      assert logits.shape == (1, 3, model.config.vocab_size)
-      ```
-    """
-    dtype = read_dtype(dtype)
-    opened = open_plan(resolve_folder(path_or_hub_id), follow_links=follow_links)
-    fit = fit_model(opened, dtype=dtype, backend=backend)
-    warnings = (*fit.warnings, *describe_unapplied(opened.folder))
-    read = read_plan(fit.plan, dtype=fit.model.dtype, kept=fit.kept, progress=progress)
-    model = fit.fill(read.params)
-    model.folder, model.warnings = str(opened.folder), warnings
-    return model
 
 
 def generate(

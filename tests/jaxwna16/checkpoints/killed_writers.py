@@ -17,7 +17,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-import jaxwna16.generation.generate  # noqa: F401 - `quantize` imports it late, in each child
+import jaxwna16.generation.load_model  # noqa: F401 - `quantize` imports it late, in each child
 from jaxwna16.checkpoints import convert, quantize
 from loaders.files.safetensors_file import read_header, read_tensors
 
