@@ -179,7 +179,9 @@ def open_plans(
     if len(names) < 2:
         raise InputError(f"a comparison takes at least two checkpoints, got {len(names)}")
     plans = [open_plan(resolve_folder(name), follow_links=follow_links) for name in names]
-    tokenizers = [Tokenizer.from_folder(plan.folder) for plan in plans]
+    tokenizers = [
+        Tokenizer.from_folder(plan.folder, follow_links=plan.follow_links) for plan in plans
+    ]
     faults = [
         f"{plan.folder}: {fault}"
         for plan, tokenizer in zip(plans[1:], tokenizers[1:], strict=True)
