@@ -8,7 +8,7 @@ vLLM have them. All others stay as they are: stacked ones are stacked again when
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,8 @@ from loaders.modules.modules import QuantizedModule
 from loaders.modules.repack import pack, unpack
 from loaders.open import plan_original
 from loaders.plan import Plan
-from loaders.schemes.quantization_config import SUBCONFIGS, drop_quantization
+from loaders.schemes.quantization_config import drop_quantization
+from loaders.schemes.subconfigs import find_subconfigs
 from loaders.stream import check_cast, check_scales
 from loaders.write import write_checkpoint
 from pallas_kernels.errors import SpecError
@@ -181,10 +182,7 @@ def _write(
     specs: dict[str, QuantSpec],
 ) -> None:
     if dtype is not None:
-        for section in [config, *(config.get(name) for name in SUBCONFIGS)]:
-            if isinstance(section, dict):
-                stated = [key for key in ("dtype", "torch_dtype") if key in section]
-                section |= dict.fromkeys(stated, dtype.name)
+        config = _state_dtype(config, dtype)
     with show_bytes(f"{verb} {plan.folder.name}", visible=progress) as report:
 
         def list_tensors() -> Iterator[tuple[str, np.ndarray]]:
@@ -208,6 +206,16 @@ def _write(
             beside=plan.folder,
             follow_links=plan.follow_links,
         )
+
+
+def _state_dtype(config: Mapping[str, Any], dtype: np.dtype) -> dict[str, Any]:
+    """config.json with this dtype wherever it states one."""
+
+    def state(part: Mapping[str, Any]) -> dict[str, Any]:
+        stated = [key for key in ("dtype", "torch_dtype") if key in part]
+        return {**part, **dict.fromkeys(stated, dtype.name)}
+
+    return state(config) | {name: state(part) for name, part in find_subconfigs(config).items()}
 
 
 def _convert(
