@@ -32,6 +32,7 @@ from jaxwna16.programs import trace_counts
 from jaxwna16.progress import show_steps
 from loaders.open import open_plan
 from loaders.plan import Plan
+from loaders.schemes.subconfigs import find_subconfigs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -303,8 +304,8 @@ def _tell_apart(first: Plan, plan: Plan, tokenizers: tuple[Tokenizer, Tokenizer]
 
 
 def _find_vocabulary_size(plan: Plan) -> Any:
-    config = plan.config.get("text_config", plan.config)
-    return config.get("vocab_size", plan.config.get("vocab_size"))
+    parts = (*find_subconfigs(plan.config).values(), plan.config)
+    return next((part["vocab_size"] for part in parts if "vocab_size" in part), None)
 
 
 def _name_folders(plans: Sequence[Plan]) -> list[str]:
