@@ -39,10 +39,8 @@ _PATTERNS = (
     (15, r"the file ended after|cannot be read|changed (after|while)"),
     (2, r"the file is missing|the index says|the index does not name|but not in the index"),
     (2, r"weight_map|not a folder"),
-    (
-        3,
-        r"has [0-9,]+ bytes, expected|not UTF-8|the header claims|not valid JSON|expected a JSON object|the header entry lacks",
-    ),
+    (3, r"the header claims|not valid JSON|expected a JSON object|the header entry lacks"),
+    (3, r"has [0-9,]+ bytes, expected|not UTF-8"),
     (4, r"data_offsets .* are not|overlaps the|leaves a hole|ends at byte|belong to no tensor"),
     (4, r"takes \d+ bytes, data_offsets"),
     (5, r"shape .* is not a list of sizes|too large for any array|the name is longer"),

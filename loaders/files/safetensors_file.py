@@ -201,7 +201,6 @@ def read_tensors(infos: Iterable[TensorInfo]) -> list[np.ndarray]:
     for path, found in by_file.items():
         try:
             with open_file(path) as file:
-                _check_stamp(file, found[0][1])
                 for i, info in sorted(found, key=lambda pair: pair[1].start):
                     arrays[i] = _read(file, info)
                 _check_stamp(file, found[0][1])
