@@ -89,7 +89,7 @@ def _count(entry: str, packed: Sequence[str], starred: Counter[str]) -> int:
         pattern = compile_pattern(entry.removeprefix(_PATTERN))
     except ValueError:
         return 0
-    return sum(pattern.match(path) is not None for path in packed)
+    return sum(bool(pattern.match(path)) for path in packed)
 
 
 def _list_unsliced(paths: Sequence[str]) -> list[str]:
