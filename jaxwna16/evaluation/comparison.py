@@ -21,7 +21,7 @@ from flax import nnx
 from jaxwna16.checkpoints.load import resolve_folder
 from jaxwna16.errors import InputError
 from jaxwna16.evaluation.perplexity import measure_perplexity
-from jaxwna16.evaluation.windows import check_batch, check_finite, cut_windows
+from jaxwna16.evaluation.text_windows import check_batch, check_finite, cut_windows
 from jaxwna16.generation.load_model import load_model
 from jaxwna16.generation.text import Tokenizer
 from jaxwna16.programs import trace_counts

@@ -17,7 +17,7 @@ import numpy as np
 from flax import nnx
 
 from jaxwna16.errors import InputError
-from jaxwna16.evaluation.windows import check_batch, check_finite, cut_windows
+from jaxwna16.evaluation.text_windows import check_batch, check_finite, cut_windows
 from jaxwna16.programs import trace_counts
 from jaxwna16.progress import show_steps
 
