@@ -72,7 +72,7 @@ def _inspect(checkpoint: str, follow_links: bool) -> dict[str, Any]:
     skipped = find_skipped(list_rules(model), names) if model is not None else {}
     lack = describe_lack_of_devices()
     is_copy = isinstance(plan, ConvertedPlan)
-    left_out = [] if is_copy else ignored.list_ignored(plan)
+    left_out = [] if is_copy else ignored.count_ignored(plan)
     quantized = rows.list_module_rows(plan, skipped, support["dtype"], lack)
     widths = sorted({module.spec.bits for module in plan.quantized.values()})
     report = {
