@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -91,7 +92,8 @@ def read_rope(reader: ConfigReader, max_positions: int, theta: float) -> RopeCon
     }
     if not is_positive(theta, most=_MAX_THETA) or theta <= 1:
         key = f"{where}.rope_theta" if "rope_theta" in values else "rope_theta"
-        reader.refuse(key, theta, f"a number above 1 and at most {_MAX_THETA:g}")
+        limit = f" and at most {_MAX_THETA:g}" if is_positive(theta, _MAX_THETA, math.inf) else ""
+        reader.refuse(key, theta, f"a number above 1{limit}")
         theta = 1e4
     numbers = {key: values.get(key) for key in needed.get(rope_type, ())}
     optional = ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")

@@ -210,3 +210,13 @@ def test_more_layers_that_predict_tokens_than_there_can_be_are_refused():
     config = _make_config("glm4_moe", {"num_nextn_predict_layers": 2**31 - 1}, {})
     with pytest.raises(ModelError, match=r"num_nextn_predict_layers: expected .* at most 1000"):
         parse_config(config)
+
+
+def test_far_more_layers_than_the_files_have_are_refused_before_they_are_made(folder):
+    original = json.loads(make_bases()["llama"][CONFIG])
+    start = time.perf_counter()
+    for layers in (102, 1000):
+        (folder / CONFIG).write_text(json.dumps(original | {"num_hidden_layers": layers}))
+        with pytest.raises(ModelError, match=f"expected the 1 layers of the files, found {layers}"):
+            load_model(folder)
+    assert time.perf_counter() - start < 2
