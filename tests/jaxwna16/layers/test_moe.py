@@ -274,7 +274,7 @@ def test_weights_that_contradict_the_specs_are_named(change, message):
         ({"experts": 2.0}, SpecError, "experts must be an integer of at least 1, got 2.0"),
         ({"top_k": 0}, SpecError, "top_k must be an integer of at least 1, got 0"),
         ({"scoring": "tanh"}, SpecError, "scoring must be one of .* got 'tanh'"),
-        ({"top_groups": 2}, SpecError, "top_groups = 2 of groups = 1"),
+        ({"top_groups": 2}, SpecError, "top_groups = 2 must be at most groups = 1"),
         ({"activation": "swish"}, SpecError, "activation must be one of .* got 'swish'"),
         ({"weigh": "both"}, SpecError, "weigh must be one of .* got 'both'"),
         ({"gated": False}, SpecError, r"spec13 must have \[N, K\] = \[64, 64\] .* got \[128, 64\]"),
