@@ -270,7 +270,7 @@ def _finish_rows(
 
 
 _make_cache = jax.jit(CausalLM.make_cache, static_argnums=(1, 2))
-"""Under `jit`, since zeros made one by one are numbers that go to the device in silence."""
+"""Under `jit`, since zeros made one by one would be implicit transfers to the device."""
 
 
 def _send(number: int) -> jax.Array:
@@ -278,7 +278,7 @@ def _send(number: int) -> jax.Array:
 
 
 def _choose_chunk(longest: int, batch: int, prefill_chunk: int | None) -> int:
-    """Tokens of a row in a piece; pieces are about as long as each other if nobody says."""
+    """Tokens of a row in a piece; by default all pieces are about equally long."""
     if prefill_chunk is not None:
         return min(prefill_chunk, round_up(longest))
     limit = max(16, min(PREFILL_CHUNK, PREFILL_TOKENS // batch))

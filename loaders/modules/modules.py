@@ -180,9 +180,10 @@ def _read_stacked_sizes(
 def _check_joint_zero_points(info: TensorInfo | None, spec: QuantSpec, encoding: Encoding) -> None:
     """Refuse zero points of gate and up if nobody can tell how they were packed.
 
-    compressed-tensors packs those of [E, 2I, K] together along 2I; a tool that merges packed
-    experts puts the words of I behind those of I. It is the same if I values fill whole words, and
-    shows in the shape if not, but for I values that fill more than half of their last word.
+    compressed-tensors packs those of [E, 2I, K] together along 2I. A tool that merges packed
+    experts puts the words of up behind those of gate. If I values fill whole words, both are the
+    same. If not, the shape tells which it is, unless I values fill more than half of their last
+    word.
     """
     if info is None or encoding.zero_points != "words":
         return

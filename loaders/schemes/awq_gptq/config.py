@@ -273,6 +273,6 @@ def _list_absent(paths: Iterable[str], modules: Collection[str]) -> list[str]:
 
 
 def _matches_any(name: str, modules: Iterable[str]) -> bool:
-    """Also as AutoAWQ has it: in any place."""
+    """Matches as in AutoAWQ count, too: anywhere in the path."""
     pattern = compile_pattern(f"(?:{name}){_BOUNDARY}")
     return any(name in module or pattern.match(module) for module in modules)

@@ -186,9 +186,7 @@ def test_keys_that_stand_twice_are_refused_by_name(tmp_path):
 @pytest.mark.parametrize("name", ["absent", "file"])
 def test_what_is_no_folder_is_refused(tmp_path, name):
     (tmp_path / "file").write_text("")
-    with pytest.raises(
-        CheckpointError, match=rf"{name}: 1 fault\n.*not a folder \(give the path"
-    ):
+    with pytest.raises(CheckpointError, match=rf"{name}: 1 fault\n.*not a folder \(give the path"):
         read_config(tmp_path / name)
 
 
