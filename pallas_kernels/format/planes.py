@@ -1,10 +1,10 @@
 """One plane of 16-bit words -> q - zero_point in 16-bit floats, without any conversion.
 
-Take a power of two whose significand is 0, and write a field into its lowest bits: the result is
-the power plus the field. In bfloat16, 0x4300 is 128 and its last place counts 1. In float16, 0x6400
-is 1024 and its last place counts 1; 0x5400 is 64 and its last place counts 1/16, which reads a
-field four bits further up without a shift. One addition then subtracts the power and the zero point
-together. All of it is exact.
+Write a field into the lowest bits of the significand of a power of two: the result is the power
+plus the field, in units of the last place. In bfloat16, 0x4300 is 128 with a unit of 1. In float16,
+0x6400 is 1024 with a unit of 1, and 0x5400 is 64 with a unit of 1/16, which reads a field four bits
+further up without a shift. One addition then subtracts the power and the zero point together. All
+of it is exact.
 
 Only 7 bits fit below bfloat16's power. For 8 bits, bit 7 therefore becomes a second number: 128 if
 it is set, 256 if not. The difference of the two numbers is the signed integer.

@@ -225,7 +225,7 @@ def _count_steps(spec: QuantSpec, tiles: Tiles) -> int:
 
 
 def _even_out(spec: QuantSpec, tiles: Tiles, splits: int) -> int:
-    """At most `splits`, so that all take equally many steps, except perhaps the last."""
+    """At most `splits`, none of them empty; all but perhaps the last take equally many steps."""
     steps = _count_steps(spec, tiles)
     return -(-steps // -(-steps // splits))
 
