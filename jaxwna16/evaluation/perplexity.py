@@ -50,8 +50,8 @@ class Windows(NamedTuple):
 
     Attributes:
       tokens: int32 [N, S]; the first token of a window is never scored.
-      scored: int32 [N], how many of a window's last tokens are scored: those that no window before
-        it has scored.
+      scored: int32 [N], how many of a window's last tokens are scored: those that no earlier window
+        has scored.
     """
 
     tokens: np.ndarray
@@ -79,12 +79,12 @@ def measure_perplexity(
     batch: int = 1,
     progress: bool | None = False,
 ) -> Perplexity:
-    """Measure how well a model predicts a text, cut into windows, each of which is read by itself.
+    """Measure how well a model predicts a text. It reads the text in windows, each by itself.
 
-    With a stride below the window, windows overlap, and every token of the text but its first is
+    With a stride below the window, windows overlap, and every token of the text except the first is
     scored once, with at least window - stride tokens before it (where the text has them). The last
-    window ends where the text does. Without one, windows follow each other: the first token of each
-    is only context, and tokens behind the last whole window are left out.
+    window ends where the text does. Without a stride, windows follow each other: the first token of
+    each is only context, and tokens behind the last whole window are left out.
 
     The negative log-likelihood is computed in float32 inside the jitted function, which returns
     one number per token and no logits, and is summed in float64.
@@ -139,10 +139,12 @@ def measure_perplexity(
 
 @dataclasses.dataclass(frozen=True)
 class TextPerplexity:
-    """Perplexity by what does not depend on the tokenizer, as lm-evaluation-harness defines it.
+    """Perplexity by word and by byte, which do not depend on the tokenizer.
+
+    The definitions are those of lm-evaluation-harness.
 
     Attributes:
-      words: how many there are; what stands between white space, `re.split(r"\\s+", text)`.
+      words: how many there are: the parts between white space, `re.split(r"\\s+", text)`.
       bytes: of the text in UTF-8.
       word_perplexity: exp(-loglikelihood / words).
       byte_perplexity: exp(-loglikelihood / bytes).
@@ -237,10 +239,10 @@ def check_batch(batch: int, windows: Windows) -> int:
 
 
 def check_finite(found: np.ndarray, windows: Windows, what: str) -> None:
-    """Refuse numbers [N, S - 1] of which one is not finite, whether its token is scored or not.
+    """Check that all numbers [N, S - 1] are finite, also those of tokens that are not scored.
 
     Raises:
-      ModelError: naming the first token of which the number is not finite.
+      ModelError: naming the first token whose number is not finite.
     """
     bad = np.argwhere(~np.isfinite(found))
     if len(bad):

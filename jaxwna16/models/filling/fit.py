@@ -36,14 +36,14 @@ def fit_model(
 ) -> tuple[CausalLM, Plan, dict[str, QuantSpec]]:
     """The model of a checkpoint without its arrays, and the plan of the parts that are for it.
 
-    The third is what is packed there and floats in the model, by path (`list_expanded`). The plan's
-    warnings say what was left out.
+    The third result has the weights that are packed in the files and floats in the model, by path
+    (`list_expanded`). The plan's warnings say what was left out.
 
     Raises:
       ModelError: if the architecture is not supported, if quantized modules have no place in it, or
         if tensors do not fit it.
       CheckpointError: if a file ends early, or a tied head differs from the embedding.
-      BackendError: if the backend is none, or not for this dtype.
+      BackendError: if there is no such backend, or it does not support this dtype.
     """
     family = find_family(plan.config)
     config = family.read(plan.config)
