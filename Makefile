@@ -19,7 +19,7 @@ endif
 # Modules are compiled once, not by each of the hundreds of processes that the tests start
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-without-torch test-newest thorough lint docs lock clean bench gpu gpu-check fuzz
+.PHONY: demo test test-without-torch test-newest thorough lint docs drawing lock clean bench gpu gpu-check fuzz
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py
@@ -51,6 +51,10 @@ lint: $(VENV)/.lint
 docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	@echo "site/index.html"
+
+# docs/architecture.svg, from the imports; needs Python alone
+drawing:
+	$(PYTHON) -m tests.architecture
 
 # What the environments consist of, one file for each minor version of Python: the newest that fit together
 lock: .venv-lock/bin/uv

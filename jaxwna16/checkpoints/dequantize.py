@@ -36,7 +36,7 @@ def dequantize_checkpoint(
 ) -> None:
     """Write a checkpoint's weights as floats, the same bits as compressed-tensors' `decompress`.
 
-    Those of AutoAWQ and GPTQ are what these compute, `(u - z) * s` in the dtype of s.
+    For AutoAWQ and GPTQ they are what these tools compute, `(u - z) * s` in the dtype of s.
 
     Args:
       source: a checkpoint that `load_checkpoint` reads.
@@ -49,7 +49,7 @@ def dequantize_checkpoint(
     Raises:
       CheckpointError: listing every fault of the source, bad scales included; naming a tensor with
         values too large for `dtype`; or if the destination exists.
-      InputError: if nothing in it is quantized, or `dtype` is none of these.
+      InputError: if nothing in it is quantized, or `dtype` is not such a dtype.
 
     Example:
       ```python
