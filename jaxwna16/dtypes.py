@@ -20,7 +20,7 @@ def read_dtype(dtype: Any) -> np.dtype | None:
         scale.
     """
     try:
-        return None if dtype is None else arguments.read_dtype("dtype", dtype)
+        return None if dtype is None else arguments.check_float_dtype("dtype", dtype)
     except SpecError as error:
         raise InputError(str(error)) from None
 

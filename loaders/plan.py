@@ -35,7 +35,8 @@ from loaders.modules.modules import QuantizedModule, plan_modules, split_experts
 from loaders.modules.sizes import find_sizes
 from loaders.schemes.config_groups import Scheme
 from loaders.schemes.module_names import list_prefixes
-from loaders.schemes.quantization_config import Quantization, are_tied, parse_quantization
+from loaders.schemes.quantization_config import Quantization, parse_quantization
+from loaders.schemes.subconfigs import are_tied
 from pallas_kernels.format.spec import QuantSpec
 from pallas_kernels.format.weights import make_abstract
 
@@ -70,8 +71,8 @@ class Plan:
         """Bytes of all tensors in the files."""
         return sum(part.nbytes for part in [*self.quantized.values(), *self.plain.values()])
 
-    @property
-    def specs(self) -> dict[str, QuantSpec]:
+    @functools.cached_property
+    def specs(self) -> Mapping[str, QuantSpec]:
         """Path -> spec of each quantized module, and of each stack in place of its experts."""
         specs = {p: m.spec for p, m in self.quantized.items() if p not in self.places}
         return specs | {p: s.spec for p, s in self.stacks.items() if s.spec is not None}
@@ -87,8 +88,12 @@ class Plan:
         floats = {path for path, stack in self.stacks.items() if stack.spec is None}
         return frozenset(p for p in self.quantized if self.places.get(p) in floats)
 
-    def describe_leaves(self) -> dict[str, jax.ShapeDtypeStruct]:
+    def describe_leaves(self) -> Mapping[str, jax.ShapeDtypeStruct]:
         """Path -> shape and dtype of every leaf of the params tree that the plan will become."""
+        return self._described
+
+    @functools.cached_property
+    def _described(self) -> Mapping[str, jax.ShapeDtypeStruct]:
         leaves = {
             info.name: jax.ShapeDtypeStruct(info.shape, info.dtype)
             for info in self.plain.values()

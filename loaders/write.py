@@ -10,7 +10,13 @@ import numpy as np
 
 from loaders.errors import CheckpointError, Fault
 from loaders.files.folder import INDEX
-from loaders.files.write import SHARD_BYTES, build_folder, copy_companions, write_json, write_shards
+from loaders.files.new_folder import (
+    SHARD_BYTES,
+    build_folder,
+    copy_companions,
+    write_json,
+    write_shards,
+)
 from loaders.plan import make_plan
 
 

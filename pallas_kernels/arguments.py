@@ -15,7 +15,7 @@ FLOAT_DTYPES = ("float16", "bfloat16", "float32")
 """The dtypes of activations, of scales and of everything that is not packed."""
 
 
-def read_array(name: str, value: Any) -> jax.Array:
+def convert_array(name: str, value: Any) -> jax.Array:
     """Convert `value` to an array.
 
     Raises:
@@ -42,8 +42,8 @@ def read_count(name: str, value: Any) -> int:
     return count
 
 
-def read_dtype(name: str, value: Any) -> np.dtype:
-    """Convert `value` to a dtype.
+def check_float_dtype(name: str, value: Any) -> np.dtype:
+    """Convert `value` to a float dtype.
 
     Raises:
       SpecError: naming the argument, unless it is float32, bfloat16 or float16.

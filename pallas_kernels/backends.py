@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.arguments import read_count, read_dtype
+from pallas_kernels.arguments import check_float_dtype, read_count
 from pallas_kernels.errors import BackendError, SpecError
 from pallas_kernels.format.spec import QuantSpec
 from pallas_kernels.tiles.dense_rules import choose, describe
@@ -69,8 +69,8 @@ def explain(
     """
     if not isinstance(spec, QuantSpec):
         raise SpecError(f"spec must be a QuantSpec, got {type(spec).__name__}")
-    dtype = read_dtype("x", dtype)
-    scale_dtype = dtype if scale_dtype is None else read_dtype("scale_dtype", scale_dtype)
+    dtype = check_float_dtype("x", dtype)
+    scale_dtype = dtype if scale_dtype is None else check_float_dtype("scale_dtype", scale_dtype)
     tokens = None if tokens is None else read_count("tokens", tokens)
     check_backend(backend, dtype)
     if platform is None:

@@ -11,16 +11,16 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.arguments import read_array, read_dtype
+from pallas_kernels.arguments import check_float_dtype, convert_array
 from pallas_kernels.backends import check_backend
 from pallas_kernels.errors import SpecError
-from pallas_kernels.folding import fold_vmap
 from pallas_kernels.format.spec import QuantSpec
 from pallas_kernels.format.weights import check_weights
 from pallas_kernels.lowering import choose_at_lowering, has_symbolic, refuse_at_lowering
 from pallas_kernels.tiles.dense_rules import check_prefer, choose
 from pallas_kernels.tiles.device import find_device
 from pallas_kernels.tiles.tiles import Tiles
+from pallas_kernels.vmap_rule import fold_vmap
 from pallas_kernels.xla.dense import matmul
 
 Weights = Mapping[str, jax.Array]
@@ -195,8 +195,8 @@ def _check_call(x, weights, specs, backend, prefer) -> jax.Array:
         raise SpecError(f"each weight needs a spec, got {len(weights)} weights, {len(specs)} specs")
     for weight, spec in zip(weights, specs, strict=True):
         check_weights(weight, spec)
-    x = read_array("x", x)
-    read_dtype("x", x.dtype)
+    x = convert_array("x", x)
+    check_float_dtype("x", x.dtype)
     for spec in specs:
         if x.ndim < 1 or x.shape[-1] != spec.in_features:
             raise SpecError(f"x must be [..., {spec.in_features}], got {list(x.shape)}")
@@ -233,7 +233,7 @@ def _gate(gate: jax.Array, up: jax.Array) -> jax.Array:
 
 def _multiply_by_triton(call: _Call, x: jax.Array, weights: list, *, interpret: bool) -> list:
     # imported here, so that all else works where a later jax has no Pallas-Triton
-    from pallas_kernels.triton.dense import expand, multiply
+    from pallas_kernels.triton.dense import expand_by_kernel, multiply_packed
 
     if has_symbolic(x.shape):
         refused = refuse_at_lowering(_SYMBOLIC.format(shape=list(x.shape))).astype(x.dtype)
@@ -251,9 +251,11 @@ def _multiply_by_triton(call: _Call, x: jax.Array, weights: list, *, interpret: 
             call.prefer,
         )
         if isinstance(schedule, Tiles):
-            return multiply(x, weights, call.specs, schedule, gated=call.gated, interpret=interpret)
+            return multiply_packed(
+                x, weights, call.specs, schedule, gated=call.gated, interpret=interpret
+            )
         ys = [
-            _multiply_expanded(x, expand(w, spec, x.dtype, interpret=interpret), w)
+            _multiply_expanded(x, expand_by_kernel(w, spec, x.dtype, interpret=interpret), w)
             for w, spec in zip(weights, call.specs, strict=True)
         ]
         return [_gate(*(y.astype(jnp.float32) for y in ys)).astype(x.dtype)] if call.gated else ys

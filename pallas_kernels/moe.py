@@ -17,13 +17,13 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.activations import check as check_activation
-from pallas_kernels.arguments import read_array, read_dtype
+from pallas_kernels.arguments import check_float_dtype, convert_array
 from pallas_kernels.backends import check_backend
 from pallas_kernels.errors import BackendError, SpecError
-from pallas_kernels.folding import fold_vmap
 from pallas_kernels.format.spec import QuantSpec
 from pallas_kernels.format.weights import check_weights
 from pallas_kernels.lowering import choose_at_lowering, has_symbolic
+from pallas_kernels.vmap_rule import fold_vmap
 from pallas_kernels.xla.dense import matmul
 from pallas_kernels.xla.experts import add_experts
 
@@ -220,18 +220,18 @@ def _count_experts(w13: Any) -> int:
 def _read(x, ids, weights, shared) -> tuple[Any, ...]:
     """All of them as arrays; `shared` may be None."""
     named = {"x": x, "ids": ids, "weights": weights}
-    arrays = [read_array(name, array) for name, array in named.items()]
-    return *arrays, None if shared is None else read_array("shared", shared)
+    arrays = [convert_array(name, array) for name, array in named.items()]
+    return *arrays, None if shared is None else convert_array("shared", shared)
 
 
 def _read_stack(number: str, w, b) -> dict[str, jax.Array]:
     """Float experts and their biases."""
-    w = read_array(f"w{number}", w)
+    w = convert_array(f"w{number}", w)
     if w.ndim != 3 or not w.shape[0] or not jnp.issubdtype(w.dtype, jnp.floating):
         raise SpecError(f"w{number} must be float [E, N, K], got {w.dtype} {list(w.shape)}")
     if b is None:
         return {"weight": w}
-    b = read_array(f"b{number}", b)
+    b = convert_array(f"b{number}", b)
     if b.shape != w.shape[:2] or not jnp.issubdtype(b.dtype, jnp.floating):
         wanted = list(w.shape[:2])
         raise SpecError(f"b{number} must be float {wanted}, got {b.dtype} {list(b.shape)}")
@@ -240,7 +240,7 @@ def _read_stack(number: str, w, b) -> dict[str, jax.Array]:
 
 def _check_call(x, ids, weights, sizes, options: _Options, shared) -> None:
     """Raise a SpecError that lists all contradictions, or a BackendError for symbolic tokens."""
-    read_dtype("x", x.dtype)
+    check_float_dtype("x", x.dtype)
     check_activation(options.activation, options.gated)
     (n13, k13), (n2, k2) = sizes
     wanted = k2 * (2 if options.gated else 1)
@@ -291,7 +291,7 @@ def _fold(run, x, ids, weights, offset, shared, stacks) -> jax.Array:
 
 
 def _run_by_xla(call: _Call, x, ids, weights, offset, stacks) -> jax.Array:
-    def multiply(spec: QuantSpec):
+    def make_product(spec: QuantSpec):
         def run(x, leaves):
             # the loop adds the bias
             return matmul(x, {n: a for n, a in leaves.items() if n != "bias"}, spec)
@@ -303,7 +303,7 @@ def _run_by_xla(call: _Call, x, ids, weights, offset, stacks) -> jax.Array:
         ids,
         weights,
         stacks,
-        (multiply(call.spec13), multiply(call.spec2)),
+        (make_product(call.spec13), make_product(call.spec2)),
         experts=call.experts,
         features=call.spec2.out_features,
         offset=offset,

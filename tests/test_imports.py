@@ -28,7 +28,7 @@ WINGS = {
         __init__
         matmul moe
         lowering
-        backends folding routing
+        backends routing vmap_rule
         xla triton
         tiles
         format
@@ -52,7 +52,7 @@ WINGS = {
         quantization_config
         awq_gptq compressed_tensors
         config_groups
-        module_names packings patterns presets
+        module_names packings patterns presets subconfigs
     """,
     "jaxwna16": """
         __init__ __main__
@@ -154,7 +154,7 @@ def test_no_imports_go_in_a_circle():
     [
         ("pallas_kernels.format.spec", "pallas_kernels.tiles.tiles"),
         ("pallas_kernels.triton.experts", "pallas_kernels.xla.experts"),
-        ("loaders.files.write", "loaders.plan"),
+        ("loaders.files.new_folder", "loaders.plan"),
         ("jaxwna16.models.config.rope_config", "jaxwna16.models.parts.rope"),
         ("jaxwna16.models.llama.config", "jaxwna16.models.qwen3_5.config"),
         ("jaxwna16.checkpoints.convert", "jaxwna16"),

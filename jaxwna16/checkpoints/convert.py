@@ -22,7 +22,7 @@ from loaders.converted.fingerprint import Fingerprint, list_files, take_fingerpr
 from loaders.converted.manifest import MANIFEST, METHOD, SECTIONS, Leaf, Manifest
 from loaders.errors import CheckpointError, Fault
 from loaders.files.folder import CONFIG
-from loaders.files.write import build_folder, copy_companions, write_json, write_shards
+from loaders.files.new_folder import build_folder, copy_companions, write_json, write_shards
 from loaders.modules.modules import QuantizedModule
 from loaders.open import plan_original
 from loaders.plan import Plan

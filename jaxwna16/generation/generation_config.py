@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from jaxwna16.generation.text import read_json
+from jaxwna16.generation.text import read_settings
 
 _NAME = "generation_config.json"
 _IDLE: dict[str, tuple[Any, ...]] = {
@@ -43,7 +43,7 @@ def describe_unapplied(folder: Path) -> tuple[str, ...]:
     Raises:
       InputError: if the file is not a JSON object.
     """
-    found = read_json(folder / _NAME)
+    found = read_settings(folder / _NAME)
     settings = [
         f"{name} {json.dumps(found[name])[:60]}"
         for name, idle in _IDLE.items()

@@ -55,7 +55,7 @@ class Beside(Generic[T]):
 class CausalLM(nnx.Module):
     """A language model: `model(tokens)` maps int32 [B, S] to float32 logits [B, S, V].
 
-    Constructed under `nnx.eval_shape` it holds shapes and no arrays; `load_params` fills it. It is
+    Constructed under `nnx.eval_shape` it holds shapes and no arrays; `fill_model` fills it. It is
     a pytree, so `jax.jit` takes it as an argument. Attribute paths are the checkpoint's own tensor
     names, except those that the family's name map changes (`jaxwna16.models.families`).
 

@@ -77,7 +77,7 @@ def find_family(config: Mapping[str, Any]) -> Family:
     return next(family for family in FAMILIES if model_type in family.model_types)
 
 
-def read_config(config: Mapping[str, Any]) -> LanguageConfig:
+def parse_config(config: Mapping[str, Any]) -> LanguageConfig:
     """What a config.json says of its language model.
 
     Raises:

@@ -70,17 +70,12 @@ def read_json(path: Path, *, follow_links: bool = False) -> dict[str, Any]:
         nested deeply, or has a key twice.
     """
     try:
-        with open_file(check_file(path.parent, path.name, follow_links=follow_links)) as file:
-            if os.fstat(file.fileno()).st_size > MAX_JSON_BYTES:
-                raise ValueError(f"it has more than {MAX_JSON_BYTES} bytes")
-            text = file.readall().decode("utf-8")
-        value = json.loads(text, object_pairs_hook=refuse_duplicates)
-        _check_nesting(value)
-    except OSError as error:
-        fault = Fault(f"cannot be read: {error.strerror}", path.name, "", _AGAIN)
+        value = load_json(check_file(path.parent, path.name, follow_links=follow_links))
     except CheckpointError:
         raise
-    except (ValueError, RecursionError) as error:
+    except OSError as error:
+        fault = Fault(f"cannot be read: {error.strerror}", path.name, "", _AGAIN)
+    except ValueError as error:
         fault = Fault(f"not valid JSON: {error}", path.name, "", _AGAIN)
     else:
         if isinstance(value, dict):
@@ -88,6 +83,25 @@ def read_json(path: Path, *, follow_links: bool = False) -> dict[str, Any]:
         what = f"expected a JSON object, found {type(value).__name__}"
         fault = Fault(what, path.name, "", _AGAIN)
     raise CheckpointError(path.parent, [fault])
+
+
+def load_json(path: Path) -> Any:
+    """The value in a JSON file, wherever it lies: the one way in which such files are read.
+
+    Raises:
+      OSError: if there is no file that can be read.
+      ValueError: if it is not JSON in UTF-8, too large or nested deeply, or has a key twice.
+    """
+    with open_file(path) as file:
+        if os.fstat(file.fileno()).st_size > MAX_JSON_BYTES:
+            raise ValueError(f"it has more than {MAX_JSON_BYTES} bytes")
+        text = file.readall().decode("utf-8")
+    try:
+        value = json.loads(text, object_pairs_hook=refuse_duplicates)
+    except RecursionError as error:
+        raise ValueError(str(error)) from error
+    _check_nesting(value)
+    return value
 
 
 def _check_nesting(value: object) -> None:

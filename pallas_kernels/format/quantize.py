@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from pallas_kernels.arguments import read_array, read_dtype
+from pallas_kernels.arguments import check_float_dtype, convert_array
 from pallas_kernels.errors import SpecError
 from pallas_kernels.format.layout import tiles_from_codes
 from pallas_kernels.format.spec import TILE_N, QuantSpec
@@ -51,7 +51,7 @@ def quantize(w: jax.Array, spec: QuantSpec, *, scale_dtype=jnp.bfloat16) -> dict
       assert packed["packed"].shape == spec.packed_shape
       ```
     """
-    w = read_array("w", w)
+    w = convert_array("w", w)
     if w.ndim == 3 and w.shape[0]:
         each = [quantize(one, spec, scale_dtype=scale_dtype) for one in w]
         return jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)
@@ -62,7 +62,7 @@ def quantize(w: jax.Array, spec: QuantSpec, *, scale_dtype=jnp.bfloat16) -> dict
             f"w must be floats [{spec.out_features}, {spec.in_features}], "
             f"got {w.dtype} {list(w.shape)}"
         )
-    scale_dtype = read_dtype("scale_dtype", scale_dtype)
+    scale_dtype = check_float_dtype("scale_dtype", scale_dtype)
     least, most, finite = _find_ranges(w, spec)
     try:
         valid = bool(finite)

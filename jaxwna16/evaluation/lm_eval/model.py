@@ -31,10 +31,11 @@ from jaxwna16.evaluation.lm_eval.options import (
 from jaxwna16.evaluation.lm_eval.scoring import Request, Scored, score_requests
 from jaxwna16.evaluation.lm_eval.thinking import cut_answer, read_end
 from jaxwna16.evaluation.perplexity import find_prefix
-from jaxwna16.generation.language import Generation, continue_tokens, load_model
+from jaxwna16.generation.generate import Generation, continue_tokens
+from jaxwna16.generation.load_model import load_model
 from jaxwna16.generation.stop_strings import find_stop_tokens
 from jaxwna16.generation.text import Tokenizer
-from jaxwna16.models.families import read_config
+from jaxwna16.models.families import parse_config
 from loaders.open import open_plan
 
 _log = logging.getLogger(__name__)
@@ -112,7 +113,7 @@ class JaxWNA16LM(TemplateLM):
         if self.enable_thinking is not None:
             self.chat_template_args["enable_thinking"] = self.enable_thinking
         folder = resolve_folder(pretrained)
-        config = read_config(open_plan(folder, follow_links=follow_links).config)
+        config = parse_config(open_plan(folder, follow_links=follow_links).config)
         limit, vocab_size = config.max_length, config.vocab_size
         if max_length is None:
             max_length = limit

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxwna16.models.filling.names import rename
+from jaxwna16.models.filling.renaming import rename
 from loaders.converted.converted import read_weights
 from loaders.errors import CheckpointError, Fault
 from loaders.files.safetensors_file import TensorInfo, read_tensor

@@ -11,8 +11,8 @@ from jaxwna16.models.config.config_reader import ConfigReader
 from jaxwna16.models.config.language_config import (
     MAX_LAYERS,
     LanguageConfig,
-    read_dtype,
     read_eos,
+    read_saved_dtype,
     refuse_others,
 )
 from jaxwna16.models.config.moe_config import MOE_TYPES, read_moe
@@ -136,7 +136,7 @@ class ModelConfig(LanguageConfig):
             qk_norm=_decide(reader, family.qk_norm),
             windows=read_windows(reader, model_type, layers),
             rope=read_rope(reader, max_positions, family.rope_theta),
-            dtype=read_dtype(reader),
+            dtype=read_saved_dtype(reader),
             eos_token_ids=read_eos(reader),
             moe=read_moe(reader, model_type, layers) if model_type in MOE_TYPES else None,
             prediction_layers=reader.count(

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 import jaxwna16
 from loaders.errors import CheckpointError
-from loaders.files.write import write_shards
+from loaders.files.new_folder import write_shards
 from tests.jaxwna16.checkpoints.converted import assert_same, refuse, write_source
 
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxwna16.checkpoints.rewrite import quantize_checkpoint
+from jaxwna16.checkpoints.quantize import quantize_checkpoint
 from jaxwna16.cli.main import main
 from tests.jaxwna16.cli.checkpoints import write_float_checkpoint
 

@@ -16,7 +16,7 @@ from flax import nnx
 from jaxwna16.models.causal_lm import CausalLM
 from jaxwna16.models.config.moe_config import MOE_TYPES
 from jaxwna16.models.families import find_family
-from jaxwna16.models.filling.params import load_params
+from jaxwna16.models.filling.params import fill_model
 from pallas_kernels.routing import route
 
 torch.set_num_threads(1)  # these models are too small for more
@@ -236,7 +236,7 @@ def convert(reference, dtype=jnp.float32) -> CausalLM:
     config = reference.config.to_dict()
     family = find_family(config)
     make, config = family.open_class(), family.read(config)
-    return load_params(nnx.eval_shape(lambda: make(config, dtype=dtype)), nest_params(reference))
+    return fill_model(nnx.eval_shape(lambda: make(config, dtype=dtype)), nest_params(reference))
 
 
 def reference_logits(reference, tokens: np.ndarray) -> np.ndarray:

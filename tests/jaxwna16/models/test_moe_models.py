@@ -11,7 +11,7 @@ from flax import nnx
 
 from jaxwna16.errors import ModelError
 from jaxwna16.generation.tokens import generate_tokens
-from jaxwna16.models.filling.params import load_params
+from jaxwna16.models.filling.params import fill_model
 from jaxwna16.models.llama.config import ModelConfig
 from jaxwna16.models.llama.definition import Llama
 from pallas_kernels import QuantSpec
@@ -159,7 +159,7 @@ def test_experts_that_are_missing_or_too_few_are_listed():
     stack = layers["1"]["mlp"]["experts"]["w13"]
     stack["weight"] = stack["weight"][:7]
     with pytest.raises(ModelError) as raised:
-        load_params(abstract, params)
+        fill_model(abstract, params)
     path = "model.layers"
     assert sorted(raised.value.reasons) == [
         f"{path}.0.mlp.experts.w2.weight: expected float32 [8, 64, 96], found nothing",

@@ -10,9 +10,9 @@ import pytest
 
 from jaxwna16.checkpoints.convert import convert_checkpoint
 from jaxwna16.checkpoints.load import load_checkpoint
-from jaxwna16.checkpoints.rewrite import quantize_checkpoint
+from jaxwna16.checkpoints.quantize import quantize_checkpoint
 from jaxwna16.errors import ModelError
-from jaxwna16.generation.language import load_model
+from jaxwna16.generation.load_model import load_model
 from jaxwna16.models.filling.skipped import find_skipped, list_rules
 from jaxwna16.models.llama.config import ModelConfig
 from tests.jaxwna16.cli.checkpoints import (

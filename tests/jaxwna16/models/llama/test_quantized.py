@@ -16,7 +16,7 @@ from jaxwna16.errors import ModelError
 from jaxwna16.generation.decoding import decode, make_options
 from jaxwna16.generation.tokens import generate_tokens, start_rows
 from jaxwna16.layers.fused import project
-from jaxwna16.models.filling.params import load_params
+from jaxwna16.models.filling.params import fill_model
 from jaxwna16.models.llama.config import ModelConfig
 from jaxwna16.models.llama.definition import Llama
 from pallas_kernels import QuantSpec, dequantize, quantize
@@ -69,7 +69,7 @@ def quantize_reference(family, bits, group_size, symmetric, scale_dtype):
         module.weight = torch.nn.Parameter(torch.from_numpy(rounded))
     config = ModelConfig.from_dict(reference.config.to_dict())
     abstract = nnx.eval_shape(lambda: Llama(config, specs, dtype=jnp.float32))
-    return reference, load_params(abstract, params)
+    return reference, fill_model(abstract, params)
 
 
 @pytest.mark.parametrize("kind", MARKED, ids=lambda kind: "-".join(map(str, kind[:4])))
@@ -153,4 +153,4 @@ def test_a_wrong_integer_dtype_is_an_error_of_ours():
     node.update(quantize(jax.random.normal(jax.random.key(0), (96, 64)), spec))
     node["packed"] = node["packed"].astype(jnp.int16)
     with pytest.raises(ModelError, match=r"up_proj.packed: expected uint16 .* found int16"):
-        load_params(abstract, params)
+        fill_model(abstract, params)

@@ -18,7 +18,7 @@ import pytest
 
 from loaders.errors import CheckpointError
 from loaders.files.folder import INDEX
-from loaders.files.write import build_folder
+from loaders.files.new_folder import build_folder
 from loaders.plan import make_plan
 from loaders.stream import load_params
 from loaders.write import write_checkpoint

@@ -1,30 +1,19 @@
-"""`load_model` and `generate`: from a checkpoint to text."""
+"""`generate`: texts that continue prompts, by a model and its tokenizer."""
 
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from jaxwna16.checkpoints.load import read_plan, resolve_folder
-from jaxwna16.dtypes import read_dtype
 from jaxwna16.errors import InputError
-from jaxwna16.generation.generation_config import describe_unapplied
 from jaxwna16.generation.stop_strings import StoppingText, find_stop_tokens
 from jaxwna16.generation.text import Tokenizer
 from jaxwna16.generation.tokens import GenerationResult, generate_tokens
 from jaxwna16.models.causal_lm import CausalLM
-from jaxwna16.models.families import find_family
-from jaxwna16.models.filling.expanded import expand_all
-from jaxwna16.models.filling.fit import fit_model
-from jaxwna16.models.filling.names import rename
-from jaxwna16.models.filling.params import list_leaves, load_params
-from loaders.open import open_plan
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,62 +32,6 @@ class Generation:
 
     texts: list[str]
     result: GenerationResult
-
-
-def load_model(
-    path_or_hub_id: str | os.PathLike[str],
-    *,
-    dtype: Any = None,
-    backend: str | None = None,
-    progress: bool | None = None,
-    follow_links: bool = False,
-) -> CausalLM:
-    """Load a language model of one of `families.MODEL_TYPES`, with packed weights or without.
-
-    Other parts of a checkpoint (a vision tower, layers that predict several tokens at once) are
-    left out by the rules in `jaxwna16.models.filling.skipped`. The model's `warnings` list them,
-    and the settings of generation_config.json that `generate` does not apply.
-
-    Args:
-      path_or_hub_id: a checkpoint folder, or a name on the Hugging Face hub.
-      dtype: dtype of activations, cache and of all that is not quantized; None is the dtype that
-        config.json states, float32 where it states none.
-      backend: of the quantized layers: None, "triton" or "xla" (see `quant_matmul`).
-      progress: True, False, or None for a bar on a terminal only.
-      follow_links: as in `load_checkpoint`.
-
-    Returns:
-      An NNX module: `model(tokens)` maps int32 [B, S] to float32 logits [B, S, V].
-
-    Raises:
-      CheckpointError: listing every fault of the checkpoint. A tied head that differs from the
-        embedding is one.
-      ModelError: if the architecture is not supported, or listing every tensor that is missing,
-        unexpected or of another shape.
-      InputError: if `dtype` is not float32, bfloat16 or float16, or if generation_config.json is
-        not a JSON object.
-      BackendError: if there is no such backend, or it does not support this dtype.
-
-    Example:
-      ```python
-      model = jaxwna16.load_model("path/to/checkpoint", dtype="float32")
-      logits = model(jnp.asarray([[1, 2, 3]]))
-      assert logits.shape == (1, 3, model.config.vocab_size)
-      ```
-    """
-    dtype = read_dtype(dtype)
-    opened = open_plan(resolve_folder(path_or_hub_id), follow_links=follow_links)
-    names = find_family(opened.config).names
-    model, plan, expanded = fit_model(opened, dtype=dtype, backend=backend)
-    warnings = (*plan.warnings, *describe_unapplied(plan.folder))
-    leaves = list_leaves(model)
-    wide = {path for path in leaves if leaves[path].dtype == jnp.float32 != model.dtype}
-    kept = {name for name in plan.describe_leaves() if rename(name, names) in wide}
-    params = read_plan(plan, dtype=model.dtype, kept=kept, progress=progress).params
-    expand_all(params, expanded, model.dtype)
-    model = load_params(model, params, names)
-    model.folder, model.warnings = str(plan.folder), warnings
-    return model
 
 
 def generate(
