@@ -175,7 +175,7 @@ def _parse(content: bytes) -> Any:
 
 
 def _check_nesting(value: object) -> None:
-    """Refuse what Python could read, and then not print any more.
+    """Refuse what Python could read, but then not print.
 
     Raises:
       ValueError: if lists and objects stand in each other too deeply.
