@@ -15,56 +15,10 @@ from jaxwna16.models.config.language_config import (
     read_eos,
     refuse_others,
 )
-from jaxwna16.models.config.moe_config import MOE_TYPES, read_moe
+from jaxwna16.models.config.moe_config import read_moe
 from jaxwna16.models.config.rope_config import read_rope, read_rotary_dim
 from jaxwna16.models.config.windows import read_windows
-
-Rule = bool | tuple[str, bool]
-"""A fact of a family, or the key of `config.json` that states it and its default."""
-_ATTENTION_BIAS = ("attention_bias", False)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Family:
-    """How a model type differs from the others, apart from windows and experts.
-
-    Numbers are what transformers' configuration class has where the key is absent; a head_dim of
-    None is hidden_size / num_attention_heads.
-    """
-
-    qkv_bias: Rule = False
-    out_bias: Rule = False
-    mlp_bias: Rule = False
-    qk_norm: Rule = False
-    head_dim: int | None = None
-    rms_norm_eps: float = 1e-6
-    rope_theta: float = 10000.0
-    partial_rotary_factor: float = 1.0
-    has_prediction_layers: bool = False
-
-
-_FAMILIES = {
-    "llama": _Family(
-        qkv_bias=_ATTENTION_BIAS, out_bias=_ATTENTION_BIAS, mlp_bias=("mlp_bias", False)
-    ),
-    "mistral": _Family(),
-    "qwen2": _Family(qkv_bias=True),
-    "qwen3": _Family(
-        qkv_bias=_ATTENTION_BIAS, out_bias=_ATTENTION_BIAS, qk_norm=True, head_dim=128
-    ),
-    "mixtral": _Family(rms_norm_eps=1e-5, rope_theta=1e6),
-    "qwen2_moe": _Family(qkv_bias=("qkv_bias", True)),
-    "qwen3_moe": _Family(qkv_bias=_ATTENTION_BIAS, out_bias=_ATTENTION_BIAS, qk_norm=True),
-    "dots1": _Family(qkv_bias=_ATTENTION_BIAS, out_bias=_ATTENTION_BIAS, qk_norm=True),
-    "glm4_moe": _Family(
-        qkv_bias=_ATTENTION_BIAS,
-        qk_norm=("use_qk_norm", False),
-        rms_norm_eps=1e-5,
-        partial_rotary_factor=0.5,
-        has_prediction_layers=True,
-    ),
-}
-MODEL_TYPES = tuple(_FAMILIES)
+from jaxwna16.models.llama.relatives import RELATIVES, Rule
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -94,10 +48,10 @@ class ModelConfig(LanguageConfig):
           ModelError: listing every key that is missing, malformed or asks for the unsupported.
         """
         reader = ConfigReader(config)
-        model_type = reader.choose("model_type", None, MODEL_TYPES)
+        model_type = reader.choose("model_type", None, tuple(RELATIVES), required=True)
         if model_type is None:
             raise ModelError("this model is not supported", reader.reasons)
-        family = _FAMILIES[model_type]
+        family = RELATIVES[model_type]
         refuse_others(reader)
         if not config.get("is_causal", True):
             reader.refuse("is_causal", False, "only causal attention")
@@ -105,7 +59,8 @@ class ModelConfig(LanguageConfig):
         hidden = reader.count("hidden_size")
         heads = reader.count("num_attention_heads")
         layers = reader.count("num_hidden_layers", most=MAX_LAYERS)
-        kv_default = heads if model_type == "llama" or "num_key_value_heads" in config else None
+        is_silent = family.states_kv_heads and "num_key_value_heads" not in config
+        kv_default = None if is_silent else heads
         kv_heads = reader.count("num_key_value_heads", kv_default)
         head_dim = reader.count("head_dim", family.head_dim or max(hidden // heads, 1))
         max_positions = reader.count("max_position_embeddings")
@@ -134,11 +89,11 @@ class ModelConfig(LanguageConfig):
             out_bias=_decide(reader, family.out_bias),
             mlp_bias=_decide(reader, family.mlp_bias),
             qk_norm=_decide(reader, family.qk_norm),
-            windows=read_windows(reader, model_type, layers),
+            windows=read_windows(reader, family.windows, layers),
             rope=read_rope(reader, max_positions, family.rope_theta),
             dtype=read_dtype(reader),
             eos_token_ids=read_eos(reader),
-            moe=read_moe(reader, model_type, layers) if model_type in MOE_TYPES else None,
+            moe=read_moe(reader, family.experts, layers),
             prediction_layers=reader.count(
                 "num_nextn_predict_layers", int(family.has_prediction_layers), least=0
             ),

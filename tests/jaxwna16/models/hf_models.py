@@ -14,9 +14,9 @@ import transformers
 from flax import nnx
 
 from jaxwna16.models.causal_lm import CausalLM
-from jaxwna16.models.config.moe_config import MOE_TYPES
 from jaxwna16.models.families import find_family
 from jaxwna16.models.filling.params import load_params
+from jaxwna16.models.llama.relatives import RELATIVES
 from pallas_kernels.routing import route
 
 torch.set_num_threads(1)  # these models are too small for more
@@ -183,7 +183,7 @@ FAMILIES = {
     "glm4_moe, normalised heads": ("glm4_moe", {**DEEPSEEK, "use_qk_norm": True}),
 }
 """Name -> (model_type, what differs from `SMALL`)."""
-SPARSE = [name for name, (model_type, _) in FAMILIES.items() if model_type in MOE_TYPES]
+SPARSE = [name for name, (model_type, _) in FAMILIES.items() if RELATIVES[model_type].experts]
 """Those with experts."""
 
 

@@ -8,8 +8,8 @@ import pytest
 import transformers
 
 from jaxwna16.errors import ModelError
-from jaxwna16.models.config.moe_config import MOE_TYPES
 from jaxwna16.models.llama.config import ModelConfig
+from jaxwna16.models.llama.relatives import RELATIVES
 from tests.jaxwna16.models.hf_models import SMALL, SPARSE, make_reference
 
 NEEDED = {
@@ -29,7 +29,7 @@ def read(model_type: str = "qwen3_moe", **changes):
     return moe
 
 
-@pytest.mark.parametrize("model_type", MOE_TYPES)
+@pytest.mark.parametrize("model_type", [name for name in RELATIVES if RELATIVES[name].experts])
 def test_absent_keys_take_the_defaults_of_transformers(model_type):
     needed = NEEDED.get(model_type, {})
     sizes = {key: SMALL[key] for key in SMALL if key.endswith(("_size", "_heads", "_layers"))}

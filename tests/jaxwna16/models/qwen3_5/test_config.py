@@ -10,7 +10,7 @@ import transformers
 from jaxwna16.errors import ModelError
 from jaxwna16.models.families import FAMILIES, find_family, read_config
 from jaxwna16.models.filling.names import check_prefix, rename_all
-from jaxwna16.models.qwen3_5.config import MODEL_TYPES
+from jaxwna16.models.qwen3_5.config import KINDS
 from loaders.plan import make_plan
 from tests.sparse import write_sparse
 
@@ -19,7 +19,7 @@ def read(model_type: str = "qwen3_5_text", **changes):
     return read_config({"model_type": model_type, **changes})
 
 
-@pytest.mark.parametrize("model_type", [name for name in MODEL_TYPES if name.endswith("_text")])
+@pytest.mark.parametrize("model_type", [name for name in KINDS if name.endswith("_text")])
 def test_absent_keys_take_the_defaults_of_transformers(model_type):
     theirs = transformers.AutoConfig.for_model(model_type).to_dict()
     assert read(model_type) == read_config(theirs)
