@@ -8,15 +8,9 @@ from typing import Any
 
 from jaxwna16.errors import ModelError
 from jaxwna16.models.config.config_reader import ConfigReader
-from jaxwna16.models.config.language_config import (
-    MAX_LAYERS,
-    LanguageConfig,
-    read_dtype,
-    read_eos,
-    refuse_others,
-)
+from jaxwna16.models.config.language_config import LanguageConfig
 from jaxwna16.models.config.moe_config import read_moe
-from jaxwna16.models.config.rope_config import read_rope, read_rotary_dim
+from jaxwna16.models.config.stated import check_reasons, read_stated
 from jaxwna16.models.config.windows import read_windows
 from jaxwna16.models.llama.relatives import RELATIVES, Rule
 
@@ -52,54 +46,28 @@ class ModelConfig(LanguageConfig):
         if model_type is None:
             raise ModelError("this model is not supported", reader.reasons)
         family = RELATIVES[model_type]
-        refuse_others(reader)
-        if not config.get("is_causal", True):
-            reader.refuse("is_causal", False, "only causal attention")
-        noted = len(reader.reasons)
-        hidden = reader.count("hidden_size")
-        heads = reader.count("num_attention_heads")
-        layers = reader.count("num_hidden_layers", most=MAX_LAYERS)
-        is_silent = family.states_kv_heads and "num_key_value_heads" not in config
-        kv_default = None if is_silent else heads
-        kv_heads = reader.count("num_key_value_heads", kv_default)
-        head_dim = reader.count("head_dim", family.head_dim or max(hidden // heads, 1))
-        max_positions = reader.count("max_position_embeddings")
-        if len(reader.reasons) == noted:  # else one of these is not what the file says
-            if config.get("head_dim") is None and family.head_dim is None and hidden % heads:
-                expected = f"a multiple of num_attention_heads = {heads}"
-                reader.refuse("hidden_size", hidden, expected)
-            if heads % kv_heads:
-                reader.refuse("num_attention_heads", heads, f"a multiple of kv heads = {kv_heads}")
-            if head_dim % 2:
-                reader.refuse("head_dim", head_dim, "an even number")
+        stated = read_stated(
+            reader,
+            rms_norm_eps=family.rms_norm_eps,
+            rope_theta=family.rope_theta,
+            states_kv_heads=family.states_kv_heads,
+            head_dim=family.head_dim,
+            partial_rotary_factor=family.partial_rotary_factor,
+        )
+        layers = stated["num_hidden_layers"]
         parsed = cls(
-            model_type=model_type,
-            vocab_size=reader.count("vocab_size"),
-            hidden_size=hidden,
-            intermediate_size=reader.count("intermediate_size"),
-            num_hidden_layers=layers,
-            num_attention_heads=heads,
-            num_key_value_heads=kv_heads,
-            head_dim=head_dim,
-            rotary_dim=read_rotary_dim(reader, head_dim, family.partial_rotary_factor),
-            max_position_embeddings=max_positions,
-            rms_norm_eps=reader.number("rms_norm_eps", family.rms_norm_eps),
-            tie_word_embeddings=reader.flag("tie_word_embeddings"),
+            **stated,
             qkv_bias=_decide(reader, family.qkv_bias),
             out_bias=_decide(reader, family.out_bias),
             mlp_bias=_decide(reader, family.mlp_bias),
             qk_norm=_decide(reader, family.qk_norm),
             windows=read_windows(reader, family.windows, layers),
-            rope=read_rope(reader, max_positions, family.rope_theta),
-            dtype=read_dtype(reader),
-            eos_token_ids=read_eos(reader),
             moe=read_moe(reader, family.experts, layers),
             prediction_layers=reader.count(
                 "num_nextn_predict_layers", int(family.has_prediction_layers), least=0
             ),
         )
-        if reader.reasons:
-            raise ModelError(f"this {model_type} configuration is not supported", reader.reasons)
+        check_reasons(reader)
         return parsed
 
 
