@@ -26,13 +26,18 @@ from jaxwna16.models.parts.attention import (
     write_slots,
 )
 from jaxwna16.models.parts.delta_rule import DeltaCache, convolve, make_delta_cache, run_delta_rule
-from jaxwna16.models.parts.layers import MLP, Embedding, Linears, OffsetRMSNorm, normalise
+from jaxwna16.models.parts.layers import MLP, Embedding, Linears, OffsetRMSNorm, RMSNorm
 from jaxwna16.models.parts.moe import SparseBlock
 from jaxwna16.models.parts.rope import rotate, rotation_tables
 from jaxwna16.models.qwen3_5.config import Qwen35Config
 
 Array = jax.Array
 Cache = tuple[LayerCache | DeltaCache, ...]
+
+
+def round_sigmoid(x: Array) -> Array:
+    """The sigmoid, computed in float32 and rounded to the dtype of x."""
+    return jax.nn.sigmoid(x.astype(jnp.float32)).astype(x.dtype)
 
 
 class Piece(NamedTuple):
@@ -83,8 +88,7 @@ class GatedAttention(nnx.Module):
         if cache is not None:
             held = cache = write_slots(cache, held, piece.slots)
         mixed = attend(q, held, piece.seen)
-        opened = jax.nn.sigmoid(gate.astype(jnp.float32)).reshape(mixed.shape)
-        return self.o_proj((mixed.astype(jnp.float32) * opened).astype(x.dtype)), cache
+        return self.o_proj(mixed * round_sigmoid(gate).reshape(mixed.shape)), cache
 
 
 class Convolution(nnx.Module):
@@ -94,16 +98,11 @@ class Convolution(nnx.Module):
         self.weight = nnx.Param(jnp.zeros((features, 1, width), dtype))
 
 
-class GatedRMSNorm(nnx.Module):
-    """x / sqrt(mean(x^2) + eps) * weight * silu(gate), computed in float32, in the gate's dtype."""
-
-    def __init__(self, features: int, eps: float, *, dtype):
-        self.weight = nnx.Param(jnp.ones(features, dtype))
-        self.eps = eps
+class GatedRMSNorm(RMSNorm):
+    """`RMSNorm` of x in the gate's dtype, times silu(gate) in float32; in the gate's dtype."""
 
     def __call__(self, x: Array, gate: Array) -> Array:
-        weight = jnp.expand_dims(self.weight[...].astype(jnp.float32), range(x.ndim - 1))
-        scaled = normalise(x, self.eps) * weight
+        scaled = super().__call__(x.astype(gate.dtype)).astype(jnp.float32)
         return (scaled * jax.nn.silu(gate.astype(jnp.float32))).astype(gate.dtype)
 
 
@@ -153,7 +152,7 @@ class GatedDeltaNet(nnx.Module):
                 strict=True,
             )
         )
-        beta = jax.nn.sigmoid(b.astype(jnp.float32))
+        beta = round_sigmoid(b)
         rate, bias = (p[...][None, None, :] for p in (self.A_log, self.dt_bias))
         g = -jnp.exp(rate) * jax.nn.softplus(a.astype(jnp.float32) + bias)
         mixed, state = run_delta_rule(q, k, v, g, beta, cache.state, piece.lengths)

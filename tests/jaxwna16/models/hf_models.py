@@ -96,6 +96,16 @@ def list_tensors(reference) -> Iterator[tuple[str, torch.Tensor]]:
             yield name, buffer
 
 
+def cast_weights(reference, dtype: torch.dtype):
+    """A transformers model with weights of a dtype, as it loads them: buffers stay float32."""
+    buffers = {name: buffer.clone() for name, buffer in reference.named_buffers()}
+    reference.to(dtype)
+    for name, buffer in buffers.items():
+        path, _, last = name.rpartition(".")
+        setattr(reference.get_submodule(path), last, buffer)
+    return reference
+
+
 def list_leaves(reference) -> Iterator[tuple[str, np.ndarray]]:
     """The leaves of the params tree of our model; but for experts, transformers' own names."""
     for name, tensor in list_tensors(reference):
@@ -105,9 +115,11 @@ def list_leaves(reference) -> Iterator[tuple[str, np.ndarray]]:
 
 
 def nest_params(reference) -> dict:
-    """The params tree of a transformers model."""
+    """The params tree of a transformers model, or of the language model beside a tower."""
     tree: dict = {}
     for name, array in list_leaves(reference):
+        if name.startswith("model.visual."):
+            continue
         *path, leaf = name.split(".")
         node = tree
         for key in path:
@@ -121,7 +133,8 @@ def convert(reference, dtype=jnp.float32) -> CausalLM:
     config = reference.config.to_dict()
     family = find_family(config)
     make, config = family.open_class(), family.read(config)
-    return load_params(nnx.eval_shape(lambda: make(config, dtype=dtype)), nest_params(reference))
+    abstract = nnx.eval_shape(lambda: make(config, dtype=dtype))
+    return load_params(abstract, nest_params(reference), family.names)
 
 
 def reference_logits(reference, tokens: np.ndarray) -> np.ndarray:

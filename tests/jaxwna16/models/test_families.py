@@ -28,6 +28,7 @@ from tests.checkpoints import make_args
 from tests.jaxwna16.models.family_rows import BASES, MODELS, ROWS, Row
 from tests.jaxwna16.models.hf_checkpoints import load_reference, write_folders
 from tests.jaxwna16.models.hf_models import (
+    cast_weights,
     convert,
     forward,
     list_leaves,
@@ -178,7 +179,7 @@ def test_bfloat16_is_as_close_to_float32_as_transformers_in_bfloat16_is(model_ty
     tokens = random_tokens(2, 24)
     exact = reference_logits(reference, tokens)
     ours = forward(convert(reference, dtype=jnp.bfloat16), jnp.asarray(tokens))
-    theirs = reference_logits(reference.to(torch.bfloat16), tokens)
+    theirs = reference_logits(cast_weights(reference, torch.bfloat16), tokens)
     assert ours.dtype == jnp.float32
     assert 1e-4 < relative_error(ours, exact) < 1.5 * relative_error(theirs, exact)
 
