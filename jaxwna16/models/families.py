@@ -18,6 +18,7 @@ from jaxwna16.models.config.language_config import LanguageConfig
 from jaxwna16.models.llama import config as llama_config
 from jaxwna16.models.llama import names as llama_names
 from jaxwna16.models.llama.relatives import RELATIVES
+from jaxwna16.models.olmo2 import config as olmo2_config
 from jaxwna16.models.qwen3_5 import config as qwen3_5_config
 from jaxwna16.models.qwen3_5 import names as qwen3_5_names
 
@@ -60,6 +61,11 @@ FAMILIES = (
         read=qwen3_5_config.Qwen35Config.from_dict,
         model="jaxwna16.models.qwen3_5.definition:Qwen35",
         names=qwen3_5_names.NAMES,
+    ),
+    Family(
+        model_types=("olmo2",),
+        read=olmo2_config.Olmo2Config.from_dict,
+        model="jaxwna16.models.olmo2.definition:Olmo2",
     ),
 )
 MODEL_TYPES = tuple(name for family in FAMILIES for name in family.model_types)

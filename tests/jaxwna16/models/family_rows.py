@@ -293,6 +293,7 @@ ROWS: dict[str, Row] = {
         },
         scale_dtype="float32",
     ),
+    "olmo2": Row(variants={"": {"attention_bias": True}}, group_size=32, bfloat16={}),
     "qwen3_5_text": dataclasses.replace(HYBRID_ROW, bfloat16={}),
     "qwen3_5": dataclasses.replace(HYBRID_ROW, group_size=128, ignore=USUAL, nest=put_beside_tower),
     "qwen3_5_moe_text": dataclasses.replace(
