@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Protocol
 
 from jaxwna16.models.config.config_reader import ConfigReader
@@ -72,7 +73,7 @@ class SoftmaxExperts:
     shared: int | None = None
 
     def read(self, reader: ConfigReader, layers: int) -> MoeConfig:
-        reader.choose("scoring_func", "softmax", ("softmax",))
+        scoring = _read_scoring(reader, {"softmax": "softmax"})
         reader.choose("topk_method", "greedy", ("greedy",))
         is_shared = self.shared is not None
         return MoeConfig(
@@ -88,6 +89,7 @@ class SoftmaxExperts:
             correction_bias=False,
             routing=Routing(
                 top_k=reader.count(_TOP_K, self.top_k),
+                scoring=scoring,
                 renormalize=self.renormalize or reader.flag("norm_topk_prob"),
             ),
         )
@@ -115,8 +117,6 @@ class DeepseekExperts:
     renormalize: bool = False
 
     def read(self, reader: ConfigReader, layers: int) -> MoeConfig:
-        # dots.llm1 writes the name of the method here
-        reader.choose("scoring_func", "sigmoid", ("sigmoid", "noaux_tc"))
         reader.choose("topk_method", "noaux_tc", ("noaux_tc",))
         if reader.count("moe_layer_freq", 1) != 1:
             reader.refuse("moe_layer_freq", reader.config["moe_layer_freq"], "1")
@@ -140,7 +140,8 @@ class DeepseekExperts:
             reader.refuse("topk_group", top_groups, f"at most n_group = {groups}")
         return Routing(
             top_k=reader.count(_TOP_K, self.top_k),
-            scoring="sigmoid",
+            # dots.llm1 writes the name of the method here
+            scoring=_read_scoring(reader, {"sigmoid": "sigmoid", "noaux_tc": "sigmoid"}),
             renormalize=reader.flag("norm_topk_prob", self.renormalize),
             groups=groups,
             top_groups=min(groups, top_groups),
@@ -175,6 +176,16 @@ def check_choice(reader: ConfigReader, experts: int, routing: Routing) -> None:
     elif routing.top_k > size * routing.top_groups:
         expected = f"at most {size * routing.top_groups}, the experts to choose from"
         reader.refuse(_TOP_K, routing.top_k, expected)
+
+
+def _read_scoring(reader: ConfigReader, names: Mapping[str, str]) -> str:
+    """`scoring_func` as `Routing` calls it.
+
+    Args:
+      names: in files -> in `pallas_kernels.routing.SCORINGS`; the first is that of an absent key.
+    """
+    default = next(iter(names))
+    return names[reader.choose("scoring_func", default, tuple(names)) or default]
 
 
 def _read_sparse_steps(reader: ConfigReader, layers: int) -> tuple[bool, ...]:
