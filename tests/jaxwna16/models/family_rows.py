@@ -43,6 +43,7 @@ class Row:
       is_repeated: whether another row has the same layers, under other names in files; then only
         logits in pieces are always compared, and the rest thoroughly.
       ignore: patterns of what stays plain beside heads and routers.
+      needed: keys for which transformers' configuration has no default.
       bfloat16: what differs in the model whose logits in bfloat16 are compared; None is no such
         test. With experts all must be chosen, since the 16-bit logits of a router may choose
         others.
@@ -60,6 +61,7 @@ class Row:
     scale_dtype: str = "bfloat16"
     is_repeated: bool = False
     ignore: tuple[str, ...] = ()
+    needed: Changes = dataclasses.field(default_factory=dict)
     bfloat16: Changes | None = None
     length: int = 24
     piece: int = 8
@@ -275,6 +277,7 @@ ROWS: dict[str, Row] = {
         bits=8,
     ),
     "dots1": Row(
+        needed={"n_routed_experts": 8, "n_shared_experts": 1, "num_experts_per_tok": 2},
         variants={
             "grouped": {**DEEPSEEK, "sliding_window": 5, "max_window_layers": 1},
             "one group": {

@@ -7,6 +7,7 @@ once, in pieces, one by one, and in what they generate.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -16,16 +17,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+import transformers
 from flax import nnx
 
 import jaxwna16
 from jaxwna16.errors import ModelError
 from jaxwna16.generation.tokens import generate_tokens
-from jaxwna16.models.families import FAMILIES, MODEL_TYPES, find_family
+from jaxwna16.models.families import FAMILIES, MODEL_TYPES, find_family, read_config
 from jaxwna16.models.filling.names import rename
 from pallas_kernels import QuantSpec
 from tests.checkpoints import make_args
-from tests.jaxwna16.models.family_rows import BASES, MODELS, ROWS, Row
+from tests.jaxwna16.models.family_rows import BASES, MODELS, ROWS, SMALL, Row
 from tests.jaxwna16.models.hf_checkpoints import load_reference, write_folders
 from tests.jaxwna16.models.hf_models import (
     cast_weights,
@@ -197,6 +199,19 @@ def test_under_eval_shape_no_array_is_made_and_paths_are_the_checkpoints(model_t
     assert {".".join(map(str, path)) for path in leaves} == {
         name for name in found if not name.startswith("model.visual.")
     }
+
+
+@pytest.mark.parametrize("model_type", [name for name, row in ROWS.items() if row.sizes is SMALL])
+def test_absent_keys_take_the_defaults_of_transformers(model_type):
+    needed = ROWS[model_type].needed
+    sizes = {key: SMALL[key] for key in SMALL if key.endswith(("_size", "_heads", "_layers"))}
+    saved = transformers.AutoConfig.for_model(model_type, **sizes, **needed).to_dict()
+    sizes["max_position_embeddings"] = saved["max_position_embeddings"]
+    ours = read_config({"model_type": model_type, **sizes, **needed})
+    # two that no number depends on: the dtype of a file, and where a text ends
+    assert dataclasses.replace(ours, dtype=None, eos_token_ids=()) == dataclasses.replace(
+        read_config(saved), dtype=None, eos_token_ids=()
+    )
 
 
 def test_every_model_type_has_one_family_one_definition_and_one_row_of_tests():

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
-import transformers
 
 from jaxwna16.errors import ModelError
 from jaxwna16.models.llama.config import ModelConfig
-from jaxwna16.models.llama.relatives import RELATIVES
 from tests.jaxwna16.models.hf_models import SMALL, SPARSE, make_reference
 
 NEEDED = {
@@ -27,20 +23,6 @@ def read(model_type: str = "qwen3_moe", **changes):
     moe = parse(model_type, **changes).moe
     assert moe is not None
     return moe
-
-
-@pytest.mark.parametrize("model_type", [name for name in RELATIVES if RELATIVES[name].experts])
-def test_absent_keys_take_the_defaults_of_transformers(model_type):
-    needed = NEEDED.get(model_type, {})
-    sizes = {key: SMALL[key] for key in SMALL if key.endswith(("_size", "_heads", "_layers"))}
-    saved = transformers.AutoConfig.for_model(model_type, **sizes, **needed).to_dict()
-    sizes["max_position_embeddings"] = saved["max_position_embeddings"]
-    ours = ModelConfig.from_dict({"model_type": model_type, **sizes, **needed})
-    theirs = ModelConfig.from_dict(saved)
-    # two that no number depends on: the dtype of a file, and where a text ends
-    assert dataclasses.replace(ours, dtype=None, eos_token_ids=()) == dataclasses.replace(
-        theirs, dtype=None, eos_token_ids=()
-    )
 
 
 @pytest.mark.parametrize("family", SPARSE)
