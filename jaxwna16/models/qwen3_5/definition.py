@@ -26,7 +26,7 @@ from jaxwna16.models.parts.attention import (
     write_slots,
 )
 from jaxwna16.models.parts.delta_rule import DeltaCache, convolve, make_delta_cache, run_delta_rule
-from jaxwna16.models.parts.layers import MLP, Embedding, Linears, OffsetRMSNorm, RMSNorm
+from jaxwna16.models.parts.layers import MLP, Embedding, Linears, OffsetRMSNorm, normalise
 from jaxwna16.models.parts.moe import SparseBlock
 from jaxwna16.models.parts.rope import rotate, rotation_tables
 from jaxwna16.models.qwen3_5.config import Qwen35Config
@@ -98,11 +98,17 @@ class Convolution(nnx.Module):
         self.weight = nnx.Param(jnp.zeros((features, 1, width), dtype))
 
 
-class GatedRMSNorm(RMSNorm):
+class GatedRMSNorm(nnx.Module):
     """`RMSNorm` of x in the gate's dtype, times silu(gate) in float32; in the gate's dtype."""
 
+    def __init__(self, features: int, eps: float, *, dtype):
+        self.weight = nnx.Param(jnp.ones(features, dtype))
+        self.eps = eps
+
     def __call__(self, x: Array, gate: Array) -> Array:
-        scaled = super().__call__(x.astype(gate.dtype)).astype(jnp.float32)
+        weight = jnp.expand_dims(self.weight[...], range(x.ndim - 1))
+        normalised = normalise(x.astype(gate.dtype), self.eps).astype(gate.dtype)
+        scaled = (normalised * weight).astype(jnp.float32)
         return (scaled * jax.nn.silu(gate.astype(jnp.float32))).astype(gate.dtype)
 
 
