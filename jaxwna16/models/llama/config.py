@@ -8,7 +8,7 @@ from typing import Any
 
 from jaxwna16.errors import ModelError
 from jaxwna16.models.config.config_reader import ConfigReader
-from jaxwna16.models.config.language_config import LanguageConfig
+from jaxwna16.models.config.language_config import MAX_LAYERS, LanguageConfig
 from jaxwna16.models.config.moe_config import read_moe
 from jaxwna16.models.config.stated import check_reasons, read_stated
 from jaxwna16.models.config.windows import read_windows
