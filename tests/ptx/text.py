@@ -1,130 +1,71 @@
-"""Evaluate the few PTX instructions that the kernels write by hand, on a machine without a GPU.
+"""Inline assembly by itself: what the few instructions do that the kernels write by hand.
 
-Source of the semantics: PTX ISA, chapter "Instructions": "Logic and Shift Instructions" (`lop3`,
-`shr`), "Data Movement and Conversion Instructions" (`mov`, `prmt`) and "Half Precision Floating
-Point Instructions" (`fma`). What is not known here is refused, never guessed.
+It runs on the package that runs whole kernels, with the arguments in threads of their own.
 """
 
 from __future__ import annotations
 
-import re
-
-import ml_dtypes
 import numpy as np
 
-_HALVES = {"fma.rn.bf16x2": ml_dtypes.bfloat16, "fma.rn.f16x2": np.float16}
+import tests.ptx.opcodes  # noqa: F401: all that are known
+from tests.ptx.block import LANES, Block
+from tests.ptx.faults import Fault
+from tests.ptx.memory import Global
+from tests.ptx.parse import Body, Instruction, Program, Refused, Register
+from tests.ptx.registers import Registers
+from tests.ptx.schedule import Schedule, link
+
+_RESULT = "$0"
 
 
 def run(asm: str, *arguments: np.ndarray) -> np.ndarray:
     """Run one block of inline PTX.
 
     Args:
-      asm: instructions on `$0` (the result), `$1`, ... (the arguments), declared registers and
-        32-bit literals.
+      asm: instructions on `$0` (the result), `$1`, ... (the arguments) and declared registers.
       *arguments: uint32 [n], the values of `$1` and following.
 
     Returns:
       uint32 [n], the value of `$0`.
 
     Raises:
-      ValueError: naming the instruction or operand that is not known.
+      ValueError: naming the instruction that is not known, or does what it must not.
     """
-    lines = [line.strip() for line in asm.strip().removeprefix("{").removesuffix("}").split(";")]
-    registers = {f"${i}": a.astype(np.uint32) for i, a in enumerate(arguments, start=1)}
-    declared = {"$0"}
-    for line in filter(None, lines):
-        opcode, _, rest = line.partition(" ")
-        names = [name.strip() for name in rest.split(",")]
-        if opcode == ".reg":
-            kind, first = names[0].split()
-            _expect(kind == ".b32", line)
-            declared |= {first, *names[1:]}
-            continue
-        target, *operands = names
-        _expect(target in declared, line)
-        # the compiler may give the result the register of an argument
-        late = "$0" in registers and any(name.startswith("$") for name in operands)
-        _expect(not late, line)
-        values = [_read(name, registers, line) for name in operands]
-        registers[target] = _execute(opcode, values, line)
-    return np.broadcast_to(registers["$0"], arguments[0].shape)
+    try:
+        return _run(asm, arguments)
+    except (Fault, Refused) as error:
+        raise ValueError(f"cannot evaluate: {error}") from None
 
 
-def _expect(fine: bool, line: str) -> None:
-    if not fine:
-        raise ValueError(f"cannot evaluate: {line}")
+def _run(asm: str, arguments: tuple[np.ndarray, ...]) -> np.ndarray:
+    names = [f"${i}" for i in range(1, len(arguments) + 1)]
+    body = Body(asm, dict.fromkeys((_RESULT, *names), "b32"))
+    code = body.link()
+    for place, instruction in enumerate(code):
+        _expect_fair(code[:place], instruction, names)
+    count = len(arguments[0])
+    program = Program("inline", (), count + -count % LANES, (), body.registers, code)
+    block = Block(program, Global((), ()), 0)
+    for name, values in zip(names, arguments, strict=True):
+        _fill(block.registers, name, values.astype(np.uint32))
+    Schedule(block, code, link(code)).run(returns=False)
+    return block.registers.read(_RESULT, None)[:count]
 
 
-def _read(name: str, registers: dict[str, np.ndarray], line: str) -> np.ndarray:
-    if name in registers:
-        return registers[name]
-    _expect(re.fullmatch(r"0x[0-9A-Fa-f]{1,8}|0|[1-9]\d{0,8}", name) is not None, line)
-    return np.asarray(int(name, 0), np.uint32)
+def _fill(registers: Registers, name: str, values: np.ndarray) -> None:
+    """Threads past the end repeat the last value."""
+    more = np.full(registers.threads - len(values), values[-1])
+    registers.write(name, np.concatenate([values, more]), None)
 
 
-def _execute(opcode: str, values: list[np.ndarray], line: str) -> np.ndarray:
-    match opcode, values:
-        case "mov.b32", [value]:
-            return value
-        case "shr.u32", [value, count]:
-            _expect(count.ndim == 0 and int(count) < 32, line)
-            return value >> count
-        case "lop3.b32", [a, b, c, table]:
-            _expect(table.ndim == 0 and int(table) < 256, line)
-            return _look_up(a, b, c, int(table))
-        case "prmt.b32", [a, b, selector]:
-            _expect(selector.ndim == 0 and int(selector) < 1 << 16, line)
-            return _permute(a, b, int(selector))
-        case "fma.rn.bf16x2" | "fma.rn.f16x2", [a, b, c]:
-            return _multiply_add(a, b, c, _HALVES[opcode])
-    raise ValueError(f"cannot evaluate: {line}")
+def _expect_fair(before: tuple[Instruction, ...], instruction: Instruction, names: list) -> None:
+    """Arguments are not written, and not read after the result, which may share a register."""
+    target, *sources = instruction.operands
+    late = any(_is_named(i.operands[0], [_RESULT]) for i in before)
+    late = late and any(_is_named(source, names) for source in sources)
+    if late or not isinstance(target, Register) or _is_named(target, names):
+        raise Refused(instruction.text)
 
 
-def _look_up(a, b, c, table: int) -> np.ndarray:
-    """Bit i of the result is bit 4a + 2b + c of the table, of the three bits i."""
-    result = np.zeros_like(a)
-    for index in range(8):
-        if table >> index & 1:
-            terms = (x if index & bit else ~x for x, bit in ((a, 4), (b, 2), (c, 1)))
-            result = result | np.bitwise_and.reduce(np.broadcast_arrays(*terms))
-    return result
-
-
-def _permute(a, b, selector: int) -> np.ndarray:
-    """Byte i is the byte of {b, a} that nibble i of the selector names, or its sign eight times."""
-    a, b = np.broadcast_arrays(a, b)
-    pool = [value >> np.uint32(8 * i) & np.uint32(0xFF) for value in (a, b) for i in range(4)]
-    result = np.zeros_like(a)
-    for i in range(4):
-        nibble = selector >> 4 * i & 0xF
-        byte = pool[nibble & 7]
-        if nibble & 8:
-            byte = np.where(byte & np.uint32(0x80), np.uint32(0xFF), np.uint32(0))
-        result = result | byte.astype(np.uint32) << np.uint32(8 * i)
-    return result
-
-
-def _multiply_add(a, b, c, dtype) -> np.ndarray:
-    """a * b + c in each half, rounded once, to nearest even.
-
-    In float64 a product of two halves is exact. So is the sum, unless exponents are further apart
-    than the 53 bits of float64 allow; that is checked, and so is that one rounding leads from
-    float64 to the half: numpy's and ml_dtypes' conversions go there directly or by way of float32,
-    which must then hold the sum exactly. Infinities and NaN are refused as well.
-    """
-    halves = []
-    for shift in (0, 16):
-        x, y, z = (
-            (value >> np.uint32(shift)).astype(np.uint16).view(dtype).astype(np.float64)
-            for value in np.broadcast_arrays(a, b, c)
-        )
-        product = x * y
-        total = product + z
-        if not (np.abs(total) <= float(ml_dtypes.finfo(dtype).max)).all():
-            raise ValueError("a sum is infinite, not a number, or too large")
-        exact = (total - product == z) & (total - z == product)
-        narrow = total.astype(np.float32).astype(np.float64) == total
-        if not (exact & narrow).all():
-            raise ValueError("a sum is not exact in float32: rounding it twice is not one rounding")
-        halves.append(total.astype(np.float32).astype(dtype).view(np.uint16).astype(np.uint32))
-    return halves[0] | halves[1] << np.uint32(16)
+def _is_named(operand, names: list[str]) -> bool:
+    return isinstance(operand, Register) and operand.name in names
