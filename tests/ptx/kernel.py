@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import numpy as np
 
-import tests.ptx.opcodes  # noqa: F401: all that are known
 from tests.ptx.block import Block
 from tests.ptx.memory import Global, Part
 from tests.ptx.parse import Refused, parse

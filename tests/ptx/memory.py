@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from tests.ptx.faults import Fault, check
+from tests.ptx.faults import check
 
 GLOBAL_BASE = 0x7F3A_0000_0000
 _GAP = 1 << 16
@@ -146,7 +146,9 @@ class Shared:
         rows = self._store(addresses, data, threads)
         self._mark_written(rows, data.shape[1], threads)
 
-    def start_copy(self, addresses: np.ndarray, data: np.ndarray, threads: np.ndarray) -> np.ndarray:
+    def start_copy(
+        self, addresses: np.ndarray, data: np.ndarray, threads: np.ndarray
+    ) -> np.ndarray:
         """Store what nobody may touch before `end_copy`, which takes the result."""
         rows = self._store(addresses, data, threads)
         _rows(self._arriving, data.shape[1])[rows] = True
@@ -190,7 +192,9 @@ class Shared:
         return bool(self._arriving.any())
 
     def _check_read(self, rows: np.ndarray, size: int, writer: np.ndarray) -> None:
-        check(~_rows(self._arriving, size)[rows], "shared memory is read before the wait for a copy")
+        check(
+            ~_rows(self._arriving, size)[rows], "shared memory is read before the wait for a copy"
+        )
         check(writer >= 0, "shared memory is read and was never written")
 
     def _store(self, addresses: np.ndarray, data: np.ndarray, threads) -> np.ndarray:

@@ -81,7 +81,7 @@ class Instruction:
 
 @dataclasses.dataclass(frozen=True)
 class Variable:
-    """A variable of the module: `size` 0 is what the launch adds; `data` fills it from its start."""
+    """A variable of the module. Size 0 is what the launch adds; `data` fills it from its start."""
 
     name: str
     space: str
@@ -124,7 +124,9 @@ def parse(text: str) -> Program:
     body = Body(rest[: rest.rindex("}")])
     [name] = re.findall(r"^\s*([\w$]+)", head)
     [threads] = re.findall(r"\.(?:req|max)ntid\s+(\d+)(?:,\s*1)*\s", head)
-    parameters = re.findall(r"\.param\s+\.u64\s+\.ptr\s+(?:\.global\s+)?\.align\s+\d+\s+([\w$]+)", head)
+    parameters = re.findall(
+        r"\.param\s+\.u64\s+\.ptr\s+(?:\.global\s+)?\.align\s+\d+\s+([\w$]+)", head
+    )
     if len(parameters) != head.count(".param"):
         raise Refused(f"parameters that are no pointers: {head}")
     variables = [_read_variable(found) for found in _VARIABLE.finditer(before)]

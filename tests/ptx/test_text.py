@@ -78,7 +78,8 @@ def test_fma_does_not_round_the_product(opcode, dtype):
 
 
 @pytest.mark.parametrize(
-    ("a", "b", "tiny", "expected"), [(7, 37, -1, 258), (7, 37, 1, 260), (9, 29, -1, 260), (9, 29, 1, 262)]
+    ("a", "b", "tiny", "expected"),
+    [(7, 37, -1, 258), (7, 37, 1, 260), (9, 29, -1, 260), (9, 29, 1, 262)],
 )
 def test_fma_rounds_once_where_float64_cannot_hold_the_sum(a, b, tiny, expected):
     """a b / 256 is half way between two bfloat16, and 2^-130 decides; float64 alone loses it."""

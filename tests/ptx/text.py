@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import numpy as np
 
-import tests.ptx.opcodes  # noqa: F401: all that are known
 from tests.ptx.block import LANES, Block
 from tests.ptx.faults import Fault
 from tests.ptx.memory import Global

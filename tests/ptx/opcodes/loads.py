@@ -14,8 +14,9 @@ from tests.ptx.opcodes.table import TYPES, opcode
 from tests.ptx.parse import Instruction, Refused, Vector
 
 _KINDS = [f"{letter}{bits}" for letter in "bus" for bits in (8, 16, 32, 64)]
-_KINDS += [f"v{n}.b{bits}" for n, most in ((2, 64), (4, 32)) for bits in (8, 16, 32, 64)
-           if bits <= most]
+_KINDS += [
+    f"v{n}.b{bits}" for n, most in ((2, 64), (4, 32)) for bits in (8, 16, 32, 64) if bits <= most
+]
 _CACHED = ("", ".nc", ".L1::evict_first", ".L1::evict_last", ".L1::no_allocate")
 _GLOBAL_LOADS = [f"ld.global{cached}.{kind}" for cached in _CACHED for kind in _KINDS]
 _SHARED = ("shared", "shared::cta")

@@ -86,8 +86,7 @@ def _read_each(block: Block, operand, rows: int, kind: str) -> tuple[np.ndarray,
     descriptors = block.read(operand, U64, None).reshape(-1, _GROUP)
     check(descriptors == descriptors[:, :1], "threads have different descriptors")
     found = [
-        read_matrix(block, int(own[0]), rows, kind, WGMMA_SWIZZLES, _SEVERAL)
-        for own in descriptors
+        read_matrix(block, int(own[0]), rows, kind, WGMMA_SWIZZLES, _SEVERAL) for own in descriptors
     ]
     return np.stack([matrix for matrix, _ in found]), tuple(token for _, token in found)
 

@@ -1,0 +1,198 @@
+"""Dense products, and the kernel that expands a weight, at shapes small enough to execute.
+
+Tiles are those that the rules choose for a 4096 x 4096 weight on the GPU in question, or the tuned
+ones of its table. The weight is as small as lets every part of the code run: three steps of the
+copy pipeline and one that ends within a step, in each part of a split sum; two tiles of features,
+the second one past the end of N.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+
+import numpy as np
+
+from pallas_kernels.format.spec import QuantSpec
+from pallas_kernels.tiles.dense_rules import choose
+from pallas_kernels.tiles.device import Device
+from pallas_kernels.tiles.tiles import Tiles
+from pallas_kernels.triton.dense import can_pair, expand, multiply
+from tests import gpu_aot
+from tests.executed.bounds import DTYPES, Bounded, find_rounding
+from tests.executed.work import Work
+from tests.pallas_kernels.exact import Case, make_case
+
+LARGE = 4096
+
+
+def find_device(arch: str) -> Device:
+    target = gpu_aot.TARGETS[arch]
+    return Device(target.device_kind, target.cores)
+
+
+def choose_depth(group_size: int, tiles: Tiles) -> int:
+    """K of three steps and a part of one for each split."""
+    unit = math.lcm(group_size or 8, 4)
+    least = 3 * tiles.splits * tiles.block_k + 1
+    depth = unit * -(-least // unit)
+    return depth + unit if depth % tiles.block_k == 0 else depth
+
+
+@dataclasses.dataclass(frozen=True)
+class Product:
+    """One dense product.
+
+    Attributes:
+      group_size: 0 for channels.
+      scale_dtype: "" for that of x.
+      joined: two more weights of other sizes, as q, k and v.
+      tiles: None for the rule's choice.
+      whole: whole numbers, whose sums are exact.
+    """
+
+    arch: str
+    tokens: int
+    bits: int
+    dtype: str
+    group_size: int
+    symmetric: bool = False
+    gated: bool = False
+    joined: bool = False
+    bias: bool = False
+    scale_dtype: str = ""
+    splits: int = 1
+    tiles: Tiles | None = None
+    whole: bool = False
+
+    @property
+    def kind(self) -> str:
+        return "product"
+
+    def choose(self) -> Tiles:
+        """The rule's tiles for a large weight, with the splits of this case."""
+        if self.tiles is not None:
+            return self.tiles
+        size = LARGE if not self.group_size else self.group_size * (LARGE // self.group_size)
+        spec = QuantSpec(
+            bits=self.bits,
+            group_size=self.group_size or size,
+            symmetric=self.symmetric,
+            in_features=size,
+            out_features=LARGE,
+        )
+        scales = self.scale_dtype or self.dtype
+        tiles = choose(spec, self.tokens, self.dtype, scales, find_device(self.arch))
+        if not isinstance(tiles, Tiles):
+            raise ValueError(f"{self} is prefill")
+        return dataclasses.replace(tiles, splits=self.splits)
+
+    def prepare(self) -> Work:
+        """Draw the data and say what must come out."""
+        tiles, scales = self.choose(), DTYPES[self.scale_dtype or self.dtype]
+        depth = choose_depth(self.group_size, tiles)
+        weights = [
+            make_case(
+                (width, depth),
+                self.group_size or depth,
+                self.bits,
+                symmetric=self.symmetric,
+                scale_dtype=scales,
+                seed=seed,
+                whole=self.whole,
+            )
+            for seed, width in enumerate(self._list_widths(tiles))
+        ]
+        x = draw_x((self.tokens, depth), self.dtype, self.whole)
+        leaves = [take_leaves(weight) for weight in weights]
+        biases = [draw_bias(w.spec.out_features, self.dtype, self.whole) for w in weights]
+        if self.bias:
+            leaves = [{**leaf, "bias": b} for leaf, b in zip(leaves, biases, strict=True)]
+        specs = [weight.spec for weight in weights]
+
+        def run(x, leaves, interpret=False):
+            return multiply(x, leaves, specs, tiles, gated=self.gated, interpret=interpret)
+
+        sums = [self._bound(x, weight, tiles) for weight in weights]
+        if self.bias and tiles.splits == 1:
+            sums = [total.add(bias) for total, bias in zip(sums, biases, strict=True)]
+        if self.gated and self._is_paired(specs[0], tiles):
+            sums = [sums[0].gate(sums[1])]
+        expected = tuple(
+            total if tiles.splits > 1 else total.round_to(self.dtype) for total in sums
+        )
+        take = functools.partial(add_splits, splits=tiles.splits)
+        return Work(run, (x, leaves), expected, take, self.whole and not self.gated)
+
+    def _list_widths(self, tiles: Tiles) -> list[int]:
+        width = tiles.block_n + 72
+        if self.gated:
+            return [width, width]
+        return [width, 64, 100] if self.joined else [width]
+
+    def _is_paired(self, spec: QuantSpec, tiles: Tiles) -> bool:
+        scales = self.scale_dtype or self.dtype
+        return tiles.splits == 1 and can_pair(spec, tiles, scales, find_device(self.arch))
+
+    def _bound(self, x: np.ndarray, weight: Case, tiles: Tiles) -> Bounded:
+        rounded = find_rounding(self.dtype, tiles.scale_on, weight.spec.is_mixed)
+        count = weight.spec.in_features + 2 + tiles.splits
+        return Bounded.multiply(x, weight.weight, count, rounded)
+
+
+def take_leaves(weight: Case) -> dict[str, np.ndarray]:
+    leaves = {"packed": weight.packed, "scale": weight.scale, "zero_point": weight.zero_point}
+    return {name: leaf for name, leaf in leaves.items() if leaf is not None}
+
+
+def draw_x(shape: tuple[int, int], dtype: str, whole: bool, seed: int = 7) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    return (rng.integers(-4, 5, shape) if whole else rng.standard_normal(shape)).astype(
+        DTYPES[dtype]
+    )
+
+
+def draw_bias(shape: int | tuple, dtype: str, whole: bool) -> np.ndarray:
+    rng = np.random.default_rng(11)
+    return (rng.integers(-8, 9, shape) if whole else rng.standard_normal(shape)).astype(
+        DTYPES[dtype]
+    )
+
+
+def add_splits(output: np.ndarray, splits: int) -> np.ndarray:
+    """Float32 sums of parts, added without an error of their own."""
+    return output.astype(np.float64).sum(0) if splits > 1 else output
+
+
+@dataclasses.dataclass(frozen=True)
+class Expansion:
+    """The kernel that expands a weight before prefill."""
+
+    arch: str
+    bits: int
+    dtype: str
+    group_size: int
+    symmetric: bool = False
+    scale_dtype: str = ""
+
+    @property
+    def kind(self) -> str:
+        return "expansion"
+
+    def prepare(self) -> Work:
+        """(q - z) * s in float32, rounded once more: to the bit."""
+        depth = (self.group_size or 200) * -(-200 // (self.group_size or 200))
+        weight = make_case(
+            (100, depth),
+            self.group_size or depth,
+            self.bits,
+            symmetric=self.symmetric,
+            scale_dtype=DTYPES[self.scale_dtype or self.dtype],
+        )
+
+        def run(leaves, interpret=False):
+            return expand(leaves, weight.spec, DTYPES[self.dtype], interpret=interpret)
+
+        expected = weight.weight.astype(np.float32).astype(DTYPES[self.dtype])
+        return Work(run, (take_leaves(weight),), (expected,), lambda output: output, True)

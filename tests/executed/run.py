@@ -1,0 +1,133 @@
+"""Every kernel of the matrix compiled for GPUs that are not there, executed, and held to its bound.
+
+    python -m tests.executed.run                      all; writes its part of docs/executed.md
+    python -m tests.executed.run --only sm_90a gated  those whose text has all of these
+    python -m tests.executed.run --large              the last blocks of large models alone
+
+For the path that the compiler needs see `tests.gpu_aot`; `make gpu-execute` sets it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import dataclasses
+import multiprocessing
+import re
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from tests.executed.cases import ARCHS, Case, list_all, name
+from tests.executed.large import LastBlock, list_last_blocks
+
+REPORT = Path(__file__).parents[2] / "docs" / "executed.md"
+_HEAD = """# The kernels, executed without a GPU
+
+Made by `make gpu-execute`; not edited by hand. XLA compiles every kernel for a GPU that is not
+there, and `tests/ptx` executes the PTX on a CPU, thread by thread. This shows that the code
+computes the right numbers and keeps the rules of the PTX ISA: bounds, alignment, nothing read
+before it is written or waited for, no races, no missing fence.
+
+It does not show that NVIDIA's assembler translates PTX rightly, the weak order of memory, the bits
+of approximate functions, or how tensor cores round.
+
+Each cell: instructions executed (each by all threads that meet at it) · seconds on one CPU core ·
+worst error as a part of its bound, which is that of [numerics.md](numerics.md). 0.00 of a grouping
+or an expansion means every bit. Whole numbers also gave the bits of Pallas' interpreter. The shapes
+are the smallest that run all of the code, with the tiles that the rules choose for a large weight;
+the last blocks are of the full size.
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """What became of a case: `fault` is "" where all is right."""
+
+    case: Case | LastBlock
+    steps: int
+    seconds: float
+    worst: float
+    fault: str = ""
+
+
+def execute(case: Case | LastBlock) -> Finding:
+    """Compile one case, execute it, and compare."""
+    start = time.perf_counter()
+    try:
+        work = case.prepare()
+        launch = work.compile(case.arch)
+        start = time.perf_counter()
+        outputs, steps = work.run(launch)
+        seconds = time.perf_counter() - start
+        worst = work.measure(outputs)
+        fault = "" if worst <= 1 else "wrong numbers"
+        if getattr(case, "whole", False) and not _is_interpreted(work, outputs):
+            fault = "not the bits of the interpreted kernel"
+        return Finding(case, steps, seconds, worst, fault)
+    except Exception as error:
+        fault = f"{type(error).__name__}: {error}"
+        return Finding(case, 0, time.perf_counter() - start, np.inf, fault)
+
+
+def _is_interpreted(work, outputs: list[np.ndarray]) -> bool:
+    pairs = zip(outputs, work.interpret(), strict=True)
+    return all(np.array_equal(work.take(a), work.take(b)) for a, b in pairs)
+
+
+def write_section(findings: list[Finding]) -> str:
+    """The tables of one version of jax, in Markdown."""
+    lines = [f"## jax {jax.__version__}", ""]
+    faulty = [f for f in findings if f.fault]
+    lines += [f"{len(findings)} kernels executed, {len(faulty)} faulty.", ""]
+    lines += [f"- {f.case.arch} {name(f.case)}: {f.fault}" for f in faulty] + [""] * bool(faulty)
+    rows: dict[str, dict[str, str]] = {}
+    for finding in findings:
+        rows.setdefault(name(finding.case), {})[finding.case.arch] = _write_cell(finding)
+    lines += [f"| case | {' | '.join(ARCHS)} |", f"| --- |{' --- |' * len(ARCHS)}"]
+    for label, cells in rows.items():
+        lines.append(f"| {label} | {' | '.join(cells.get(arch, '') for arch in ARCHS)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _write_cell(finding: Finding) -> str:
+    if finding.fault:
+        return "**fault**"
+    return f"{finding.steps:,} · {finding.seconds:.1f} · {finding.worst:.2f}"
+
+
+def merge(report: str, section: str) -> str:
+    """Put the section of a version of jax into the report, in place of the one before."""
+    parts = re.split(r"(?m)^(?=## jax )", report or _HEAD)
+    title = section.splitlines()[0]
+    kept = [part.rstrip() + "\n" for part in parts[1:] if part.splitlines()[0] != title]
+    versions = sorted([*kept, section], key=lambda part: [*map(int, re.findall(r"\d+", part)[:3])])
+    return "\n".join([_HEAD, *versions])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Execute the kernels' machine code on a CPU.")
+    parser.add_argument("--only", nargs="+", default=[], metavar="TEXT", help="fewer cases")
+    parser.add_argument("--large", action="store_true", help="last blocks of large models alone")
+    parser.add_argument("--workers", type=int, metavar="N", help="processes, one for each core")
+    options = parser.parse_args()
+    cases = [*([] if options.large else list_all()), *list_last_blocks()]
+    cases = [c for c in cases if all(text in f"{c.arch} {name(c)}" for text in options.only)]
+    findings = []
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(options.workers, context) as pool:
+        for finding in pool.map(execute, cases):
+            findings.append(finding)
+            what = finding.fault or f"{finding.worst:.2f} of the bound"
+            print(f"{finding.case.arch} {name(finding.case)}: {what}", file=sys.stderr, flush=True)
+    if not (options.only or options.large):
+        old = REPORT.read_text() if REPORT.exists() else ""
+        REPORT.write_text(merge(old, write_section(findings)))
+    return int(any(finding.fault for finding in findings))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
