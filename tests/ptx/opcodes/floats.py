@@ -51,7 +51,7 @@ def _round_to_bfloat16(value: np.ndarray) -> np.ndarray:
     near = value.astype(np.float32)
     lost = np.where(np.isfinite(near), value - near.astype(np.float64), 0.0)
     bits = near.view(np.int32)
-    inwards = (lost < 0) == (near > 0)
+    inwards = (near != 0) & ((lost < 0) == (near > 0))
     odd = np.where(inwards, bits - 1, bits + 1)
     bits = np.where((lost != 0) & ((bits & 1) == 0), odd, bits).astype(np.int32)
     return bits.view(np.float32).astype(ml_dtypes.bfloat16)
