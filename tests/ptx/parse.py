@@ -107,7 +107,7 @@ _VARIABLE = re.compile(
     r"\.(shared|global)\s+\.align\s+(\d+)\s+\.b8\s+([\w$]+)\[(\d*)\](?:\s*=\s*\{([^}]*)\})?"
 )
 _LABEL = re.compile(r"([$\w]+):(?!:)")
-_MEANINGLESS = (".loc", ".pragma", ".file")
+_MEANINGLESS = {".loc", ".pragma", ".file"}
 
 
 def parse(text: str) -> Program:
@@ -183,7 +183,7 @@ class Body:
             self.variables.append(_read_variable(found))
         elif not text.startswith("."):
             self._code.append((self._read_instruction(text), list(self._labels)))
-        elif not text.startswith(_MEANINGLESS):
+        elif text.split()[0] not in _MEANINGLESS:
             raise Refused(text)
 
     def _declare(self, text: str) -> None:

@@ -200,8 +200,9 @@ def _read_shared(block: Block, operand, active, rows: int, kind: str, thread: in
 
 
 def _find_one_thread(block: Block, active) -> tuple[int, int]:
-    [thread] = np.flatnonzero(np.ones(block.threads) if active is None else active)
-    return int(thread), int(thread) // LANES
+    threads = np.arange(block.threads) if active is None else np.flatnonzero(active)
+    check(len(threads) == 1, f"{len(threads)} threads execute what one must")
+    return int(threads[0]), int(threads[0]) // LANES
 
 
 @opcode("tcgen05.commit.cta_group::1.mbarrier::arrive::one.shared::cluster.b64")
