@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 from collections.abc import Iterator
 
+from pallas_kernels.tiles.tiles import Tiles
 from tests import gpu_aot
 from tests.executed.experts import Experts, Grouping
 from tests.executed.products import Expansion, Product
@@ -32,7 +33,7 @@ def name(case: Case) -> str:
             words.append(f"{value} scales")
         elif value is True:
             words.append(key)
-        elif value and (key, value) != ("splits", 1):
+        elif value and key != "tiles" and (key, value) != ("splits", 1):
             words.append(f"{key} {value}")
     return " ".join(words)
 
@@ -61,6 +62,16 @@ def list_core() -> list[Case]:
         Product("sm_100a", 130, 4, _B, 32),
         Grouping("sm_100a", 8, 140, 8),
     ]
+
+
+def list_mutated() -> list[Case]:
+    """Small kernels with what each architecture has, which `make test` breaks on purpose."""
+    sizes = {"sm_80": (5, 8, 64), "sm_90a": (16, 16, 64), "sm_100a": (16, 16, 128)}
+    products = [
+        Product(arch, tokens, 4, _B, 32, tiles=Tiles(block_m=m, block_n=n, block_k=128))
+        for arch, (tokens, m, n) in sizes.items()
+    ]
+    return [*products, Grouping("sm_90a", 40, 140, 1)]
 
 
 def list_all() -> list[Case]:

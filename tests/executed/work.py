@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -35,9 +35,11 @@ class Work:
         specs = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), self.arguments)
         return compile_launch(self.fn, *specs, arch=arch)
 
-    def run(self, launch: Launch) -> tuple[list[np.ndarray], int]:
-        """The outputs, and how many steps they took."""
-        return launch.run(jax.tree.leaves(self.arguments))
+    def run(
+        self, launch: Launch, blocks: Sequence[int] | None = None
+    ) -> tuple[list[np.ndarray], int]:
+        """The outputs, and how many steps they took; `blocks` as in `Launch.run`."""
+        return launch.run(jax.tree.leaves(self.arguments), blocks)
 
     def interpret(self) -> list[np.ndarray]:
         """The same outputs by Pallas' own interpreter."""

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
+
 from tests.ptx.faults import Fault
 
 
@@ -19,6 +21,8 @@ class Barrier:
     count: int
     missing: int
     phase: int = 0
+    tries: set[tuple[int, int]] = dataclasses.field(default_factory=set)
+    """Phases, and the warps that have asked for them."""
 
 
 class Barriers:
@@ -52,6 +56,14 @@ class Barriers:
     def is_complete(self, address: int, parity: int) -> bool:
         """Whether the phase of this parity, the current or the one before, is complete."""
         return self.find(address).phase % 2 != parity
+
+    def is_first_try(self, address: int, warps: np.ndarray) -> bool:
+        """Whether one of these warps has not yet asked for the current phase or the one before."""
+        barrier = self.find(address)
+        asked = {(barrier.phase, int(warp)) for warp in warps}
+        is_first = not asked <= barrier.tries
+        barrier.tries |= asked | {(phase + 1, warp) for phase, warp in asked}
+        return is_first
 
     def take_news(self) -> bool:
         """Whether a phase was completed since the last call."""

@@ -54,11 +54,14 @@ class Launch:
         outputs = tuple((dtype, tuple(shape)) for dtype, shape in facts["outputs"])
         return cls(**{**facts, "operands": tuple(facts["operands"]), "outputs": outputs})
 
-    def run(self, arguments: Sequence[np.ndarray]) -> tuple[list[np.ndarray], int]:
-        """Execute the whole grid.
+    def run(
+        self, arguments: Sequence[np.ndarray], blocks: Sequence[int] | None = None
+    ) -> tuple[list[np.ndarray], int]:
+        """Execute the kernel.
 
         Args:
           arguments: all of the function, flattened.
+          blocks: of the grid, None for all.
 
         Returns:
           The outputs, in which what was not written is NaN or -77, and how many steps it took.
@@ -66,7 +69,7 @@ class Launch:
         inputs = [Part(np.asarray(arguments[number])) for number in self.operands]
         outputs = [Part(self.make_output(i)) for i in range(len(self.outputs))]
         kernel = self.load()
-        found = kernel.run(inputs, outputs, range(self.grid))
+        found = kernel.run(inputs, outputs, range(self.grid) if blocks is None else blocks)
         return [array for array, _ in found], kernel.steps
 
     def load(self) -> Kernel:

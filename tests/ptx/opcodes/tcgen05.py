@@ -245,15 +245,22 @@ def _touch(block: Block, operand, active) -> int:
 
 @opcode("mbarrier.try_wait.parity.shared::cta.b64")
 def wait_for_phase(block: Block, instruction: Instruction, active) -> np.ndarray | None:
-    """Whether the phase of a parity is complete; threads for which it is not try again later."""
+    """Whether the phase of a parity is complete.
+
+    It may answer no at any time, which is why kernels ask in a loop. Here the first answer is
+    always no; after that, threads stay until it is yes.
+    """
     target, operand, parity = instruction.operands
     address = _touch(block, operand, active)
     mine = np.ones(block.threads, BOOL) if active is None else active
     wanted = block.read(parity, U32, active)[mine]
     check(wanted == wanted[0], "threads wait for different phases")
+    warps = np.flatnonzero(mine.reshape(-1, LANES).any(1))
+    if block.barriers.is_first_try(address, warps):
+        block.write(target, np.zeros(block.threads, BOOL), active)
+        return None
     if not block.barriers.is_complete(address, int(wanted[0])):
         return mine
-    warps = np.flatnonzero(mine.reshape(-1, LANES).any(1))
     phase = block.barriers.find(address).phase - 1
     block.tensor_memory.see(warps, address, phase, block.shared)
     block.write(target, np.ones(block.threads, BOOL), active)
