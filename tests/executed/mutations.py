@@ -125,14 +125,19 @@ def _explain_shift(mutation: Mutation, original: str, is_noticed) -> str:
 
 
 def _explain_mask(mutation: Mutation, original: str, is_noticed) -> str:
-    """A part of a step that lies inside of K needs no mask, but must be copied."""
+    """Places that are all inside, or all outside, need no mask, but must be (or not be) touched."""
     lines = original.split("\n")
     [predicate] = re.findall(r"setp\S+\s+(%p\d+)", lines[mutation.line])
     if re.search(rf"@!?{predicate} bra", original):
         return "a loop ends by it, which goes on by whole steps"
-    never = re.sub(r"\d+;", "0;", lines[mutation.line])
-    matters = is_noticed("\n".join(_replace(lines, mutation.line, never)))
-    return "all of these columns are inside of K" if matters else ""
+    for limit, reason in (
+        (0, "all of these places are inside"),
+        (1 << 30, "all of these places are further outside"),
+    ):
+        other = re.sub(r"\d+;", f"{limit};", lines[mutation.line])
+        if is_noticed("\n".join(_replace(lines, mutation.line, other))):
+            return reason
+    return ""
 
 
 def _explain_barrier(mutation: Mutation, original: str, _) -> str:

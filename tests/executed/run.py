@@ -3,6 +3,7 @@
     python -m tests.executed.run                      all; writes its part of docs/executed.md
     python -m tests.executed.run --only sm_90a gated  those whose text has all of these
     python -m tests.executed.run --large              the last blocks of large models alone
+    python -m tests.executed.run --keep FILE          goes on where an earlier run stopped
 
 For the path that the compiler needs see `tests.gpu_aot`; `make gpu-execute` sets it.
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import dataclasses
+import json
 import multiprocessing
 import re
 import sys
@@ -47,7 +49,8 @@ the last blocks are of the full size.
 class Finding:
     """What became of a case: `fault` is "" where all is right."""
 
-    case: Case | LastBlock
+    arch: str
+    case: str
     steps: int
     seconds: float
     worst: float
@@ -56,21 +59,21 @@ class Finding:
 
 def execute(case: Case | LastBlock) -> Finding:
     """Compile one case, execute it, and compare."""
-    start = time.perf_counter()
+    start = time.process_time()
     try:
         work = case.prepare()
         launch = work.compile(case.arch)
-        start = time.perf_counter()
+        start = time.process_time()
         outputs, steps = work.run(launch)
-        seconds = time.perf_counter() - start
+        seconds = time.process_time() - start
         worst = work.measure(outputs)
         fault = "" if worst <= 1 else "wrong numbers"
         if getattr(case, "whole", False) and not _is_interpreted(work, outputs):
             fault = "not the bits of the interpreted kernel"
-        return Finding(case, steps, seconds, worst, fault)
+        return Finding(case.arch, name(case), steps, seconds, worst, fault)
     except Exception as error:
         fault = f"{type(error).__name__}: {error}"
-        return Finding(case, 0, time.perf_counter() - start, np.inf, fault)
+        return Finding(case.arch, name(case), 0, time.process_time() - start, np.inf, fault)
 
 
 def _is_interpreted(work, outputs: list[np.ndarray]) -> bool:
@@ -83,10 +86,10 @@ def write_section(findings: list[Finding]) -> str:
     lines = [f"## jax {jax.__version__}", ""]
     faulty = [f for f in findings if f.fault]
     lines += [f"{len(findings)} kernels executed, {len(faulty)} faulty.", ""]
-    lines += [f"- {f.case.arch} {name(f.case)}: {f.fault}" for f in faulty] + [""] * bool(faulty)
+    lines += [f"- {f.arch} {f.case}: {f.fault}" for f in faulty] + [""] * bool(faulty)
     rows: dict[str, dict[str, str]] = {}
     for finding in findings:
-        rows.setdefault(name(finding.case), {})[finding.case.arch] = _write_cell(finding)
+        rows.setdefault(finding.case, {})[finding.arch] = _write_cell(finding)
     lines += [f"| case | {' | '.join(ARCHS)} |", f"| --- |{' --- |' * len(ARCHS)}"]
     for label, cells in rows.items():
         lines.append(f"| {label} | {' | '.join(cells.get(arch, '') for arch in ARCHS)} |")
@@ -108,21 +111,35 @@ def merge(report: str, section: str) -> str:
     return "\n".join([_HEAD, *versions])
 
 
+def read_findings(path: Path | None) -> dict[tuple[str, str], Finding]:
+    """What an earlier run wrote, by architecture and case."""
+    if path is None or not path.exists():
+        return {}
+    findings = (Finding(**json.loads(line)) for line in path.read_text().splitlines())
+    return {(finding.arch, finding.case): finding for finding in findings}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description="Execute the kernels' machine code on a CPU.")
     parser.add_argument("--only", nargs="+", default=[], metavar="TEXT", help="fewer cases")
     parser.add_argument("--large", action="store_true", help="last blocks of large models alone")
     parser.add_argument("--workers", type=int, metavar="N", help="processes, one for each core")
+    parser.add_argument("--keep", type=Path, metavar="FILE", help="of findings, one a line")
     options = parser.parse_args()
     cases = [*([] if options.large else list_all()), *list_last_blocks()]
     cases = [c for c in cases if all(text in f"{c.arch} {name(c)}" for text in options.only)]
-    findings = []
+    found = read_findings(options.keep)
+    wanted = [case for case in cases if (case.arch, name(case)) not in found]
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(options.workers, context) as pool:
-        for finding in pool.map(execute, cases):
-            findings.append(finding)
+        for finding in pool.map(execute, wanted):
+            found[finding.arch, finding.case] = finding
             what = finding.fault or f"{finding.worst:.2f} of the bound"
-            print(f"{finding.case.arch} {name(finding.case)}: {what}", file=sys.stderr, flush=True)
+            print(f"{finding.arch} {finding.case}: {what}", file=sys.stderr, flush=True)
+            if options.keep:
+                with options.keep.open("a") as file:
+                    file.write(json.dumps(dataclasses.asdict(finding)) + "\n")
+    findings = [found[case.arch, name(case)] for case in cases]
     if not (options.only or options.large):
         old = REPORT.read_text() if REPORT.exists() else ""
         REPORT.write_text(merge(old, write_section(findings)))
