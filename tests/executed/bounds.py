@@ -74,9 +74,11 @@ class Bounded:
         return Bounded(self.value, self.error + v * (np.abs(self.value) + self.error) + tiny)
 
     def measure(self, found: np.ndarray) -> float:
-        """The worst error over its bound; not finite if a number is missing."""
+        """The worst error over its bound; infinity if a number is missing."""
         difference = np.abs(found.astype(np.float64) - self.value)
-        return float(np.max(difference / self.error, initial=0.0))
+        with np.errstate(invalid="ignore", divide="ignore"):
+            worst = np.where(difference == 0, 0.0, difference / self.error)
+        return float(np.max(np.where(np.isnan(worst), np.inf, worst), initial=0.0))
 
     def is_exactly(self, found: np.ndarray) -> bool:
         """Whether `found` has the bits of the value rounded once to its dtype."""

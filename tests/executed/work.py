@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import numpy as np
@@ -57,12 +56,6 @@ class Work:
     def _measure_one(self, output: np.ndarray, right: Bounded | np.ndarray) -> float:
         if isinstance(right, np.ndarray):
             return 0.0 if np.array_equal(output, right) else np.inf
-        worst = right.measure(output)
         if self.settled and not right.is_exactly(output):
             return np.inf
-        return worst if worst == worst else np.inf
-
-
-def describe(values: dict[str, Any]) -> str:
-    """`name=value` of those that are set."""
-    return " ".join(f"{name}={value}" for name, value in values.items() if value)
+        return right.measure(output)
