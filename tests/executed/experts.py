@@ -7,6 +7,7 @@ them: the first has more pairs than a block has rows, one has none, and some pai
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax.numpy as jnp
 import numpy as np
@@ -96,53 +97,33 @@ class Experts:
         """Draw the data and say what must come out."""
         tiles, direct = self.choose()
         paired = self.first and not self.apart and self._is_paired(tiles)
-        width = tiles.block_n + 64 if paired else tiles.block_n + 72
-        stack = self._draw_stack(
-            (2 * width if paired else width), choose_depth(self.group_size, tiles)
-        )
+        stack = self._draw_stack(tiles, paired)
+        spec = stack[0].spec
         local = draw_pairs(0 if direct else tiles.block_m)
-        factors = np.random.default_rng(5).uniform(0.1, 1, local.size).astype(np.float32)
-        if self.whole:
-            factors = np.exp2(np.round(4 * factors) - 2).astype(np.float32)
+        factors = self._draw_factors(local.size)
         # the second product has a row of x for each pair
         rows = local.size // _TOP_K if self.first else local.size
-        x = draw_x((rows, stack[0].spec.in_features), self.dtype, self.whole)
-        leaves = {
-            name: np.stack([take_leaves(weight)[name] for weight in stack])
-            for name in take_leaves(stack[0])
-        }
-        bias = draw_bias((_EXPERTS, stack[0].spec.out_features), self.dtype, self.whole)
-        if self.bias:
-            leaves["bias"] = bias
-        blocks = (local, None) if direct else group(local, _EXPERTS, tiles.block_m)
-        epilogue = Epilogue(
-            "silu" if paired else self.activation or None, paired, self.weigh or None
-        )
+        x = draw_x((rows, spec.in_features), self.dtype, self.whole)
+        bias = draw_bias((_EXPERTS, spec.out_features), self.dtype, self.whole)
+        activation = "silu" if paired else self.activation or None
+        epilogue = Epilogue(activation, paired, self.weigh or None)
         dtype = DTYPES["float32" if tiles.splits > 1 else self.dtype]
-
-        def run(x, leaves, experts, pairs, factors, interpret=False):
-            return multiply_blocks(
-                x,
-                leaves,
-                stack[0].spec,
-                Blocks(experts, pairs),
-                factors,
-                tiles,
-                epilogue=epilogue,
-                dtype=dtype,
-                interpret=interpret,
-            )
-
         there = np.flatnonzero(local < _EXPERTS)
         expected = self._bound(x, stack, local[there], there // (local.size // rows), tiles)
         expected = self._finish(expected, bias[local[there]], factors[there, None], epilogue)
+        blocks = (local, None) if direct else group(local, _EXPERTS, tiles.block_m)
+        return Work(
+            functools.partial(_multiply, spec=spec, tiles=tiles, epilogue=epilogue, dtype=dtype),
+            (x, _stack_leaves(stack, bias if self.bias else None), *blocks, factors),
+            (expected.round_to(dtype),),
+            functools.partial(_take_rows, splits=tiles.splits, rows=there),
+            self.whole and activation is None,
+        )
 
-        def take(output: np.ndarray) -> np.ndarray:
-            return add_splits(output, tiles.splits)[there]
-
-        arguments = (x, leaves, *blocks, factors)
-        settled = self.whole and epilogue.activation is None
-        return Work(run, arguments, (expected.round_to(dtype),), take, settled)
+    def _draw_factors(self, count: int) -> np.ndarray:
+        """Of pairs; powers of two where numbers are whole."""
+        factors = np.random.default_rng(5).uniform(0.1, 1, count)
+        return (np.exp2(np.round(4 * factors) - 2) if self.whole else factors).astype(np.float32)
 
     def _is_paired(self, tiles: Tiles) -> bool:
         half = QuantSpec(
@@ -155,7 +136,9 @@ class Experts:
         scales = self.scale_dtype or self.dtype
         return tiles.splits == 1 and can_pair(half, tiles, scales, find_device(self.arch))
 
-    def _draw_stack(self, width: int, depth: int) -> list[Case]:
+    def _draw_stack(self, tiles: Tiles, paired: bool) -> list[Case]:
+        width = 2 * (tiles.block_n + 64) if paired else tiles.block_n + 72
+        depth = choose_depth(self.group_size, tiles)
         return [
             make_case(
                 (width, depth),
@@ -174,7 +157,9 @@ class Experts:
         spec = stack[0].spec
         rounded = find_rounding(self.dtype, tiles.scale_on, spec.is_mixed)
         each = [
-            Bounded.multiply(x[row][None], stack[e].weight, spec.in_features + 3, rounded)
+            Bounded.multiply(
+                x[row][None], stack[e].weight, spec.in_features + 2 + tiles.splits, rounded
+            )
             for row, e in zip(rows, experts, strict=True)
         ]
         return Bounded(
@@ -198,6 +183,21 @@ class Experts:
             )
             return gate.gate(up)
         return sums.square() if self.activation == "relu2" else sums
+
+
+def _multiply(x, leaves, experts, pairs, factors, *, spec, tiles, interpret=False, **more):
+    blocks = Blocks(experts, pairs)
+    return multiply_blocks(x, leaves, spec, blocks, factors, tiles, interpret=interpret, **more)
+
+
+def _stack_leaves(stack: list[Case], bias: np.ndarray | None) -> dict[str, np.ndarray]:
+    each = [take_leaves(weight) for weight in stack]
+    leaves = {name: np.stack([leaf[name] for leaf in each]) for name in each[0]}
+    return leaves if bias is None else {**leaves, "bias": bias}
+
+
+def _take_rows(output: np.ndarray, splits: int, rows: np.ndarray) -> np.ndarray:
+    return add_splits(output, splits)[rows]
 
 
 def draw_pairs(block: int) -> np.ndarray:

@@ -90,40 +90,50 @@ class Product:
 
     def prepare(self) -> Work:
         """Draw the data and say what must come out."""
-        tiles, scales = self.choose(), DTYPES[self.scale_dtype or self.dtype]
+        tiles = self.choose()
+        weights = self._draw_weights(tiles)
+        specs = [weight.spec for weight in weights]
+        x = draw_x((self.tokens, specs[0].in_features), self.dtype, self.whole)
+        biases = [self._draw_bias(spec) for spec in specs]
+        leaves = [take_leaves(*both) for both in zip(weights, biases, strict=True)]
+        return Work(
+            functools.partial(_multiply, specs=specs, tiles=tiles, gated=self.gated),
+            (x, leaves),
+            self._expect(x, weights, biases, tiles),
+            functools.partial(add_splits, splits=tiles.splits),
+            self.whole and not self.gated,
+        )
+
+    def _draw_weights(self, tiles: Tiles) -> list[Case]:
         depth = choose_depth(self.group_size, tiles)
-        weights = [
+        return [
             make_case(
                 (width, depth),
                 self.group_size or depth,
                 self.bits,
                 symmetric=self.symmetric,
-                scale_dtype=scales,
+                scale_dtype=DTYPES[self.scale_dtype or self.dtype],
                 seed=seed,
                 whole=self.whole,
             )
             for seed, width in enumerate(self._list_widths(tiles))
         ]
-        x = draw_x((self.tokens, depth), self.dtype, self.whole)
-        leaves = [take_leaves(weight) for weight in weights]
-        biases = [draw_bias(w.spec.out_features, self.dtype, self.whole) for w in weights]
-        if self.bias:
-            leaves = [{**leaf, "bias": b} for leaf, b in zip(leaves, biases, strict=True)]
-        specs = [weight.spec for weight in weights]
 
-        def run(x, leaves, interpret=False):
-            return multiply(x, leaves, specs, tiles, gated=self.gated, interpret=interpret)
+    def _draw_bias(self, spec: QuantSpec) -> np.ndarray | None:
+        return draw_bias((spec.out_features,), self.dtype, self.whole) if self.bias else None
 
+    def _expect(self, x, weights: list[Case], biases: list, tiles: Tiles) -> tuple[Bounded, ...]:
+        """Of each output; sums of a split are without bias and activation."""
         sums = [self._bound(x, weight, tiles) for weight in weights]
-        if self.bias and tiles.splits == 1:
-            sums = [total.add(bias) for total, bias in zip(sums, biases, strict=True)]
-        if self.gated and self._is_paired(specs[0], tiles):
+        if tiles.splits > 1:
+            return tuple(sums)
+        sums = [
+            total if bias is None else total.add(bias)
+            for total, bias in zip(sums, biases, strict=True)
+        ]
+        if self.gated and self._is_paired(weights[0].spec, tiles):
             sums = [sums[0].gate(sums[1])]
-        expected = tuple(
-            total if tiles.splits > 1 else total.round_to(self.dtype) for total in sums
-        )
-        take = functools.partial(add_splits, splits=tiles.splits)
-        return Work(run, (x, leaves), expected, take, self.whole and not self.gated)
+        return tuple(total.round_to(self.dtype) for total in sums)
 
     def _list_widths(self, tiles: Tiles) -> list[int]:
         width = tiles.block_n + 72
@@ -133,7 +143,7 @@ class Product:
 
     def _is_paired(self, spec: QuantSpec, tiles: Tiles) -> bool:
         scales = self.scale_dtype or self.dtype
-        return tiles.splits == 1 and can_pair(spec, tiles, scales, find_device(self.arch))
+        return can_pair(spec, tiles, scales, find_device(self.arch))
 
     def _bound(self, x: np.ndarray, weight: Case, tiles: Tiles) -> Bounded:
         rounded = find_rounding(self.dtype, tiles.scale_on, weight.spec.is_mixed)
@@ -141,8 +151,13 @@ class Product:
         return Bounded.multiply(x, weight.weight, count, rounded)
 
 
-def take_leaves(weight: Case) -> dict[str, np.ndarray]:
+def _multiply(x, leaves, *, specs, tiles: Tiles, gated: bool, interpret: bool = False):
+    return multiply(x, leaves, specs, tiles, gated=gated, interpret=interpret)
+
+
+def take_leaves(weight: Case, bias: np.ndarray | None = None) -> dict[str, np.ndarray]:
     leaves = {"packed": weight.packed, "scale": weight.scale, "zero_point": weight.zero_point}
+    leaves["bias"] = bias
     return {name: leaf for name, leaf in leaves.items() if leaf is not None}
 
 
@@ -153,7 +168,7 @@ def draw_x(shape: tuple[int, int], dtype: str, whole: bool, seed: int = 7) -> np
     )
 
 
-def draw_bias(shape: int | tuple, dtype: str, whole: bool) -> np.ndarray:
+def draw_bias(shape: tuple[int, ...], dtype: str, whole: bool) -> np.ndarray:
     rng = np.random.default_rng(11)
     return (rng.integers(-8, 9, shape) if whole else rng.standard_normal(shape)).astype(
         DTYPES[dtype]
