@@ -30,7 +30,7 @@ def _select(block: Block, active) -> np.ndarray:
     return np.arange(block.threads) if active is None else np.flatnonzero(active)
 
 
-@opcode("ld.param.b64", "ld.param.u64")
+@opcode("ld.param.b64", "ld.param.u64", "ld.param::entry.b64")
 def load_parameter(block: Block, instruction: Instruction, active) -> None:
     """The address of an array."""
     target, source = instruction.operands
