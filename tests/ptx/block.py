@@ -107,6 +107,10 @@ class Block:
     def select_warp(self, warp: int) -> np.ndarray:
         return self._index // LANES == warp
 
+    def list_threads(self, active: np.ndarray | None) -> np.ndarray:
+        """The numbers of the active threads."""
+        return self._index if active is None else np.flatnonzero(active)
+
     def list_warps(self, active: np.ndarray | None) -> np.ndarray:
         """The warps that execute an instruction which needs all of their threads."""
         if active is None:

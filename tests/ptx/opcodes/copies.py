@@ -11,7 +11,6 @@ from __future__ import annotations
 import numpy as np
 
 from tests.ptx.block import BOOL, LANES, U32, Block
-from tests.ptx.opcodes.loads import _select
 from tests.ptx.opcodes.table import opcode
 from tests.ptx.parse import Instruction, Literal, Refused, Register
 
@@ -23,7 +22,7 @@ def copy(block: Block, instruction: Instruction, active) -> None:
     target, source, size, *rest = instruction.operands
     if size not in map(Literal, (4, 8, 16)) or (".cg." in instruction.opcode and size.value != 16):
         raise Refused(instruction.text)
-    threads = _select(block, active)
+    threads = block.list_threads(active)
     counts = _count_bytes(block, rest, size.value, active)[threads]
     addresses = block.find_addresses(source, active)
     data = block.memory.read_some(addresses, size.value, counts)

@@ -13,9 +13,11 @@ from tests.ptx.block import U64, Block
 from tests.ptx.opcodes.table import TYPES, opcode
 from tests.ptx.parse import Instruction, Refused, Vector
 
-_KINDS = [f"{letter}{bits}" for letter in "bus" for bits in (8, 16, 32, 64)]
-_KINDS += [
-    f"v{n}.b{bits}" for n, most in ((2, 64), (4, 32)) for bits in (8, 16, 32, 64) if bits <= most
+_SIZES = (8, 16, 32, 64)
+_KINDS = [
+    *(f"{letter}{bits}" for letter in "bus" for bits in _SIZES),
+    *(f"v2.b{bits}" for bits in _SIZES),
+    *(f"v4.b{bits}" for bits in _SIZES[:3]),
 ]
 _CACHED = ("", ".nc", ".L1::evict_first", ".L1::evict_last", ".L1::no_allocate")
 _GLOBAL_LOADS = [f"ld.global{cached}.{kind}" for cached in _CACHED for kind in _KINDS]
@@ -24,10 +26,6 @@ _SHARED = ("shared", "shared::cta")
 
 def _list_registers(operand) -> tuple:
     return operand.items if isinstance(operand, Vector) else (operand,)
-
-
-def _select(block: Block, active) -> np.ndarray:
-    return np.arange(block.threads) if active is None else np.flatnonzero(active)
 
 
 @opcode("ld.param.b64", "ld.param.u64", "ld.param::entry.b64")
@@ -48,7 +46,7 @@ def load(block: Block, instruction: Instruction, active) -> None:
     size = dtype.itemsize * len(registers)
     addresses = block.find_addresses(source, active)
     if instruction.opcode.startswith("ld.shared"):
-        data = block.shared.read(addresses, size, _select(block, active))
+        data = block.shared.read(addresses, size, block.list_threads(active))
     else:
         data = block.memory.read(addresses, size)
     columns = np.ascontiguousarray(data.reshape(len(addresses), size).view(dtype).T)
@@ -73,7 +71,7 @@ def store(block: Block, instruction: Instruction, active) -> None:
     target, source = instruction.operands
     dtype = np.dtype(f"u{TYPES[instruction.opcode.rpartition('.')[2]].itemsize}")
     values = [block.read_low(register, dtype, active) for register in _list_registers(source)]
-    threads = _select(block, active)
+    threads = block.list_threads(active)
     data = np.stack(values, 1)[threads].view(np.uint8)
     addresses = block.find_addresses(target, active)
     if instruction.opcode.startswith("st.global"):

@@ -200,7 +200,7 @@ def _read_shared(block: Block, operand, active, rows: int, kind: str, thread: in
 
 
 def _find_one_thread(block: Block, active) -> tuple[int, int]:
-    threads = np.arange(block.threads) if active is None else np.flatnonzero(active)
+    threads = block.list_threads(active)
     check(len(threads) == 1, f"{len(threads)} threads execute what one must")
     return int(threads[0]), int(threads[0]) // LANES
 
@@ -238,7 +238,7 @@ def _touch(block: Block, operand, active) -> int:
     """Read them, by all active threads."""
     places = block.find_addresses(operand, active)
     check(places == places[0], "threads wait for different mbarriers")
-    threads = np.arange(block.threads) if active is None else np.flatnonzero(active)
+    threads = block.list_threads(active)
     block.shared.read(places, 8, threads)
     return int(places[0])
 
@@ -252,15 +252,15 @@ def wait_for_phase(block: Block, instruction: Instruction, active) -> np.ndarray
     """
     target, operand, parity = instruction.operands
     address = _touch(block, operand, active)
-    mine = np.ones(block.threads, BOOL) if active is None else active
-    wanted = block.read(parity, U32, active)[mine]
+    threads = block.list_threads(active)
+    wanted = block.read(parity, U32, active)[threads]
     check(wanted == wanted[0], "threads wait for different phases")
-    warps = np.flatnonzero(mine.reshape(-1, LANES).any(1))
+    warps = np.unique(threads // LANES)
     if block.barriers.is_first_try(address, warps):
         block.write(target, np.zeros(block.threads, BOOL), active)
         return None
     if not block.barriers.is_complete(address, int(wanted[0])):
-        return mine
+        return np.isin(np.arange(block.threads), threads)
     phase = block.barriers.find(address).phase - 1
     block.tensor_memory.see(warps, address, phase, block.shared)
     block.write(target, np.ones(block.threads, BOOL), active)

@@ -129,5 +129,4 @@ def wait(block: Block, instruction: Instruction, active) -> None:
 @opcode("fence.proxy.async.shared::cta", "fence.proxy.async")
 def fence_proxy(block: Block, instruction: Instruction, active) -> None:
     """What was written to shared memory before is what the tensor cores see."""
-    mine = np.ones(block.threads, BOOL) if active is None else active
-    block.shared.fence(np.flatnonzero(mine.reshape(-1, LANES).any(1)))
+    block.shared.fence(np.unique(block.list_threads(active) // LANES))
