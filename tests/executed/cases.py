@@ -71,7 +71,7 @@ def list_mutated() -> list[Case]:
         Product(arch, tokens, 4, _B, 32, tiles=Tiles(block_m=m, block_n=n, block_k=128))
         for arch, (tokens, m, n) in sizes.items()
     ]
-    return [*products, Grouping("sm_90a", 40, 140, 1)]
+    return [*products, Grouping("sm_90a", 250, 400, 1)]
 
 
 def list_all() -> list[Case]:

@@ -124,6 +124,19 @@ def _explain_shift(mutation: Mutation, original: str, is_noticed) -> str:
     return "what is shifted is 0" if is_zero else ""
 
 
+def _explain_lane(mutation: Mutation, original: str, is_noticed) -> str:
+    """Counts of a part in which no pair, or every pair, has the expert of these blocks."""
+    lines = original.split("\n")
+    for other, reason in (
+        (r"mov.b32 \1, 0;", "what moves is 0, or nothing reads it"),
+        (r"shfl.sync.idx.b32 \1, \2, 0, 31, -1;", "every lane holds the same"),
+    ):
+        line = re.sub(r"shfl\S+\s+(%r\d+), (%r\d+), .*", other, lines[mutation.line])
+        if not is_noticed("\n".join(_replace(lines, mutation.line, line))):
+            return reason
+    return ""
+
+
 def _explain_mask(mutation: Mutation, original: str, is_noticed) -> str:
     """Places that are all inside, or all outside, need no mask, but must be (or not be) touched."""
     lines = original.split("\n")
@@ -177,6 +190,7 @@ def _replace(lines: list[str], number: int, line: str) -> list[str]:
 _REASONS = {
     "group of copies not closed": _explain_group,
     "shift by one more": _explain_shift,
+    "lane changed": _explain_lane,
     "mask of a tail later": _explain_mask,
     "barrier dropped": _explain_barrier,
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax
 import numpy as np
 import pytest
 
@@ -17,8 +18,10 @@ def launches():
 @pytest.mark.parametrize("case", list_core(), ids=lambda case: f"{case.arch} {name(case)}")
 def test_kernels_compute_what_they_must_and_break_no_rule(launches, case):
     work = case.prepare()
-    outputs, _ = work.run(launches[case])
+    outputs, _, early = work.run_noting_early(launches[case])
     assert work.measure(outputs) <= 1
+    # see EarlyRead: XLA's own doing, and harmless with the assembler that comes with it
+    assert not early or (case.arch == "sm_100a" and jax.__version_info__ >= (0, 12))
 
 
 @pytest.mark.parametrize(
@@ -26,7 +29,8 @@ def test_kernels_compute_what_they_must_and_break_no_rule(launches, case):
 )
 def test_whole_numbers_give_the_bits_of_the_interpreted_kernel(launches, case):
     work = case.prepare()
-    for executed, interpreted in zip(work.run(launches[case])[0], work.interpret(), strict=True):
+    outputs, *_ = work.run_noting_early(launches[case])
+    for executed, interpreted in zip(outputs, work.interpret(), strict=True):
         np.testing.assert_array_equal(executed, interpreted)
 
 

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from tests.executed.bounds import Bounded
+from tests.ptx.faults import EarlyRead
 from tests.ptx.launch import Launch, compile_launch
 
 
@@ -39,6 +40,15 @@ class Work:
     ) -> tuple[list[np.ndarray], int]:
         """The outputs, and how many steps they took; `blocks` as in `Launch.run`."""
         return launch.run(jax.tree.leaves(self.arguments), blocks)
+
+    def run_noting_early(
+        self, launch: Launch, blocks: Sequence[int] | None = None
+    ) -> tuple[list[np.ndarray], int, bool]:
+        """The same, and whether the kernel reads loads of tensor memory early (`EarlyRead`)."""
+        try:
+            return *self.run(launch, blocks), False
+        except EarlyRead:
+            return *self.run(dataclasses.replace(launch, early=True), blocks), True
 
     def interpret(self) -> list[np.ndarray]:
         """The same outputs by Pallas' own interpreter."""

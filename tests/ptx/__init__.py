@@ -9,7 +9,7 @@ of approximate functions, and how tensor cores round (docs/numerics.md has a bou
                                                                       tensor_memory, barriers
 """
 
-from tests.ptx.faults import Fault
+from tests.ptx.faults import EarlyRead, Fault
 from tests.ptx.kernel import Kernel
 from tests.ptx.memory import Part
 from tests.ptx.parse import Refused

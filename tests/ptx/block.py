@@ -24,11 +24,14 @@ class Block:
       copies: of each warp, groups of asynchronous copies that were not waited for, the open one
         last.
       sums: groups of `wgmma` in the same way, of the whole block.
-      loads: registers that `tcgen05.ld` fills and that were not waited for.
     """
 
-    def __init__(self, program: Program, memory: Global, shared_bytes: int):
-        """`shared_bytes`: what the launch adds to the variables of the program."""
+    def __init__(self, program: Program, memory: Global, shared_bytes: int, *, early: bool = False):
+        """`shared_bytes`: what the launch adds to the variables of the program.
+
+        `early`: see `tests.ptx.faults.EarlyRead`; it is a fault otherwise.
+        """
+        self._early = early
         self.threads = program.threads
         check(self.threads % LANES == 0, "warps that are not full")
         self.warps = self.threads // LANES
@@ -43,14 +46,13 @@ class Block:
     def start(self, number: int) -> None:
         """Forget everything but global memory, and become block `number`."""
         self.number = number
-        self.registers = Registers(self._program.registers, self.threads)
+        self.registers = Registers(self._program.registers, self.threads, early=self._early)
         warps = self._index // LANES
         self.shared = Shared(self._shared_end, warps)
         self.tensor_memory = TensorMemory(self.warps)
         self.barriers = Barriers()
         self.copies: list[list[list[tuple]]] = [[[]] for _ in range(self.warps)]
         self.sums: list[list] = [[]]
-        self.loads: list[str] = []
         self._specials = {
             "%tid.x": self._index,
             "%laneid": self._index % LANES,

@@ -19,8 +19,10 @@ class Kernel:
       steps: how many instructions all runs took, each for all threads that met at it.
     """
 
-    def __init__(self, text: str, threads: int, shared_bytes: int):
+    def __init__(self, text: str, threads: int, shared_bytes: int, *, early: bool = False):
         """`threads` of a block and `shared_bytes` of its launch.
+
+        `early`: let an `EarlyRead` pass.
 
         Raises:
           Refused: naming what is not known.
@@ -29,7 +31,7 @@ class Kernel:
         if self._program.threads != threads:
             raise Refused(f"{threads} threads, the kernel has {self._program.threads}")
         self._actions = link(self._program.code)
-        self._shared_bytes = shared_bytes
+        self._shared_bytes, self._early = shared_bytes, early
         self.steps = 0
 
     def run(
@@ -52,7 +54,7 @@ class Kernel:
         names = self._program.parameters
         if len(names) != len(inputs) + len(outputs):
             raise Refused(f"{len(inputs) + len(outputs)} arrays for {len(names)} parameters")
-        block = Block(self._program, memory, self._shared_bytes)
+        block = Block(self._program, memory, self._shared_bytes, early=self._early)
         block.parameters = {name: memory.find(i) for i, name in enumerate(names)}
         for number in blocks:
             block.start(number)

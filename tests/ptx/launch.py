@@ -39,6 +39,7 @@ class Launch:
       grid: how many blocks.
       operands: which of the function's arguments, flattened, the kernel reads, in its order.
       outputs: dtype (as XLA names it) and shape of what it writes, after these.
+      early: let the kernel read loads of tensor memory before their wait.
     """
 
     text: str
@@ -47,6 +48,7 @@ class Launch:
     grid: int
     operands: tuple[int, ...]
     outputs: tuple[tuple[str, tuple[int, ...]], ...]
+    early: bool = False
 
     @classmethod
     def from_dict(cls, facts: dict) -> Launch:
@@ -73,7 +75,7 @@ class Launch:
         return [array for array, _ in found], kernel.steps
 
     def load(self) -> Kernel:
-        return Kernel(self.text, self.threads, self.shared_bytes)
+        return Kernel(self.text, self.threads, self.shared_bytes, early=self.early)
 
     def make_output(self, number: int) -> np.ndarray:
         """An output before the launch."""

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
-from tests.ptx.faults import Fault
+from tests.ptx.faults import EarlyRead, Fault
 from tests.ptx.parse import Refused
 
 RAW = {
@@ -30,8 +30,8 @@ RAW = {
 class Registers:
     """The registers of one block."""
 
-    def __init__(self, kinds: Mapping[str, str], threads: int):
-        """`kinds`: name -> declared type."""
+    def __init__(self, kinds: Mapping[str, str], threads: int, *, early: bool = False):
+        """`kinds`: name -> declared type; `early`: let loads of tensor memory be read early."""
         if unknown := set(kinds.values()) - RAW.keys():
             raise Refused(f"registers of type {', '.join(sorted(unknown))}")
         self.threads = threads
@@ -41,6 +41,8 @@ class Registers:
         self._values: dict[str, np.ndarray] = {}
         self._written: dict[str, np.ndarray] = {}
         """Of registers with a value in some threads only: which."""
+        self._early = early
+        self._loaded: set[str] = set()
         self._summed: collections.Counter[str] = collections.Counter()
         self._used: collections.Counter[str] = collections.Counter()
 
@@ -55,11 +57,13 @@ class Registers:
                 raise Fault(f"register {name} is read by threads that never wrote it")
         if name in self._summed:
             raise Fault(f"register {name} is read before the wait for its sum")
+        if name in self._loaded:
+            raise EarlyRead(f"register {name} is read before the wait for its load")
         return value
 
     def write(self, name: str, value: np.ndarray, active: np.ndarray | None) -> None:
         """Set the bits in the active threads (all, if None)."""
-        if name in self._summed or name in self._used:
+        if name in self._summed or name in self._used or name in self._loaded:
             raise Fault(f"register {name} is overwritten before the wait for its use")
         raw = self.raw[name]
         if value.dtype != raw:
@@ -111,5 +115,10 @@ class Registers:
                 if not count[name]:
                     del count[name]
 
-    def is_held(self, name: str) -> bool:
-        return name in self._summed or name in self._used
+    def hold_loaded(self, names: Iterable[str]) -> None:
+        """Forbid to touch what `tcgen05.ld` fills."""
+        if not self._early:
+            self._loaded.update(names)
+
+    def release_loaded(self) -> None:
+        self._loaded.clear()

@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from tests.ptx import Fault, Refused
+from tests.ptx import EarlyRead, Fault, Refused
 from tests.ptx.opcodes.descriptors import find_chunks
 from tests.ptx.opcodes.tcgen05 import Shape
 from tests.ptx.programs import run
@@ -299,6 +299,11 @@ def test_tcgen05_is_held_to_its_rules(old, new, what):
     else:
         with pytest.raises(Fault, match=what):
             _run_tcgen05(change)
+
+
+def test_a_load_is_not_read_before_its_wait():
+    with pytest.raises(EarlyRead, match="before the wait for its load"):
+        _run_tcgen05(lambda text: text.replace("tcgen05.wait::ld.sync.aligned;", ""))
 
 
 def test_rows_of_64_have_16_of_each_32_lanes():

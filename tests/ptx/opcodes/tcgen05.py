@@ -68,11 +68,9 @@ def load(block: Block, instruction: Instruction, active) -> None:
     for warp in range(block.warps):
         cells = _find_cells(block, instruction, address, *(split or [None]), warp, active)
         found[warp] = block.tensor_memory.load(warp, *cells)
-    names = [item.name for item in target.items]
     for item, column in zip(target.items, np.moveaxis(found, 2, 0), strict=True):
         block.write(item, np.ascontiguousarray(column).reshape(-1), active)
-    block.registers.hold(names, ())
-    block.loads.extend(names)
+    block.registers.hold_loaded(item.name for item in target.items)
 
 
 @opcode(*_list_forms("st"))
@@ -89,8 +87,7 @@ def store(block: Block, instruction: Instruction, active) -> None:
 @opcode("tcgen05.wait::ld.sync.aligned")
 def wait_for_loads(block: Block, instruction: Instruction, active) -> None:
     _expect_all(active)
-    block.registers.release(block.loads, ())
-    block.loads.clear()
+    block.registers.release_loaded()
     for warp in range(block.warps):
         block.tensor_memory.end_loads(warp)
 
