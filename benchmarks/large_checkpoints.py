@@ -12,8 +12,8 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 
-from jaxwna16.checkpoints.rewrite import describe_quantization
-from loaders.files.write import build_folder
+from jaxwna16.checkpoints.quantize_plan import describe_quantization
+from loaders.files.new_folder import build_folder
 
 GROUP = 128
 _SHARD_BYTES = 1_000_000_000

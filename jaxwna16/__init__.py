@@ -15,17 +15,17 @@ from jaxwna16.version import __version__ as __version__
 if TYPE_CHECKING:
     from jaxwna16 import linen as linen
     from jaxwna16.checkpoints.convert import convert_checkpoint as convert_checkpoint
+    from jaxwna16.checkpoints.dequantize import dequantize_checkpoint as dequantize_checkpoint
     from jaxwna16.checkpoints.load import Checkpoint as Checkpoint
     from jaxwna16.checkpoints.load import load_checkpoint as load_checkpoint
-    from jaxwna16.checkpoints.rewrite import dequantize_checkpoint as dequantize_checkpoint
-    from jaxwna16.checkpoints.rewrite import quantize_checkpoint as quantize_checkpoint
+    from jaxwna16.checkpoints.quantize import quantize_checkpoint as quantize_checkpoint
     from jaxwna16.errors import InputError as InputError
     from jaxwna16.errors import ModelError as ModelError
     from jaxwna16.errors import NanWarning as NanWarning
     from jaxwna16.evaluation.perplexity import measure_perplexity as measure_perplexity
-    from jaxwna16.generation.language import Generation as Generation
-    from jaxwna16.generation.language import generate as generate
-    from jaxwna16.generation.language import load_model as load_model
+    from jaxwna16.generation.generate import Generation as Generation
+    from jaxwna16.generation.generate import generate as generate
+    from jaxwna16.generation.load_model import load_model as load_model
     from jaxwna16.generation.text import Tokenizer as Tokenizer
     from jaxwna16.layers.dense import QuantDense as QuantDense
     from jaxwna16.layers.dense import QuantParam as QuantParam
@@ -60,10 +60,12 @@ _PLACES = {
     "jaxwna16.errors": "InputError ModelError NanWarning",
     "jaxwna16.evaluation.perplexity": "measure_perplexity",
     "jaxwna16.layers.fused": "gated project",
-    "jaxwna16.generation.language": "Generation generate load_model",
+    "jaxwna16.generation.generate": "Generation generate",
+    "jaxwna16.generation.load_model": "load_model",
     "jaxwna16.layers.moe": "QuantMoE",
     "jaxwna16.programs": "keep_programs",
-    "jaxwna16.checkpoints.rewrite": "dequantize_checkpoint quantize_checkpoint",
+    "jaxwna16.checkpoints.dequantize": "dequantize_checkpoint",
+    "jaxwna16.checkpoints.quantize": "quantize_checkpoint",
     "jaxwna16.generation.text": "Tokenizer",
     "jaxwna16.layers.training": "merge_params split_params",
     "loaders.errors": "CheckpointError",

@@ -35,11 +35,12 @@ from loaders.modules.modules import QuantizedModule, plan_modules, split_experts
 from loaders.modules.sizes import find_sizes
 from loaders.schemes.config_groups import Scheme
 from loaders.schemes.module_names import list_prefixes
-from loaders.schemes.quantization_config import Quantization, are_tied, parse_quantization
+from loaders.schemes.quantization_config import Quantization, parse_quantization
+from loaders.schemes.subconfigs import are_tied
 from pallas_kernels.format.spec import QuantSpec
 from pallas_kernels.format.weights import make_abstract
 
-_MEND = "quantize the model again, or mend config.json if that is wrong"
+_MEND = "quantize the model again, or correct config.json if that is wrong"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,8 +71,8 @@ class Plan:
         """Bytes of all tensors in the files."""
         return sum(part.nbytes for part in [*self.quantized.values(), *self.plain.values()])
 
-    @property
-    def specs(self) -> dict[str, QuantSpec]:
+    @functools.cached_property
+    def specs(self) -> Mapping[str, QuantSpec]:
         """Path -> spec of each quantized module, and of each stack in place of its experts."""
         specs = {p: m.spec for p, m in self.quantized.items() if p not in self.places}
         return specs | {p: s.spec for p, s in self.stacks.items() if s.spec is not None}
@@ -87,8 +88,12 @@ class Plan:
         floats = {path for path, stack in self.stacks.items() if stack.spec is None}
         return frozenset(p for p in self.quantized if self.places.get(p) in floats)
 
-    def describe_leaves(self) -> dict[str, jax.ShapeDtypeStruct]:
+    def describe_leaves(self) -> Mapping[str, jax.ShapeDtypeStruct]:
         """Path -> shape and dtype of every leaf of the params tree that the plan will become."""
+        return self._described
+
+    @functools.cached_property
+    def _described(self) -> Mapping[str, jax.ShapeDtypeStruct]:
         leaves = {
             info.name: jax.ShapeDtypeStruct(info.shape, info.dtype)
             for info in self.plain.values()
@@ -275,7 +280,7 @@ def _stack_members(
     """Stack the experts; `torn` are paths of modules that lack tensors, since a file is absent."""
     stacks, faults = plan_stacks(members, config)
     cut = {name for fault in faults if (name := _name_layer(fault))}
-    # what lacks a file is said of the file
+    # a file that is absent has a fault of its own
     faults = [f for f in faults if not any(path.startswith(f"{f.tensor}.") for path in torn)]
     return _Stacked(stacks, faults, cut)
 
@@ -301,7 +306,7 @@ def _join(
 def _list_warnings(
     plan: Plan, quantization: Quantization, grouped: Grouped, scan: Scan, torn: Collection[str]
 ) -> tuple[str, ...]:
-    """What is odd, and no fault."""
+    """What is odd, but not a fault."""
     # a tied head is a module without tensors, and some classes tie it unless told otherwise
     head = [] if are_tied(plan.config) is False else ["lm_head"]
     return (
@@ -325,7 +330,7 @@ def _list_in_the_way(tensors: Mapping[str, TensorInfo], stacks: Mapping[str, Sta
     if stacks.keys().isdisjoint(list_parents(tensors)):
         return []
     return [
-        Fault("stands where the stack of the experts goes", info.file.name, name)
+        Fault("lies at the path of the experts' stack", info.file.name, name)
         for name, info in tensors.items()
         if not stacks.keys().isdisjoint(list_prefixes(name))
     ]
@@ -337,8 +342,8 @@ def _list_absent_zero_points(modules: Mapping[str, QuantizedModule]) -> list[str
         return []
     more = f" and {len(absent) - 1} more modules" if len(absent) > 1 else ""
     return [
-        f"{absent[0]}{more}: no zero points, which compressed-tensors before 0.9.4 leaves out "
-        "where all are 0: they are read as 0"
+        f"{absent[0]}{more}: no zero points; compressed-tensors before 0.9.4 left them out if all "
+        "were 0, so they are read as 0"
     ]
 
 

@@ -10,7 +10,13 @@ import numpy as np
 
 from loaders.errors import CheckpointError, Fault
 from loaders.files.folder import INDEX
-from loaders.files.write import SHARD_BYTES, build_folder, copy_companions, write_json, write_shards
+from loaders.files.new_folder import (
+    SHARD_BYTES,
+    build_folder,
+    copy_companions,
+    write_json,
+    write_shards,
+)
 from loaders.plan import make_plan
 
 
@@ -53,5 +59,5 @@ def _check_readable(folder: Path, destination: Path) -> None:
     try:
         make_plan(folder)
     except CheckpointError as error:
-        what = "what was to be written could not be read again, and is removed"
+        what = "the new checkpoint could not be read again, and is removed"
         raise CheckpointError(destination, [Fault(what), *error.faults]) from None

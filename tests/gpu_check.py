@@ -29,7 +29,7 @@ from pallas_kernels.format.weights import make_abstract
 from pallas_kernels.tiles.blocks import Blocks, count_blocks
 from pallas_kernels.tiles.dense_rules import count_programs, describe
 from pallas_kernels.tiles.tiles import Schedule, Tiles, measure_shared_memory
-from pallas_kernels.triton.dense import expand, multiply
+from pallas_kernels.triton.dense import expand_by_kernel, multiply_packed
 from pallas_kernels.triton.grouped import Epilogue, multiply_blocks
 from pallas_kernels.triton.grouping import group_few_pairs
 from tests import gpu_aot
@@ -195,8 +195,8 @@ def _compile_dense(case: Case, schedule: Schedule) -> list[gpu_aot.Kernel]:
     def run(x, weights):
         if isinstance(schedule, Tiles):
             each, specs = [weights] * count, [spec] * count
-            return multiply(x, each, specs, schedule, gated=case.gated)
-        return expand(weights, spec, case.dtype)
+            return multiply_packed(x, each, specs, schedule, gated=case.gated)
+        return expand_by_kernel(weights, spec, case.dtype)
 
     return gpu_aot.compile(
         run,

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxwna16.checkpoints.rewrite import quantize_checkpoint
+from jaxwna16.checkpoints.quantize import quantize_checkpoint
 from tests.jaxwna16.cli.checkpoints import write_float_checkpoint
 
 README = Path(__file__).parents[1] / "README.md"

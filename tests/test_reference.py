@@ -16,7 +16,7 @@ from flax import nnx
 from jax.experimental.compilation_cache import compilation_cache
 
 import jaxwna16
-from jaxwna16.checkpoints.rewrite import quantize_checkpoint
+from jaxwna16.checkpoints.quantize import quantize_checkpoint
 from tests.jaxwna16.cli.checkpoints import write_float_checkpoint
 
 ROOT = Path(__file__).parents[1]

@@ -1,1 +1,1 @@
-"""Whole checkpoints: `load` reads one, `convert` and `rewrite` write another."""
+"""Whole checkpoints: `load` reads one, `convert`, `quantize` and `dequantize` write another."""

@@ -22,7 +22,7 @@ from loaders.converted.fingerprint import Fingerprint, list_files, take_fingerpr
 from loaders.converted.manifest import MANIFEST, METHOD, SECTIONS, Leaf, Manifest
 from loaders.errors import CheckpointError, Fault
 from loaders.files.folder import CONFIG
-from loaders.files.write import build_folder, copy_companions, write_json, write_shards
+from loaders.files.new_folder import build_folder, copy_companions, write_json, write_shards
 from loaders.modules.modules import QuantizedModule
 from loaders.open import plan_original
 from loaders.plan import Plan
@@ -40,7 +40,7 @@ def convert_checkpoint(
     """Write a copy of a checkpoint that `load_checkpoint` reads without repacking.
 
     It gives the same arrays, specs and config. It is for this library alone, and for one version of
-    the tile layout; it is refused once the source has changed, for as long as that is at its place.
+    the tile layout. It is refused if the source is still at its place and has changed.
 
     Args:
       source: a checkpoint that `load_checkpoint` reads.

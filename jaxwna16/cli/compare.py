@@ -37,7 +37,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     from jaxwna16.cli.faults import describe_error
-    from jaxwna16.cli.model import read_windows
+    from jaxwna16.cli.model import read_scored_text
     from jaxwna16.dtypes import choose_dtype
     from jaxwna16.errors import InputError
     from jaxwna16.evaluation.comparison import compare_checkpoints, open_plans
@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         check_target(args.plot)
     keep_programs()
     plans = open_plans(args.checkpoints, read_text(args.text), follow_links=args.follow_links)
-    _, tokens = read_windows(args, Tokenizer.from_folder(plans[0].folder), plans)
+    _, tokens = read_scored_text(args, Tokenizer.from_folder(plans[0].folder), plans)
     compared = compare_checkpoints(
         plans,
         tokens,

@@ -35,14 +35,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     from jaxwna16.checkpoints.load import resolve_folder
-    from jaxwna16.cli.model import open_model, read_windows
+    from jaxwna16.cli.model import open_model, read_scored_text
     from jaxwna16.evaluation.perplexity import measure_perplexity
     from jaxwna16.generation.text import Tokenizer
     from loaders.open import open_plan
 
     plan = open_plan(resolve_folder(args.checkpoint), follow_links=args.follow_links)
     tokenizer = Tokenizer.from_folder(plan.folder)
-    text, tokens = read_windows(args, tokenizer, [plan])
+    text, tokens = read_scored_text(args, tokenizer, [plan])
     model, facts = open_model(args)
     found = measure_perplexity(
         model,

@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from jaxwna16.cli.names import fold_names
+from jaxwna16.cli.folded_names import fold_names
 from jaxwna16.cli.screen import escape_controls
 from jaxwna16.errors import InputError, ModelError
 from loaders.errors import CheckpointError, Fault

@@ -88,7 +88,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from jaxwna16.cli.model import open_model, open_tokenizer
     from jaxwna16.cli.screen import make_console
     from jaxwna16.errors import InputError, NanWarning
-    from jaxwna16.generation.language import generate
+    from jaxwna16.generation.generate import generate
 
     if args.logprobs is not None and not args.json:
         raise CallError("--logprobs is printed only in the JSON report: add --json")

@@ -72,7 +72,7 @@ def _inspect(checkpoint: str, follow_links: bool) -> dict[str, Any]:
     skipped = find_skipped(list_rules(model), names) if model is not None else {}
     lack = describe_lack_of_devices()
     is_copy = isinstance(plan, ConvertedPlan)
-    left_out = [] if is_copy else ignored.list_ignored(plan)
+    left_out = [] if is_copy else ignored.count_ignored(plan)
     quantized = rows.list_module_rows(plan, skipped, support["dtype"], lack)
     widths = sorted({module.spec.bits for module in plan.quantized.values()})
     report = {
@@ -99,12 +99,12 @@ def _inspect(checkpoint: str, follow_links: bool) -> dict[str, Any]:
 def _describe_support(plan: Plan) -> tuple[LanguageConfig | None, dict[str, Any]]:
     """The configuration if `load_model` supports the model of config.json, and the report on it."""
     from jaxwna16.errors import ModelError
-    from jaxwna16.models.families import read_config
+    from jaxwna16.models.families import parse_config
 
     stated = (plan.config.get(key) for key in ("dtype", "torch_dtype"))
     dtype = next((name for name in stated if name in DTYPES), "float32")
     try:
-        model = read_config(plan.config)
+        model = parse_config(plan.config)
     except ModelError as error:
         reasons = list(error.reasons) or [error.summary]
         return None, {"supported": False, "reasons": reasons, "dtype": dtype}

@@ -13,11 +13,12 @@ import numpy as np
 from jaxwna16.checkpoints.load import resolve_folder
 from jaxwna16.dtypes import choose_dtype
 from jaxwna16.errors import InputError
-from jaxwna16.evaluation.perplexity import cut_windows, find_prefix, read_text
-from jaxwna16.generation.language import load_model
+from jaxwna16.evaluation.perplexity import find_prefix, read_text
+from jaxwna16.evaluation.text_windows import cut_windows
+from jaxwna16.generation.load_model import load_model
 from jaxwna16.generation.text import Tokenizer
 from jaxwna16.models.causal_lm import CausalLM
-from jaxwna16.models.families import read_config
+from jaxwna16.models.families import parse_config
 from jaxwna16.programs import keep_programs
 from loaders.open import open_plan
 from loaders.plan import Plan
@@ -29,7 +30,7 @@ def open_tokenizer(args: argparse.Namespace) -> Tokenizer:
     return Tokenizer.from_folder(plan.folder)
 
 
-def read_windows(
+def read_scored_text(
     args: argparse.Namespace, tokenizer: Tokenizer, plans: Sequence[Plan]
 ) -> tuple[str, list[int]]:
     """The text that `arguments.add_windows` describes, and its tokens.
@@ -58,7 +59,7 @@ def read_windows(
             "--windows to score the whole text"
         )
     for plan in plans:
-        limit = read_config(plan.config).max_length
+        limit = parse_config(plan.config).max_length
         if args.window > limit + 1:  # the output at a window's last token is not used
             raise InputError(
                 f"--window {args.window}: {plan.folder} was made for {limit} tokens, so a window "

@@ -110,14 +110,14 @@ def _check_model(survey: Survey) -> tuple[dict[str, Any], list[Fault]]:
     """
     from jaxwna16.cli.faults import read_reason
     from jaxwna16.errors import ModelError
-    from jaxwna16.models.families import read_config
+    from jaxwna16.models.families import parse_config
     from jaxwna16.models.filling.fit import plan_model
     from loaders.schemes.module_names import list_prefixes
 
     plan = survey.plan
     facts = {"model_type": plan.config.get("model_type"), "checked": True, "reason": ""}
     try:
-        read_config(plan.config)
+        parse_config(plan.config)
     except ModelError as error:
         reason = "; ".join([error.summary, *error.reasons])
         return facts | {"checked": False, "reason": reason}, []

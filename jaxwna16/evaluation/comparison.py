@@ -1,7 +1,8 @@
 """Several checkpoints of one vocabulary side by side: size, perplexity, distance from the first.
 
 At most two models are in memory: the first, which stays, and the one that is compared with it. The
-first's logits are computed again for each of the others, as they take far more memory than it.
+logits of the first are computed again for each of the others: keeping them would take far more
+memory than the model does.
 """
 
 from __future__ import annotations
@@ -20,18 +21,15 @@ from flax import nnx
 
 from jaxwna16.checkpoints.load import resolve_folder
 from jaxwna16.errors import InputError
-from jaxwna16.evaluation.perplexity import (
-    check_batch,
-    check_finite,
-    cut_windows,
-    measure_perplexity,
-)
-from jaxwna16.generation.language import load_model
+from jaxwna16.evaluation.perplexity import measure_perplexity
+from jaxwna16.evaluation.text_windows import check_batch, check_finite, cut_windows
+from jaxwna16.generation.load_model import load_model
 from jaxwna16.generation.text import Tokenizer
 from jaxwna16.programs import trace_counts
 from jaxwna16.progress import show_steps
 from loaders.open import open_plan
 from loaders.plan import Plan
+from loaders.schemes.subconfigs import find_subconfigs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,8 +58,8 @@ class Compared:
       bytes: of all tensors in its files.
       dtype: of activations.
       load_seconds: loading it took.
-      perplexity, nll: as `Perplexity` has them.
-      kl_divergence, top1_agreement: from the first checkpoint, as `Divergence` has them.
+      perplexity, nll: as in `Perplexity`.
+      kl_divergence, top1_agreement: from the first checkpoint, as in `Divergence`.
       tokens_per_second: of the scoring, by this model alone.
     """
 
@@ -91,8 +89,8 @@ def measure_divergence(
 ) -> Divergence:
     """Measure how far a model's predictions of a text are from those of another.
 
-    Both models' logits of one batch of windows are made, and reduced to two numbers per token,
-    inside one jitted function, in float32. Windows and arguments are those of `measure_perplexity`.
+    One jitted function computes both models' logits for a batch of windows, and reduces them to two
+    numbers per token, in float32. Windows and arguments are those of `measure_perplexity`.
 
     Raises:
       InputError: if the text is shorter than a window, or a number is out of range.
@@ -113,20 +111,15 @@ def measure_divergence(
     windows = cut_windows(np.asarray(tokens), window, max_windows, stride)
     batch = check_batch(batch, windows)
     graphdefs, states = zip(nnx.split(reference), nnx.split(model), strict=True)
-    kl, agreement = [], []
+    diverge = functools.partial(_diverge, graphdefs, states)
     with show_steps("comparing", len(windows.tokens), visible=progress) as advance:
-        for rows in windows.split(batch):
-            found = _diverge(graphdefs, states, jnp.asarray(rows))
-            kl.append(np.asarray(found[0]))
-            agreement.append(np.asarray(found[1]))
-            advance(batch)
-    count, mask = len(windows.tokens), windows.mask()
-    divergences = np.concatenate(kl)[:count]
+        divergences, agreement = windows.map(diverge, batch, advance)
     check_finite(divergences, windows, "divergences")
+    mask = windows.mask()
     chosen = divergences[mask]
     return Divergence(
         kl_divergence=float(chosen.mean(dtype=np.float64)),
-        top1_agreement=float(np.concatenate(agreement)[:count][mask].mean()),
+        top1_agreement=float(agreement[mask].mean()),
         tokens=chosen.size,
     )
 
@@ -159,7 +152,7 @@ def open_plans(
 
     Args:
       names: folders, or names on the Hugging Face hub.
-      text: what they are to be compared on; all must make the same tokens of it.
+      text: the text to compare them on; all must tokenize it alike.
       follow_links: as in `load_checkpoint`.
 
     Raises:
@@ -187,7 +180,8 @@ def open_plans(
     ]
     if faults:
         raise InputError(
-            f"only checkpoints of one vocabulary can be compared, that of {plans[0].folder}", faults
+            f"only checkpoints with the vocabulary of {plans[0].folder} can be compared with it",
+            faults,
         )
     return plans
 
@@ -204,7 +198,7 @@ def compare_checkpoints(
     batch: int = 1,
     progress: bool | None = False,
 ) -> Iterator[Compared]:
-    """Load and measure one checkpoint after the other; the first is what the others are held to.
+    """Load and measure one checkpoint after the other; the others are compared with the first.
 
     Args:
       plans: from `open_plans`.
@@ -301,8 +295,8 @@ def _tell_apart(first: Plan, plan: Plan, tokenizers: tuple[Tokenizer, Tokenizer]
 
 
 def _find_vocabulary_size(plan: Plan) -> Any:
-    config = plan.config.get("text_config", plan.config)
-    return config.get("vocab_size", plan.config.get("vocab_size"))
+    parts = (*find_subconfigs(plan.config).values(), plan.config)
+    return next((part["vocab_size"] for part in parts if "vocab_size" in part), None)
 
 
 def _name_folders(plans: Sequence[Plan]) -> list[str]:

@@ -1,1 +1,1 @@
-"""From prompts to text; `language` is the way in."""
+"""From prompts to text: `load_model`, then `generate`."""

@@ -1,4 +1,4 @@
-"""What generation_config.json asks for and we do not do: named, as texts are others without it."""
+"""Settings of generation_config.json that are not applied: they are named, as they change texts."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from jaxwna16.generation.text import read_json
+from jaxwna16.generation.text import read_settings
 
 _NAME = "generation_config.json"
 _IDLE: dict[str, tuple[Any, ...]] = {
@@ -30,8 +30,8 @@ _IDLE: dict[str, tuple[Any, ...]] = {
     "token_healing": (False,),
     "watermarking_config": (),
 }
-"""Settings that change what transformers generates greedily, with the values that do not; null and
-what is empty are such everywhere. Those of draws are arguments of `generate`."""
+"""Settings that change greedy texts of transformers, with the values that change nothing; null and
+empty values never do. Settings of sampling are arguments of `generate`."""
 
 
 def describe_unapplied(folder: Path) -> tuple[str, ...]:
@@ -43,7 +43,7 @@ def describe_unapplied(folder: Path) -> tuple[str, ...]:
     Raises:
       InputError: if the file is not a JSON object.
     """
-    found = read_json(folder / _NAME)
+    found = read_settings(folder / _NAME)
     settings = [
         f"{name} {json.dumps(found[name])[:60]}"
         for name, idle in _IDLE.items()

@@ -24,6 +24,7 @@ from jaxwna16.generation.chat_template import (
     mark_end,
     read_chat_templates,
 )
+from loaders.files.folder import load_json
 
 if TYPE_CHECKING:
     import jinja2
@@ -65,10 +66,10 @@ class Tokenizer:
         """Read tokenizer.json and, where they exist, the files beside it.
 
         As in transformers, chat_template.jinja goes before the `chat_template` of
-        tokenizer_config.json, special_tokens_map.json counts only if that config has no
-        `added_tokens_decoder`, and truncation and padding in tokenizer.json are switched off,
-        and what these files name a special token is one. Unlike there, one that is not in the
-        vocabulary is not added to it: the model has no embedding of it.
+        tokenizer_config.json, and special_tokens_map.json counts only if that config has no
+        `added_tokens_decoder`. Truncation and padding in tokenizer.json are switched off. A token
+        that one of these files names as special is special. Unlike in transformers, a special token
+        outside the vocabulary is not added to it: the model has no embedding of it.
 
         Raises:
           InputError: if there is no tokenizer.json, a file is not what its name says, or the files
@@ -76,12 +77,12 @@ class Tokenizer:
         """
         folder = Path(path)
         backend = _read_backend(folder / "tokenizer.json")
-        config = read_json(folder / "tokenizer_config.json")
+        config = read_settings(folder / "tokenizer_config.json")
         if "added_tokens_decoder" in config:
             _add_tokens(backend, config["added_tokens_decoder"], folder / "tokenizer_config.json")
             named = config
         else:
-            named = {**config, **read_json(folder / "special_tokens_map.json")}
+            named = {**config, **read_settings(folder / "special_tokens_map.json")}
         if isinstance(extra := named.get("extra_special_tokens"), dict):
             named = {**named, **extra}
         special_tokens = {
@@ -279,17 +280,19 @@ def _read_backend(path: Path) -> tokenizers.Tokenizer:
     return backend
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file, {} if there is no such file.
+def read_settings(path: Path) -> dict[str, Any]:
+    """The object in a JSON file beside the weights, {} if there is no such file.
 
     Raises:
-      InputError: if there is anything else in it.
+      InputError: if it cannot be read, if `load_json` refuses it, or if it is no object.
     """
     if not path.is_file():
         return {}
     try:
-        content = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
+        content = load_json(path)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+    except ValueError as error:
         raise InputError(f"{path}: not JSON: {error}") from error
     if not isinstance(content, dict):
         raise InputError(f"{path}: expected a JSON object, found {type(content).__name__}")
@@ -331,7 +334,7 @@ def _add_special_tokens(backend: tokenizers.Tokenizer, named: Mapping[str, Any])
 
 
 def _read_eos_ids(path: Path) -> list[int]:
-    found = read_json(path).get("eos_token_id")
+    found = read_settings(path).get("eos_token_id")
     ids = found if isinstance(found, list) else [] if found is None else [found]
     if not all(type(token) is int and token >= 0 for token in ids):
         raise InputError(f"{path}: `eos_token_id` must be an id or a list of ids, found {found!r}")

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from pallas_kernels.arguments import read_array, read_dtype
+from pallas_kernels.arguments import check_float_dtype, convert_array
 from pallas_kernels.backends import check_backend
 from pallas_kernels.errors import SpecError
 from pallas_kernels.format.spec import QuantSpec
@@ -21,7 +21,7 @@ _LEAVES = ("packed", "scale", "zero_point", "bias", "perm")
 
 
 class QuantParam(nnx.Variable):
-    """An integer leaf of a packed weight: no `nnx.Param`, so optimizers and `nnx.grad` skip it.
+    """An integer leaf of a packed weight. It is no `nnx.Param`: optimizers and `nnx.grad` skip it.
 
     Example:
       ```python
@@ -79,8 +79,8 @@ class QuantDense(nnx.Module):
         Args:
           spec: bits, groups, symmetry and sizes of the weight.
           use_bias: whether there is a bias [N].
-          act_order: whether the weight's input features were reordered: the layer has a `perm` and
-            takes x as x[..., perm].
+          act_order: whether the weight's input features were reordered. The layer then has a `perm`
+            and uses x[..., perm].
           scale_dtype: dtype of the scales: float16, bfloat16 or float32.
           bias_dtype: dtype of the bias; None is `dtype`, or `scale_dtype` where that is None.
           dtype: dtype that x is cast to, and of the result; None leaves x as it is.
@@ -88,7 +88,7 @@ class QuantDense(nnx.Module):
           prefer: "speed" or "memory", see `quant_matmul`.
           kernel_metadata: metadata of `packed`, `scale` and `zero_point`, for instance sharding
             names.
-          rngs: not used; taken so that the layer can stand where `nnx.Linear` stood.
+          rngs: not used; accepted so that the layer can replace an `nnx.Linear`.
 
         Raises:
           SpecError, BackendError: if the values are impossible.
@@ -96,7 +96,7 @@ class QuantDense(nnx.Module):
         del rngs
         check_options(spec, backend, prefer, dtype, scale_dtype, bias_dtype)
         self.spec, self.dtype, self.backend, self.prefer = spec, dtype, backend, prefer
-        bias_dtype = (bias_dtype or dtype or scale_dtype) if use_bias else None
+        bias_dtype = choose_bias_dtype(use_bias, bias_dtype, dtype, scale_dtype)
         shapes = make_abstract(spec, scale_dtype, bias_dtype, act_order=act_order)
         starts = {name: make_start(name, leaf) for name, leaf in shapes.items()}
         metadata = dict(kernel_metadata or {})
@@ -132,7 +132,7 @@ class QuantDense(nnx.Module):
         """Map x [..., K] to [..., N], constrained to `out_sharding` where that is given."""
         x = cast_input(x, self.dtype)
         y = quant_matmul(x, self.weights, self.spec, backend=self.backend, prefer=self.prefer)
-        return y if out_sharding is None else jax.lax.with_sharding_constraint(y, out_sharding)
+        return constrain(y, out_sharding)
 
 
 def check_options(
@@ -146,13 +146,18 @@ def check_options(
     """Raise a SpecError or BackendError if no layer can have these options."""
     if not isinstance(spec, QuantSpec):
         raise SpecError(f"QuantDense takes a QuantSpec, got {type(spec).__name__}")
-    read_dtype("scale_dtype", scale_dtype)
+    check_float_dtype("scale_dtype", scale_dtype)
     for name, value in (("dtype", dtype), ("bias_dtype", bias_dtype)):
         if value is not None:
-            read_dtype(name, value)
-    # without a dtype every backend may do: the call knows that of x
+            check_float_dtype(name, value)
+    # without a dtype any backend may be possible: only the call knows the dtype of x
     check_backend(backend, jnp.dtype(jnp.bfloat16 if dtype is None else dtype))
     check_prefer(prefer)
+
+
+def choose_bias_dtype(use_bias: bool, bias_dtype: Any, dtype: Any, scale_dtype: Any) -> Any:
+    """The dtype of a layer's bias, None without: the first of these that is given."""
+    return (bias_dtype or dtype or scale_dtype) if use_bias else None
 
 
 def make_start(name: str, leaf: jax.ShapeDtypeStruct) -> jax.Array:
@@ -163,6 +168,11 @@ def make_start(name: str, leaf: jax.ShapeDtypeStruct) -> jax.Array:
 
 
 def cast_input(x: jax.Array, dtype: Any) -> jax.Array:
-    """x as an array in `dtype`; in its own where that is None."""
-    x = read_array("x", x)
+    """x as an array in `dtype`, or in its own dtype if that is None."""
+    x = convert_array("x", x)
     return x if dtype is None else x.astype(dtype)
+
+
+def constrain(y: jax.Array, out_sharding: Any) -> jax.Array:
+    """y, constrained to a sharding where one is given."""
+    return y if out_sharding is None else jax.lax.with_sharding_constraint(y, out_sharding)

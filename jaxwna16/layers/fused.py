@@ -33,8 +33,8 @@ Layer = Callable[[jax.Array], jax.Array]
 def project(x: jax.Array, layers: Sequence[Layer]) -> tuple[jax.Array, ...]:
     """Compute `layer(x)` for each layer.
 
-    All `QuantDense` of one dtype, backend and prefer are one `quant_matmul_many`, whatever their
-    specs. Other layers, a subclass of `QuantDense` among them, are called by themselves.
+    All `QuantDense` layers with the same dtype, backend and prefer run as one `quant_matmul_many`,
+    whatever their specs. Other layers, also subclasses of `QuantDense`, are called one by one.
 
     Args:
       x: [..., K].
@@ -81,12 +81,13 @@ def project(x: jax.Array, layers: Sequence[Layer]) -> tuple[jax.Array, ...]:
 def gated(x: jax.Array, gate: Layer, up: Layer) -> jax.Array:
     """Compute silu(gate(x)) * up(x).
 
-    Two `QuantDense` of one dtype, backend and prefer are one `quant_matmul_gated`, which in 16-bit
-    dtypes rounds less often: in most cases once, at the end. Other layers are called by themselves.
+    Two `QuantDense` layers with the same dtype, backend and prefer run as one `quant_matmul_gated`.
+    In 16-bit dtypes it rounds less often: in most cases once, at the end. Other layers are called
+    one by one.
 
     Args:
       x: [..., K].
-      gate, up: functions of x with results of one shape.
+      gate, up: functions of x with results of the same shape.
 
     Returns:
       [..., N].
@@ -107,7 +108,9 @@ def gated(x: jax.Array, gate: Layer, up: Layer) -> jax.Array:
     """
     settings = _find_settings(gate)
     if settings is None or settings != _find_settings(up):
-        return jax.nn.silu(gate(x)) * up(x)
+        y = gate(x)
+        # a sigmoid in 16 bits would be rounded, and then the product with it
+        return jax.nn.silu(y.astype(jnp.float32)).astype(y.dtype) * up(x)
     dtype, backend, prefer = settings
     first: Any = gate
     second: Any = up

@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from jaxwna16.layers.dense import cast_input, check_options, make_start
+from jaxwna16.layers.dense import cast_input, check_options, choose_bias_dtype, constrain
 from jaxwna16.layers.linen_moe import QuantMoE as QuantMoE
+from jaxwna16.layers.linen_moe import declare_leaves
 from pallas_kernels.format.spec import QuantSpec
 from pallas_kernels.format.weights import make_abstract
 from pallas_kernels.matmul import quant_matmul
@@ -18,15 +19,15 @@ from pallas_kernels.matmul import quant_matmul
 class QuantDense(nn.Module):
     """y = x @ W.T + bias with a packed W[N, K].
 
-    All leaves stand in the collection "params" under the names of the leaf dict, so the tree of a
-    checkpoint serves as it is: `model.apply({"params": checkpoint.params}, x)`. `init` makes zeros,
-    and a `perm` that reorders nothing.
+    All leaves are in the collection "params" under the names of the leaf dict, so the tree of a
+    checkpoint can be used directly: `model.apply({"params": checkpoint.params}, x)`. `init` makes
+    zeros, and a `perm` that reorders nothing.
 
     Attributes:
       spec: bits, groups, symmetry and sizes of the weight.
       use_bias: whether there is a bias [N].
-      act_order: whether the weight's input features were reordered: there is a `perm` int32 [K],
-        and x is taken as x[..., perm].
+      act_order: whether the weight's input features were reordered. The layer then has a `perm`
+        int32 [K] and uses x[..., perm].
       scale_dtype: dtype of the scales that `init` makes; loaded ones keep their own.
       bias_dtype: dtype of the bias that `init` makes; None is `dtype`, or `scale_dtype`.
       dtype: dtype that x is cast to, and of the result; None leaves x as it is.
@@ -63,9 +64,10 @@ class QuantDense(nn.Module):
         super().__post_init__()
 
     def setup(self):
-        bias_dtype = (self.bias_dtype or self.dtype or self.scale_dtype) if self.use_bias else None
+        dtypes = self.bias_dtype, self.dtype, self.scale_dtype
+        bias_dtype = choose_bias_dtype(self.use_bias, *dtypes)
         shapes = make_abstract(self.spec, self.scale_dtype, bias_dtype, act_order=self.act_order)
-        self.leaves = {name: self._leaf(name, leaf) for name, leaf in shapes.items()}
+        self.leaves = declare_leaves(self, shapes)
 
     @property
     def weights(self) -> dict[str, jax.Array]:
@@ -80,8 +82,4 @@ class QuantDense(nn.Module):
         """
         x = cast_input(x, self.dtype)
         y = quant_matmul(x, self.weights, self.spec, backend=self.backend, prefer=self.prefer)
-        return y if out_sharding is None else jax.lax.with_sharding_constraint(y, out_sharding)
-
-    def _leaf(self, name: str, leaf: jax.ShapeDtypeStruct) -> jax.Array:
-        # Linen checks only the shape of a given leaf, so a loaded scale keeps its dtype
-        return self.param(name, lambda _: make_start(name, leaf))
+        return constrain(y, out_sharding)

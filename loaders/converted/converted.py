@@ -85,8 +85,8 @@ class ConvertedPlan(Plan):
                 found.append(dataclasses.replace(info, name=name, shape=shape))
         return {i.name: i for i in sorted(found, key=lambda i: (i.file.name, i.start))}
 
-    def describe_leaves(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """Path -> shape and dtype of every leaf of the params tree."""
+    @functools.cached_property
+    def _described(self) -> Mapping[str, jax.ShapeDtypeStruct]:
         return {
             name: jax.ShapeDtypeStruct(info.shape, info.dtype) for name, info in self.leaves.items()
         }

@@ -57,7 +57,7 @@ def read_config(folder: Path, *, follow_links: bool = False) -> dict[str, Any]:
     """
     if not os.path.isdir(folder):
         raise CheckpointError(
-            folder, [Fault("this is not a folder", way_out="name a checkpoint folder")]
+            folder, [Fault("this is not a folder", way_out="give the path of a checkpoint folder")]
         )
     return read_json(folder / CONFIG, follow_links=follow_links)
 
@@ -70,17 +70,12 @@ def read_json(path: Path, *, follow_links: bool = False) -> dict[str, Any]:
         nested deeply, or has a key twice.
     """
     try:
-        with open_file(check_file(path.parent, path.name, follow_links=follow_links)) as file:
-            if os.fstat(file.fileno()).st_size > MAX_JSON_BYTES:
-                raise ValueError(f"it has more than {MAX_JSON_BYTES} bytes")
-            text = file.readall().decode("utf-8")
-        value = json.loads(text, object_pairs_hook=refuse_duplicates)
-        _check_nesting(value)
-    except OSError as error:
-        fault = Fault(f"cannot be read: {error.strerror}", path.name, "", _AGAIN)
+        value = load_json(check_file(path.parent, path.name, follow_links=follow_links))
     except CheckpointError:
         raise
-    except (ValueError, RecursionError) as error:
+    except OSError as error:
+        fault = Fault(f"cannot be read: {error.strerror}", path.name, "", _AGAIN)
+    except ValueError as error:
         fault = Fault(f"not valid JSON: {error}", path.name, "", _AGAIN)
     else:
         if isinstance(value, dict):
@@ -90,8 +85,27 @@ def read_json(path: Path, *, follow_links: bool = False) -> dict[str, Any]:
     raise CheckpointError(path.parent, [fault])
 
 
+def load_json(path: Path) -> Any:
+    """The value in a JSON file, wherever it lies: the one way in which such files are read.
+
+    Raises:
+      OSError: if there is no file that can be read.
+      ValueError: if it is not JSON in UTF-8, too large or nested deeply, or has a key twice.
+    """
+    with open_file(path) as file:
+        if os.fstat(file.fileno()).st_size > MAX_JSON_BYTES:
+            raise ValueError(f"it has more than {MAX_JSON_BYTES} bytes")
+        text = file.readall().decode("utf-8")
+    try:
+        value = json.loads(text, object_pairs_hook=refuse_duplicates)
+    except RecursionError as error:
+        raise ValueError(str(error)) from error
+    _check_nesting(value)
+    return value
+
+
 def _check_nesting(value: object) -> None:
-    """Refuse what Python could read, and then not print any more.
+    """Refuse what Python could read, but then not print.
 
     Raises:
       ValueError: if lists and objects stand in each other too deeply.
@@ -158,13 +172,13 @@ def scan_tensors(folder: Path, *, follow_links: bool = False) -> Scan:
             for name in sorted(expected - header.keys())
         ]
         faults += [
-            Fault(f"stands in {shard}, but not in the index for it", shard, name, _AGAIN)
+            Fault(f"is in {shard}, but not in the index for it", shard, name, _AGAIN)
             for name in sorted(header.keys() - expected)
         ]
         tensors |= header
     if SINGLE not in names and os.path.lexists(folder / SINGLE):
         # transformers reads the one file, vLLM the shards
-        what = f"{SINGLE} is there too, which the index does not name: one is of another model"
+        what = f"{SINGLE} is there too, but the index does not name it: they are two models"
         way_out = f"remove {INDEX} if {SINGLE} is the model, else {SINGLE}"
         faults.insert(0, Fault(what, INDEX, way_out=way_out))
     absent = {name: shard for name, shard in weight_map.items() if name not in tensors}

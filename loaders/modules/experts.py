@@ -27,6 +27,7 @@ import numpy as np
 from loaders.errors import Fault, write_ranges
 from loaders.files.safetensors_file import TensorInfo
 from loaders.modules.modules import MAX_EXPERTS, PER_EXPERT, QuantizedModule
+from loaders.schemes.subconfigs import find_subconfigs
 from pallas_kernels.format.spec import QuantSpec
 from pallas_kernels.format.weights import SCALE_DTYPES, make_abstract
 
@@ -167,13 +168,12 @@ def describe_mixed(
 
 def _read_count(config: Mapping[str, Any]) -> tuple[int | None, list[Fault]]:
     """How many experts config.json says a layer has, or None."""
-    text = config.get("text_config")
-    sections = {"": config, "text_config.": text if isinstance(text, Mapping) else {}}
+    parts = {"": config, **{f"{key}.": part for key, part in find_subconfigs(config).items()}}
     counts = {
-        prefix + name: section[name]
-        for prefix, section in sections.items()
+        prefix + name: part[name]
+        for prefix, part in parts.items()
         for name in _COUNTS
-        if type(section.get(name)) is int and section[name] > 0
+        if type(part.get(name)) is int and part[name] > 0
     }
     if len(set(counts.values())) > 1:
         fields = ", ".join(f"{field} = {value}" for field, value in counts.items())
@@ -206,7 +206,7 @@ def _list_missing(path: str, parts: _Parts, experts: int) -> Iterator[Fault]:
         yield Fault(what, tensor=path, way_out="download the checkpoint again")
     if excess := numbers.difference(known):
         what = f"expected the {experts} experts of config.json, found also {write_ranges(excess)}"
-        yield Fault(what, tensor=path, way_out="mend config.json if it is wrong")
+        yield Fault(what, tensor=path, way_out="correct config.json if it is wrong")
     first = ("gate_up",) if "gate_up" in kinds else ("gate", "up") if "gate" in kinds else ("up",)
     name, _ = next(iter(parts.values()))
     spellings = _MIXTRAL if name.endswith(tuple(_MIXTRAL)) else _KINDS
@@ -234,7 +234,7 @@ def _list_unlike(path: str, parts: _Parts) -> Iterator[Fault]:
             alike[_describe(member)][projection].append(expert)
         if len(shapes) > 1:
             found = "; ".join(f"{text} in {_list_experts(where)}" for text, where in alike.items())
-            what = f"the experts of one product must have one shape and bias, found {found}"
+            what = f"the experts of one product must have the same shape and bias, found {found}"
             yield Fault(what, tensor=path, way_out="quantize the model again")
 
 

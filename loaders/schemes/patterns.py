@@ -1,9 +1,9 @@
 """Regular expressions that come with a checkpoint, compiled only if matching them must end soon.
 
-Python's `re` goes back and forth: `(.*.*)*x` takes half a minute for a name of 16 characters. Since
-a config.json may say anything, patterns are refused that repeat a group in which something repeats
-or can be read in two ways, and those with more than four repeats one after the other. What tools
-write ("re:.*mlp\\.experts\\.\\d+\\.(gate|up)_proj$") has neither.
+Python's `re` backtracks: `(.*.*)*x` takes half a minute for a name of 16 characters. A config.json
+may contain any pattern. So a pattern is refused if it repeats a group in which something repeats or
+can match in two ways, or if it has more than four repeats one after the other. The patterns that
+tools write ("re:.*mlp\\.experts\\.\\d+\\.(gate|up)_proj$") do neither.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def compile_pattern(pattern: str) -> re.Pattern[str]:
     """Compile a pattern from a file.
 
     Raises:
-      ValueError: if it is none, or one that could take for ever.
+      ValueError: if it is not a regular expression, or could take forever to match.
     """
     try:
         with warnings.catch_warnings():
@@ -36,7 +36,7 @@ def compile_pattern(pattern: str) -> re.Pattern[str]:
     except (re.error, OverflowError, RecursionError) as error:
         raise ValueError(f"is not a regular expression: {error}") from None
     if reason := _find_slowness(pattern):
-        raise ValueError(f"{reason}, which could take for ever to match")
+        raise ValueError(f"{reason}, which could take forever to match")
     return compiled
 
 
@@ -50,7 +50,7 @@ def _find_slowness(pattern: str) -> str:
         repeats, choices = _count(body, _REPEAT), _count(body, _CHOICE) + ("|" in body)
         is_repeated = again not in (None, "?")
         if is_repeated and (repeats or choices):
-            return "repeats what repeats itself"
+            return "repeats a group that repeats or has choices"
         if repeats > _MAX_REPEATS:
             return many
         short = _REPEAT if is_repeated else _REPEAT * repeats + _CHOICE * (choices + bool(again))

@@ -1,14 +1,14 @@
 """The entries of a table of tuned tiles, and which of them serves a product.
 
-An entry stands for what is near the shape that was timed: its sizes and the number of tokens within
-a factor of two, groups of the same class. The nearest one is used.
+An entry serves products near the shape that was timed: sizes and number of tokens within a factor
+of two, and groups of the same class. The nearest entry is used.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import jax.numpy as jnp
@@ -23,10 +23,10 @@ MAX_TOKENS = 4096
 
 
 def classify_group(group_size: int) -> int:
-    """The class of a group size, 32, 64 or 128: the next one up, and the last for all above.
+    """The class of a group size: rounded up to 32, 64 or 128, and 128 for all larger ones.
 
-    Groups differ to a kernel by how many scales it meets in a step along K, and a step is hardly
-    longer than 128.
+    To a kernel, only the number of scales in a step along K matters, and a step is hardly longer
+    than 128.
     """
     return next((size for size in GROUP_CLASSES if group_size <= size), GROUP_CLASSES[-1])
 
@@ -38,10 +38,10 @@ def round_up_bucket(tokens: int) -> int:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Timed:
-    """What all entries have.
+    """The fields of every entry.
 
     Attributes:
-      SIZES: names of the fields that must be near.
+      SIZES: names of the size fields, which must be near.
       bits: 4 or 8.
       group_size: 32, 64 or 128; any other becomes its class, see `classify_group`.
       tokens: M that was timed, as a power of two up to 4096; any other is rounded up.
@@ -61,17 +61,17 @@ class _Timed:
 
     @property
     def kind(self) -> tuple[int, int, str]:
-        """What must be equal."""
+        """The values that must be equal."""
         return (self.bits, self.group_size, self.x_dtype)
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """What must be near."""
+        """The values that must be near."""
         return tuple(getattr(self, name) for name in self.SIZES)
 
     @property
     def key(self) -> tuple:
-        """All but the schedule; a table has each once."""
+        """Everything except the schedule; unique in a table."""
         return (self.bits, self.group_size, *self.sizes, self.tokens, self.x_dtype)
 
     def _make_spec(self, in_features: int, out_features: int) -> QuantSpec:
@@ -105,7 +105,7 @@ class Entry(_Timed):
     ) -> list[str]:
         """Everything that keeps a kernel from running the schedule on weights of `spec`.
 
-        None are weights of the shape that was timed.
+        None means weights of the shape that was timed.
         """
         if not isinstance(self.schedule, Tiles):
             return []
@@ -116,7 +116,7 @@ class Entry(_Timed):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MoeEntry(_Timed):
-    """One tuned shape of gated experts whose two weights have as many bits and like groups.
+    """One tuned shape of gated experts; both weights have the same bits and class of groups.
 
     Attributes:
       hidden: H.
@@ -142,7 +142,7 @@ class MoeEntry(_Timed):
     ) -> list[str]:
         """Everything that keeps the kernels from running the tiles on weights of `specs`.
 
-        None are weights of the shape that was timed.
+        None means weights of the shape that was timed.
         """
         specs = specs or (
             self._make_spec(self.hidden, 2 * self.intermediate),
@@ -159,16 +159,16 @@ class MoeEntry(_Timed):
 
 
 def _find_idle(tiles: Tiles, spec: QuantSpec) -> list[str]:
-    """That there are more splits than could have work."""
+    """The fault of more splits than could have work, if it is there."""
     most = 2 * -(-spec.tiles_k * spec.tile_k // tiles.block_k)
     if tiles.splits <= most:
         return []
-    return [f"splits must be at most {most}, two a step of K, found {tiles.splits}"]
+    return [f"splits must be at most {most}, two for each step of K, found {tiles.splits}"]
 
 
 @dataclasses.dataclass(frozen=True)
 class TileTable:
-    """All entries for one kind of GPU; `made` says by what and when."""
+    """All entries for one kind of GPU; `made` says with what and when they were made."""
 
     device_kind: str
     entries: tuple[Entry, ...]
@@ -183,21 +183,18 @@ def find_schedule(
 
     Nearest is the least distance in K and N (as logarithms), and among equals the nearest M.
     """
-    kind = _describe_kind(spec, x_dtype)
     scales_fit = jnp.dtype(scale_dtype) == jnp.dtype(x_dtype)
     here = (spec.in_features, spec.out_features)
     bucket = round_up_bucket(tokens)
-    near = [
-        entry
-        for entry in table.entries
-        if entry.kind == kind
-        and _is_near((*here, bucket), entry)
-        and _suits(entry.schedule, bucket, entry.tokens)
-        and (scales_fit or not _multiplies_weight(entry.schedule))
-        and not entry.find_faults(device, spec, scale_dtype)
-    ]
-    nearest = _choose_nearest(near, here, bucket)
-    return nearest and nearest.schedule
+
+    def serves(entry: Entry) -> bool:
+        return (
+            _suits(entry.schedule, bucket, entry.tokens)
+            and (scales_fit or not _multiplies_weight(entry.schedule))
+            and not entry.find_faults(device, spec, scale_dtype)
+        )
+
+    return _find_nearest(table.entries, [spec], x_dtype, here, bucket, serves)
 
 
 def find_moe_schedule(
@@ -211,7 +208,6 @@ def find_moe_schedule(
     scale_dtypes: Sequence,
 ) -> MoeTiles | None:
     """As `find_schedule`, for gated experts."""
-    kinds = {_describe_kind(spec, x_dtype) for spec in specs}
     scales_fit = [jnp.dtype(dtype) == jnp.dtype(x_dtype) for dtype in scale_dtypes]
     here = (specs[1].out_features, specs[1].in_features, experts, top_k)
     bucket = round_up_bucket(tokens)
@@ -220,16 +216,39 @@ def find_moe_schedule(
         parts = zip((tiles.first, tiles.second), scales_fit, strict=True)
         return all(fits or not _multiplies_weight(part) for part, fits in parts)
 
+    def serves(entry: MoeEntry) -> bool:
+        return (
+            _meets_as_many(entry, bucket * top_k, experts)
+            and takes_scales(entry.schedule)
+            and not entry.find_faults(device, specs, scale_dtypes)
+        )
+
+    return _find_nearest(table.experts, specs, x_dtype, here, bucket, serves)
+
+
+def _find_nearest(
+    entries: Sequence,
+    specs: Sequence[QuantSpec],
+    x_dtype,
+    here: Sequence[int],
+    bucket: int,
+    serves: Callable[[Any], bool],
+) -> Any:
+    """The schedule of the nearest entry of the weights' kind that `serves`; None without one."""
+    kinds = {_describe_kind(spec, x_dtype) for spec in specs}
     near = [
         entry
-        for entry in table.experts
-        if kinds == {entry.kind}
-        and _is_near((*here, bucket), entry)
-        and _meets_as_many(entry, bucket * top_k, experts)
-        and takes_scales(entry.schedule)
-        and not entry.find_faults(device, specs, scale_dtypes)
+        for entry in entries
+        if kinds == {entry.kind} and _is_near((*here, bucket), entry) and serves(entry)
     ]
-    nearest = _choose_nearest(near, here, bucket)
+
+    def rank(entry) -> tuple[float, ...]:
+        pairs = zip(here, entry.sizes, strict=True)
+        away = sum(abs(math.log2(mine / its)) for mine, its in pairs)
+        away_in_tokens = abs(math.log2(bucket / entry.tokens))
+        return (away, away_in_tokens, -entry.tokens, *entry.sizes)
+
+    nearest = min(near, key=rank, default=None)
     return nearest and nearest.schedule
 
 
@@ -244,15 +263,15 @@ def _is_near(here: Sequence[int], entry: Entry | MoeEntry) -> bool:
 
 def _suits(schedule: Schedule, bucket: int, timed: int) -> bool:
     if not isinstance(schedule, Tiles):
-        return bucket >= timed  # expanding pays the more the more tokens share it
-    # each weight is to be read as often as when this was timed
+        return bucket >= timed  # the more tokens share the expanded weight, the more it pays
+    # each weight must be read as often as when this was timed
     return -(-bucket // schedule.block_m) == -(-timed // schedule.block_m)
 
 
 def _meets_as_many(entry: MoeEntry, pairs: int, experts: int) -> bool:
     """Whether an expert is read about as often as when the entry was timed."""
     timed = entry.tokens * entry.top_k
-    if entry.schedule.direct:  # pays the less the more pairs share an expert
+    if entry.schedule.direct:  # the more pairs share an expert, the less it pays
         return pairs * entry.experts <= timed * experts
     block = entry.schedule.first.block_m
     return -(-pairs // (experts * block)) == -(-timed // (entry.experts * block))
@@ -260,13 +279,3 @@ def _meets_as_many(entry: MoeEntry, pairs: int, experts: int) -> bool:
 
 def _multiplies_weight(schedule: Schedule) -> bool:
     return isinstance(schedule, Tiles) and schedule.scale_on == "weight"
-
-
-def _choose_nearest(near: Sequence, here: Sequence[int], bucket: int):
-    def rank(entry) -> tuple[float, ...]:
-        pairs = zip(here, entry.sizes, strict=True)
-        away = sum(abs(math.log2(mine / its)) for mine, its in pairs)
-        away_in_tokens = abs(math.log2(bucket / entry.tokens))
-        return (away, away_in_tokens, -entry.tokens, *entry.sizes)
-
-    return min(near, key=rank, default=None)

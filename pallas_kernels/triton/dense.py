@@ -2,7 +2,7 @@
 
 Programs are numbered along one axis, so `vmap` over stacked weights has two axes of the grid left.
 A tile that would pass the end of N starts earlier instead and computes some features twice, and
-tokens past the end repeat the last one. How a tile is computed says `pallas_kernels.triton.walk`.
+tokens past the end repeat the last one. `pallas_kernels.triton.walk` computes a tile.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _ACTIVATIONS = (jnp.bfloat16, jnp.float16)
 Weights = Mapping[str, jax.Array]
 
 
-def multiply(
+def multiply_packed(
     x: jax.Array,
     weights: Sequence[Weights],
     specs: Sequence[QuantSpec],
@@ -178,7 +178,9 @@ def _finish_tile(walk: Walk, strips: list[Strip], tokens, out_ref, split: jax.Ar
     plgpu.store(tile, y.T.astype(out_ref.dtype), mask=mask)
 
 
-def expand(weights: Weights, spec: QuantSpec, dtype, *, interpret: bool = False) -> jax.Array:
+def expand_by_kernel(
+    weights: Weights, spec: QuantSpec, dtype, *, interpret: bool = False
+) -> jax.Array:
     """Compute W = (q - zero_point) * scale in one pass over memory.
 
     The result is [N, K] in `dtype`, bfloat16 or float16: the product in float32, rounded once.

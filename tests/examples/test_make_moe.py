@@ -9,7 +9,7 @@ import shutil
 import pytest
 
 from examples.make_moe import make_moe
-from jaxwna16.models.families import read_config
+from jaxwna16.models.families import parse_config
 from tests.jaxwna16.cli.checkpoints import edit_config
 
 
@@ -27,7 +27,8 @@ def test_all_but_the_experts_is_configured_as_in_the_dense_model(floats, tmp_pat
     edit_config(dense, leave_out)
     mixture = make_moe(dense, tmp_path / "mixture")
     ours, theirs = (
-        read_config(json.loads((folder / "config.json").read_text())) for folder in (mixture, dense)
+        parse_config(json.loads((folder / "config.json").read_text()))
+        for folder in (mixture, dense)
     )
     assert ours.moe is not None
     assert dataclasses.replace(ours, model_type="llama", moe=None) == theirs

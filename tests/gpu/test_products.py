@@ -18,7 +18,7 @@ from pallas_kernels.matmul import quant_matmul, quant_matmul_gated, quant_matmul
 from pallas_kernels.tiles.dense_rules import fix_schedule, list_candidates
 from pallas_kernels.tiles.device import find_device
 from pallas_kernels.tiles.tiles import PREFILL, Tiles
-from pallas_kernels.triton.dense import expand
+from pallas_kernels.triton.dense import expand_by_kernel
 from tests.pallas_kernels.products import assert_close, make_weights, make_x
 
 pytestmark = [
@@ -60,7 +60,7 @@ def test_the_asm_reads_every_code_with_every_zero_point(bits, dtype, group):
     out = quant_matmul(jnp.eye(k, dtype=dtype), weights, spec, backend="triton")
     expected = codes[:, None] - np.arange(count)[None, :]
     np.testing.assert_array_equal(np.asarray(out, np.float64), expected)
-    expanded = expand(weights, spec, dtype)
+    expanded = expand_by_kernel(weights, spec, dtype)
     np.testing.assert_array_equal(np.asarray(expanded, np.float64), expected.T)
 
 
@@ -107,7 +107,7 @@ def test_expansion_equals_dequantize_bit_for_bit():
         spec, weights = make_weights(
             bits, 830, 544 if group != 128 else 640, group, scale_dtype=dtype
         )
-        out = jax.jit(lambda w, spec=spec, dtype=dtype: expand(w, spec, dtype))(weights)
+        out = jax.jit(lambda w, spec=spec, dtype=dtype: expand_by_kernel(w, spec, dtype))(weights)
         np.testing.assert_array_equal(out, dequantize(weights, spec))
 
 

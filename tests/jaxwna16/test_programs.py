@@ -15,7 +15,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 import jaxwna16
 from jaxwna16 import programs
-from jaxwna16.checkpoints.rewrite import quantize_checkpoint
+from jaxwna16.checkpoints.quantize import quantize_checkpoint
 from jaxwna16.errors import InputError
 from jaxwna16.generation.tokens import generate_tokens
 from jaxwna16.programs import Compilation, keep_programs, trace_counts

@@ -71,7 +71,7 @@ def refuse_others(reader: ConfigReader) -> None:
         reader.refuse("per_layer_config", layers, "none")
 
 
-def read_dtype(reader: ConfigReader) -> str | None:
+def read_saved_dtype(reader: ConfigReader) -> str | None:
     """`dtype`, which older checkpoints call `torch_dtype`."""
     return reader.choose("dtype" if reader.config.get("dtype") else "torch_dtype", None, _DTYPES)
 

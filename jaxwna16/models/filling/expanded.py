@@ -1,8 +1,8 @@
 """Weights that files hold packed and a model holds as floats: they are expanded once, at load.
 
 An embedding's rows are looked up and not multiplied, routers and gates of shared experts have too
-few features for a kernel, and experts are packed in both products or in none. Which they are is
-told by the model: where it has a `weight`, it holds floats.
+few features for a kernel, and experts are packed in both products or in none. The model decides
+which they are: where it has a `weight`, it holds floats.
 """
 
 from __future__ import annotations
@@ -14,31 +14,36 @@ from typing import Any
 
 import jax
 
-from jaxwna16.models.filling.names import rename
+from jaxwna16.models.filling.renaming import rename
 from loaders.plan import Plan
 from pallas_kernels.format.dequantize import dequantize
 from pallas_kernels.format.spec import QuantSpec
 
 
 def list_expanded(
-    plan: Plan, places: Collection[str], names: Mapping[str, str]
+    specs: Mapping[str, QuantSpec], places: Collection[str], names: Mapping[str, str]
 ) -> dict[str, QuantSpec]:
     """Path in the files -> spec of each packed weight that the model holds as floats.
 
     Args:
-      plan: of the checkpoint.
+      specs: of all packed weights, by path in the files.
       places: paths of the model's leaves.
       names: how the files' names differ from these, see `rename`.
     """
-    return {p: spec for p, spec in plan.specs.items() if f"{rename(p, names)}.weight" in places}
+    return {p: spec for p, spec in specs.items() if f"{rename(p, names)}.weight" in places}
 
 
-def describe_leaves(
-    plan: Plan, expanded: Mapping[str, QuantSpec]
+def describe_all(
+    described: Mapping[str, jax.ShapeDtypeStruct], expanded: Mapping[str, QuantSpec]
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """The leaves that the plan becomes in a model, by their names in the files."""
+    """The leaves of a plan after `expand_all`, by their names in the files.
+
+    Args:
+      described: the same before, as `Plan.describe_leaves` has them.
+      expanded: from `list_expanded`.
+    """
     leaves = {}
-    for name, leaf in plan.describe_leaves().items():
+    for name, leaf in described.items():
         path, _, role = name.rpartition(".")
         spec = expanded.get(path)
         if spec is None or role == "bias":

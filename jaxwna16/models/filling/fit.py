@@ -1,24 +1,64 @@
-"""The model that a plan is for, without its arrays, and the parts of the plan that fill it."""
+"""The model that a plan is for, without its arrays, and what fills it: `fit_model`, then `fill`."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Collection, Mapping
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from jaxwna16.dtypes import read_dtype
 from jaxwna16.models.causal_lm import CausalLM
-from jaxwna16.models.families import find_family
-from jaxwna16.models.filling.expanded import describe_expanded, describe_leaves, list_expanded
-from jaxwna16.models.filling.names import check_prefix, rename, rename_all
-from jaxwna16.models.filling.params import check_leaves, list_leaves
+from jaxwna16.models.config.language_config import LanguageConfig
+from jaxwna16.models.families import Family, Names, find_family
+from jaxwna16.models.filling.expanded import (
+    describe_all,
+    describe_expanded,
+    expand_all,
+    list_expanded,
+)
+from jaxwna16.models.filling.params import check_leaves, fill_model, list_leaves
+from jaxwna16.models.filling.renaming import check_prefix, rename, rename_all
 from jaxwna16.models.filling.skipped import drop_skipped
 from jaxwna16.models.filling.tied_head import drop_tied_head
 from jaxwna16.models.filling.zero_biases import drop_zero_biases
 from loaders.plan import Plan
 from pallas_kernels.backends import check_backend
 from pallas_kernels.format.spec import QuantSpec
+
+
+@dataclasses.dataclass(frozen=True)
+class Fit:
+    """A model without its arrays, and the checkpoint that has a part for each of its leaves.
+
+    Attributes:
+      model: the abstract model.
+      plan: of the parts that are for it.
+      names: how the files' names differ from the model's, see `rename`.
+      expanded: path in the files -> spec of what is packed there and floats in the model.
+      kept: names in the files of tensors whose dtype the model does not choose.
+      warnings: the checkpoint's, and what was left out or expanded.
+    """
+
+    model: CausalLM
+    plan: Plan
+    names: Names
+    expanded: Mapping[str, QuantSpec]
+    kept: Collection[str]
+    warnings: tuple[str, ...]
+
+    def fill(self, params: dict[str, Any]) -> CausalLM:
+        """The model with the arrays of the plan's params tree, which is used up.
+
+        Raises:
+          ModelError: as `fill_model`.
+        """
+        expand_all(params, self.expanded, self.model.dtype)
+        return fill_model(self.model, params, self.names)
 
 
 def plan_model(plan: Plan, *, dtype: Any = None, backend: str | None = None) -> CausalLM:
@@ -28,44 +68,63 @@ def plan_model(plan: Plan, *, dtype: Any = None, backend: str | None = None) -> 
       CheckpointError, ModelError, InputError, BackendError: as `load_model`; of the weights only
         biases without a place and a tied head have been read by then.
     """
-    return fit_model(plan, dtype=read_dtype(dtype), backend=backend)[0]
+    return fit_model(plan, dtype=read_dtype(dtype), backend=backend).model
 
 
-def fit_model(
-    plan: Plan, *, dtype: Any, backend: str | None
-) -> tuple[CausalLM, Plan, dict[str, QuantSpec]]:
-    """The model of a checkpoint without its arrays, and the plan of the parts that are for it.
-
-    The third is what is packed there and floats in the model, by path (`list_expanded`). The plan's
-    warnings say what was left out.
+def fit_model(plan: Plan, *, dtype: Any, backend: str | None) -> Fit:
+    """Make the model of a checkpoint without its arrays, and find what fills it.
 
     Raises:
       ModelError: if the architecture is not supported, if quantized modules have no place in it, or
         if tensors do not fit it.
       CheckpointError: if a file ends early, or a tied head differs from the embedding.
-      BackendError: if the backend is none, or not for this dtype.
+      BackendError: if there is no such backend, or it does not support this dtype.
     """
     family = find_family(plan.config)
-    config = family.read(plan.config)
+    config, names = family.read(plan.config), family.names
     plan = drop_skipped(plan, config)
-    check_prefix([*plan.quantized, *plan.plain], family.names, str(plan.folder))
+    check_prefix([*plan.quantized, *plan.plain], names, str(plan.folder))
     if config.tie_word_embeddings:
-        plan = drop_tied_head(plan, family.names)
-    reordered = {path for path, module in plan.quantized.items() if module.encoding.reordered}
+        plan = drop_tied_head(plan, names)
+    specs = plan.specs
+    model = _make_abstract(family, config, plan, dtype=dtype, backend=backend)
+    places = list_leaves(model)
+    plan = drop_zero_biases(plan, lambda name: rename(name, names) in places)
+    expanded = list_expanded(specs, places, names)
+    described = describe_all(plan.describe_leaves(), expanded)
+    check_leaves(places, rename_all(described, names), f"{plan.folder}: tensors")
+    return Fit(
+        model,
+        plan,
+        names,
+        expanded,
+        kept=_list_kept(described, model.dtype, places, names),
+        warnings=(*plan.warnings, *describe_expanded(plan, expanded)),
+    )
+
+
+def _make_abstract(
+    family: Family, config: LanguageConfig, plan: Plan, *, dtype: Any, backend: str | None
+) -> CausalLM:
+    """The model without its arrays; `dtype` None is the one that the checkpoint states."""
     specs = rename_all(plan.specs, family.names)
     dtype = dtype or config.dtype or "float32"
     check_backend(backend, dtype)
-    facts = {
-        "dtype": dtype,
-        "backend": backend,
-        "reordered": {rename(path, family.names) for path in reordered},
+    reordered = {
+        rename(path, family.names)
+        for path, module in plan.quantized.items()
+        if module.encoding.reordered
     }
-    make = family.open_class()
-    model = nnx.eval_shape(lambda: make(config, specs, **facts))
-    places = list_leaves(model)
-    plan = drop_zero_biases(plan, lambda name: rename(name, family.names) in places)
-    expanded = list_expanded(plan, places, family.names)
-    found = rename_all(describe_leaves(plan, expanded), family.names)
-    check_leaves(model, found, f"{plan.folder}: tensors")
-    warnings = (*plan.warnings, *describe_expanded(plan, expanded))
-    return model, dataclasses.replace(plan, warnings=warnings), expanded
+    make = functools.partial(family.open_class(), config, specs)
+    return nnx.eval_shape(lambda: make(dtype=dtype, backend=backend, reordered=reordered))
+
+
+def _list_kept(
+    described: Mapping[str, jax.ShapeDtypeStruct],
+    dtype: jnp.dtype,
+    places: Mapping[str, Any],
+    names: Names,
+) -> set[str]:
+    """Names of tensors that the model has in float32 whatever its dtype is."""
+    wide = {path for path, leaf in places.items() if leaf.dtype == jnp.float32 != dtype}
+    return {name for name in described if rename(name, names) in wide} if wide else set()

@@ -13,22 +13,21 @@ from jaxwna16.errors import ModelError
 from jaxwna16.layers.dense import QuantDense
 from jaxwna16.layers.moe import ExpertStack
 from jaxwna16.models.causal_lm import CausalLM
-from jaxwna16.models.filling.names import rename_all
+from jaxwna16.models.filling.renaming import rename_all
 
 _PACKED_MODULES = (QuantDense, ExpertStack)
 
 Model = TypeVar("Model", bound=CausalLM)
 
 
-def load_params(
+def fill_model(
     model: Model, params: Mapping[str, Any], names: Mapping[str, str] | None = None
 ) -> Model:
     """Give a model, usually an abstract one of `nnx.eval_shape`, the arrays of a params tree.
 
-    Plain weights, norms and biases are cast to the dtype that the model has them in (that which it
-    was constructed with, but for a few that are always float32); leaves of quantized linears and
-    experts are taken as they are.
-    Leaves that `check_leaves` lets pass though the model has no place for them are left out.
+    Plain weights, norms and biases are cast to the model's dtype, except a few that are always
+    float32. Leaves of quantized linears and experts are taken as they are. Leaves without a place
+    in the model that `check_leaves` accepts are left out.
 
     Args:
       model: what to fill.
@@ -36,11 +35,11 @@ def load_params(
       names: how those differ from the model's, see `rename`; None is not at all.
 
     Raises:
-      ModelError: as `check_leaves`, and listing leaves that have one place.
+      ModelError: as `check_leaves`, and listing leaves that have the same place.
     """
     found = rename_all(dict(_flatten(params, "")), names or {})
-    check_leaves(model, found)
     graph, state = nnx.split(model)
+    check_leaves(_list_leaves(state), found)
     packed = {p for p, module in nnx.iter_modules(model) if isinstance(module, _PACKED_MODULES)}
     leaves = []
     for path, variable in nnx.to_flat_state(state):
@@ -50,14 +49,16 @@ def load_params(
     return nnx.merge(graph, nnx.from_flat_state(leaves))
 
 
-def check_leaves(model: CausalLM, found: Mapping[str, Any], source: str = "parameters") -> None:
+def check_leaves(
+    places: Mapping[str, Any], found: Mapping[str, Any], source: str = "parameters"
+) -> None:
     """Check that leaves (arrays, or only their shapes and dtypes) are those of a model.
 
-    `rotary_emb.inv_freq` of old checkpoints is let pass: the model knows it.
+    `rotary_emb.inv_freq` of old checkpoints is accepted: the model computes it itself.
 
     Args:
-      model: the model, possibly abstract.
-      found: path of each leaf -> something with `shape` and `dtype`.
+      places: path of each leaf of the model -> something with `shape` and `dtype`.
+      found: the same of the leaves to check.
       source: what the leaves come from, for the message.
 
     Raises:
@@ -65,7 +66,7 @@ def check_leaves(model: CausalLM, found: Mapping[str, Any], source: str = "param
         kind of number.
     """
     faults, unexpected = [], dict(found)
-    for name, wanted in list_leaves(model).items():
+    for name, wanted in places.items():
         leaf = unexpected.pop(name, None)
         if leaf is None or leaf.shape != wanted.shape or not _same_kind(leaf, wanted):
             faults.append(f"{name}: expected {_describe(wanted)}, found {_describe(leaf)}")
@@ -80,7 +81,11 @@ def check_leaves(model: CausalLM, found: Mapping[str, Any], source: str = "param
 
 def list_leaves(model: CausalLM) -> dict[str, Any]:
     """Path of each leaf of a model -> its array, or shape and dtype."""
-    leaves = nnx.to_flat_state(nnx.state(model))
+    return _list_leaves(nnx.state(model))
+
+
+def _list_leaves(state: nnx.State) -> dict[str, Any]:
+    leaves = nnx.to_flat_state(state)
     return {".".join(map(str, path)): variable.get_value() for path, variable in leaves}
 
 

@@ -72,7 +72,7 @@ class Router(nnx.Module):
         return None if self.e_score_correction_bias is None else self.e_score_correction_bias[...]
 
 
-class Stack(nnx.Module):
+class FloatStack(nnx.Module):
     """The weights [E, N, K] of one product of all experts."""
 
     def __init__(self, experts: int, out_features: int, in_features: int, *, dtype):
@@ -84,8 +84,8 @@ class FloatExperts(nnx.Module):
 
     def __init__(self, moe: MoeConfig, hidden: int, *, dtype):
         inner = moe.intermediate_size
-        self.w13 = Stack(moe.experts, 2 * inner, hidden, dtype=dtype)
-        self.w2 = Stack(moe.experts, hidden, inner, dtype=dtype)
+        self.w13 = FloatStack(moe.experts, 2 * inner, hidden, dtype=dtype)
+        self.w2 = FloatStack(moe.experts, hidden, inner, dtype=dtype)
         self.routing = moe.routing
 
     def __call__(

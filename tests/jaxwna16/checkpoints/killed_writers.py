@@ -17,8 +17,8 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-import jaxwna16.generation.language  # noqa: F401 - `quantize` imports it late, in each child
-from jaxwna16.checkpoints import convert, rewrite
+import jaxwna16.generation.load_model  # noqa: F401 - `quantize` imports it late, in each child
+from jaxwna16.checkpoints import convert, quantize
 from loaders.files.safetensors_file import read_header, read_tensors
 
 
@@ -83,7 +83,7 @@ def work(job: dict[str, Any], writer: int) -> None:
         if job["verb"] == "convert":
             convert.convert_checkpoint(job["source"], destination, progress=False)
         else:
-            rewrite.quantize_checkpoint(
+            quantize.quantize_checkpoint(
                 job["source"], destination, group_size=32, symmetric=False, progress=False
             )
         os.write(writer, str(operations).encode())
@@ -103,14 +103,14 @@ def give_numbers(folder: Path) -> None:
     def load_params(part):
         return {name: tensors[name] for name in part.describe_leaves()}
 
-    def quantize(part, dtype, specs):
+    def quantize_part(part, dtype, specs):
         module = part.name.removesuffix(".weight")
         for name in tensors:
             if name == part.name or name.startswith(f"{module}.weight_"):
                 yield name, tensors[name]
 
     convert.load_params = load_params
-    rewrite._convert = quantize
+    quantize._quantize = quantize_part
 
 
 if __name__ == "__main__":

@@ -12,8 +12,8 @@ import pytest
 import jaxwna16
 import loaders.converted.converted
 from loaders.errors import CheckpointError
+from loaders.files.new_folder import write_shards
 from loaders.files.safetensors_file import read_tensor
-from loaders.files.write import write_shards
 from loaders.open import open_plan
 from loaders.plan import make_plan
 from tests.folders import write_folder

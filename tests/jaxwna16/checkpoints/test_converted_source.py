@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 import jaxwna16
 from loaders.errors import CheckpointError
-from loaders.files.write import write_shards
+from loaders.files.new_folder import write_shards
 from tests.jaxwna16.checkpoints.converted import assert_same, refuse, write_source
 
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
@@ -77,11 +77,11 @@ def _replace(old: bytes, new: bytes):
     ("name", "edit", "how"),
     [
         ("config.json", _append_space, "bytes, it had"),
-        ("config.json", _replace(b"0.17.0", b"0.18.0"), "its contents are others"),
-        (INDEX, _replace(b"{}", b"[]"), "its contents are others"),
+        ("config.json", _replace(b"0.17.0", b"0.18.0"), "its contents differ"),
+        (INDEX, _replace(b"{}", b"[]"), "its contents differ"),
         (SECOND, _append_space, "bytes, it had"),
-        (SECOND, _flip_last_bit, "its contents are others"),
-        (FIRST, _replace(b'"BF16"', b'"F16" '), "its header is another one"),
+        (SECOND, _flip_last_bit, "its contents differ"),
+        (FIRST, _replace(b'"BF16"', b'"F16" '), "its header differs"),
     ],
     ids=["config size", "config", "index", "shard size", "shard", "header"],
 )

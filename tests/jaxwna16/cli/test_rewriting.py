@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from jaxwna16.generation.language import load_model
+from jaxwna16.generation.load_model import load_model
 from jaxwna16.models.filling.params import list_leaves
 from tests.jaxwna16.cli.checkpoints import edit_config, edit_tensors
 

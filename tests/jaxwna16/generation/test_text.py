@@ -215,6 +215,12 @@ class TestFaults:
             ("tokenizer_config.json", b"{", "not JSON"),
             ("tokenizer_config.json", b"\xff", "not JSON"),
             ("tokenizer_config.json", b"[" * 100_000, "not JSON"),
+            (
+                "tokenizer_config.json",
+                b'{"a": 1, "b": 2, "a": 3}',
+                "not JSON: duplicate keys: a",
+            ),
+            ("tokenizer_config.json", b'{"a": ' + b"[" * 65 + b"]" * 65 + b"}", "nested more than"),
             ("tokenizer_config.json", b"[]", "expected a JSON object, found list"),
             ("tokenizer_config.json", b'{"chat_template": 3}', "must be a string or a list"),
             ("tokenizer_config.json", b'{"chat_template": [{"name": "x"}]}', "list of named"),

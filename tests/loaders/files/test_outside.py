@@ -18,7 +18,7 @@ import pytest
 from jaxwna16 import CheckpointError, load_checkpoint
 from loaders.converted.manifest import MANIFEST, hash_table
 from loaders.files.folder import CONFIG, INDEX, SINGLE
-from loaders.files.write import copy_companions
+from loaders.files.new_folder import copy_companions
 from tests.fuzz.bases import make_bases
 
 ROOT = Path(__file__).parents[3]

@@ -15,7 +15,7 @@ from pallas_kernels.errors import BackendError
 from pallas_kernels.format.dequantize import dequantize
 from pallas_kernels.format.spec import QuantSpec
 from pallas_kernels.tiles.tiles import Tiles
-from pallas_kernels.triton.dense import expand, multiply
+from pallas_kernels.triton.dense import expand_by_kernel, multiply_packed
 from tests.grids import cover, sample
 from tests.pallas_kernels.exact import Case, assert_exact, make_case
 from tests.pallas_kernels.products import make_x
@@ -28,7 +28,7 @@ def _tiles(spec: QuantSpec, **changes) -> Tiles:
 @functools.partial(jax.jit, static_argnames=("spec", "tiles"))
 def _run(x, weights, spec, tiles):
     """An interpreted kernel is compiled again by every call outside of jit."""
-    [out] = multiply(x, [weights], [spec], tiles, interpret=True)
+    [out] = multiply_packed(x, [weights], [spec], tiles, interpret=True)
     return out
 
 
@@ -138,7 +138,7 @@ def test_every_code_with_every_zero_point_is_subtracted_exactly(bits, dtype):
     scale = jnp.ones(spec.scale_shape, jnp.float32)
     x = jnp.eye(count, dtype=dtype)
     weights = {"packed": packed, "scale": scale, "zero_point": jnp.asarray(zero_point)}
-    [out] = multiply(x, [weights], [spec], _tiles(spec), interpret=True)
+    [out] = multiply_packed(x, [weights], [spec], _tiles(spec), interpret=True)
     np.testing.assert_array_equal(np.asarray(out, np.float64), codes[:, None] - codes[None, :])
 
 
@@ -164,7 +164,7 @@ def test_padding_past_k_does_not_overflow_where_no_weight_does():
     scale = jnp.full(spec.scale_shape, 2.0**15, jnp.float32)  # times -8 it leaves float16
     x = jnp.full((1, 48), 2.0**-10, jnp.float16)
     weights = {"packed": packed, "scale": scale}
-    [out] = multiply(x, [weights], [spec], _tiles(spec), interpret=True)
+    [out] = multiply_packed(x, [weights], [spec], _tiles(spec), interpret=True)
     assert out.item() == 2.0**5 * 16  # of the 48 features, 32 meet a 0
 
 
@@ -198,7 +198,7 @@ def test_nothing_is_stored_past_the_end_of_the_output(splits, monkeypatch):
         return run
 
     monkeypatch.setattr(pl, "pallas_call", call_with_room)
-    [out] = multiply(x, [case.weights], [case.spec], tiles, interpret=True)
+    [out] = multiply_packed(x, [case.weights], [case.spec], tiles, interpret=True)
     assert_exact(out, x, case, splits=splits)
 
 
@@ -243,7 +243,7 @@ def test_weights_that_share_x_are_one_kernel_and_each_its_own_product(tokens, sp
 
     def run(x):
         weights, specs = [case.weights for case in cases], [case.spec for case in cases]
-        return multiply(x, weights, specs, tiles, interpret=True)
+        return multiply_packed(x, weights, specs, tiles, interpret=True)
 
     assert str(jax.make_jaxpr(run)(x)).count("pallas_call[") == 1
     for out, case in zip(run(x), cases, strict=True):
@@ -262,7 +262,7 @@ def test_gated_product_is_within_its_bound(tokens, splits, dtype):
     x = make_x((tokens, 256), dtype)
     tiles = _tiles(gate.spec, block_m=8 if tokens < 8 else 64, splits=splits)
     weights = [case.weights | {"bias": make_x((70,), jnp.float32, 7)} for case in (gate, up)]
-    [out] = multiply(x, weights, [gate.spec, up.spec], tiles, gated=True, interpret=True)
+    [out] = multiply_packed(x, weights, [gate.spec, up.spec], tiles, gated=True, interpret=True)
     exact_x, bias = np.asarray(x, np.float64), np.asarray(weights[0]["bias"], np.float64)
     g, u = (exact_x @ case.weight.T + bias for case in (gate, up))
     rounding = 2.0**-8 if dtype == jnp.bfloat16 else 2.0**-11
@@ -303,7 +303,7 @@ def test_gated_product_is_within_its_bound(tokens, splits, dtype):
 def test_expansion_is_the_weight_rounded_once(shape, group_size, dtype, bits, symmetric):
     """With scales of that dtype it is what `dequantize` gives, as compressed-tensors rounds."""
     case = make_case(shape, group_size, bits, symmetric=symmetric, scale_dtype=dtype)
-    out = expand(case.weights, case.spec, dtype, interpret=True)
+    out = expand_by_kernel(case.weights, case.spec, dtype, interpret=True)
     np.testing.assert_array_equal(out, case.weight.astype(np.float32).astype(dtype))
     np.testing.assert_array_equal(out, dequantize(case.weights, case.spec))
 

@@ -10,8 +10,8 @@ import pytest
 from flax import nnx
 
 from jaxwna16.errors import ModelError
-from jaxwna16.models.filling.params import load_params
-from jaxwna16.models.llama.config import ModelConfig
+from jaxwna16.models.filling.params import fill_model
+from jaxwna16.models.llama.config import LlamaConfig
 from jaxwna16.models.llama.definition import Llama
 from pallas_kernels.format.spec import QuantSpec
 from tests.jaxwna16.models.hf_models import forward, make_reference, nest_params, random_tokens
@@ -23,12 +23,12 @@ def reference():
 
 
 def make_abstract(reference, specs=None, dtype=jnp.float32, **changes) -> Llama:
-    config = ModelConfig.from_dict({**reference.config.to_dict(), **changes})
+    config = LlamaConfig.from_dict({**reference.config.to_dict(), **changes})
     return nnx.eval_shape(lambda: Llama(config, specs, dtype=dtype))
 
 
 def test_plain_weights_take_the_models_dtype(reference):
-    model = load_params(make_abstract(reference, dtype=jnp.bfloat16), nest_params(reference))
+    model = fill_model(make_abstract(reference, dtype=jnp.bfloat16), nest_params(reference))
     assert {v.get_value().dtype for _, v in nnx.to_flat_state(nnx.state(model))} == {
         jnp.dtype(jnp.bfloat16)
     }
@@ -42,7 +42,7 @@ def test_everything_that_does_not_fit_is_listed_at_once(reference):
     params["model"]["layers"]["0"]["self_attn"]["q_proj"]["bias"] = np.zeros(64, np.float32)
     params["visual"] = {"weight": np.zeros(3, np.float32)}
     with pytest.raises(ModelError) as raised:
-        load_params(make_abstract(reference), params)
+        fill_model(make_abstract(reference), params)
     assert sorted(raised.value.reasons) == [
         "model.embed_tokens.weight: expected float32 [128, 64], found int8 [128, 64]",
         "model.layers.0.self_attn.q_proj.bias: expected nothing, found float32 [64]",
@@ -56,7 +56,7 @@ def test_an_untied_model_without_lm_head_is_refused(reference):
     params = nest_params(reference)
     del params["lm_head"]
     with pytest.raises(ModelError, match=r"lm_head.weight: expected float32 \[128, 64\]"):
-        load_params(make_abstract(reference), params)
+        fill_model(make_abstract(reference), params)
 
 
 def test_frequencies_of_old_checkpoints_are_left_out(reference):
@@ -64,13 +64,13 @@ def test_frequencies_of_old_checkpoints_are_left_out(reference):
     params["model"]["layers"]["0"]["self_attn"]["rotary_emb"] = {
         "inv_freq": np.zeros(8, np.float32)
     }
-    model = load_params(make_abstract(reference), params)
+    model = fill_model(make_abstract(reference), params)
     assert forward(model, jnp.asarray(random_tokens(1, 3))).shape == (1, 3, 128)
 
 
 def test_a_tied_model_takes_no_head(reference):
     with pytest.raises(ModelError, match=r"lm_head.weight: expected nothing"):
-        load_params(make_abstract(reference, tie_word_embeddings=True), nest_params(reference))
+        fill_model(make_abstract(reference, tie_word_embeddings=True), nest_params(reference))
 
 
 def test_specs_that_fit_no_module_are_listed(reference):

@@ -1,30 +1,19 @@
-"""`load_model` and `generate`: from a checkpoint to text."""
+"""`generate`: texts that continue prompts, by a model and its tokenizer."""
 
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from jaxwna16.checkpoints.load import read_plan, resolve_folder
-from jaxwna16.dtypes import read_dtype
 from jaxwna16.errors import InputError
-from jaxwna16.generation.generation_config import describe_unapplied
 from jaxwna16.generation.stop_strings import StoppingText, find_stop_tokens
 from jaxwna16.generation.text import Tokenizer
 from jaxwna16.generation.tokens import GenerationResult, generate_tokens
 from jaxwna16.models.causal_lm import CausalLM
-from jaxwna16.models.families import find_family
-from jaxwna16.models.filling.expanded import expand_all
-from jaxwna16.models.filling.fit import fit_model
-from jaxwna16.models.filling.names import rename
-from jaxwna16.models.filling.params import list_leaves, load_params
-from loaders.open import open_plan
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,62 +32,6 @@ class Generation:
 
     texts: list[str]
     result: GenerationResult
-
-
-def load_model(
-    path_or_hub_id: str | os.PathLike[str],
-    *,
-    dtype: Any = None,
-    backend: str | None = None,
-    progress: bool | None = None,
-    follow_links: bool = False,
-) -> CausalLM:
-    """Load a language model of one of `families.MODEL_TYPES`, with packed weights or without.
-
-    What some checkpoints hold beside it (a vision tower, layers that predict several tokens at
-    once) is left out by the rules in `jaxwna16.models.filling.skipped`; the model's `warnings` list
-    it, and what generation_config.json asks for and `generate` does not do.
-
-    Args:
-      path_or_hub_id: a checkpoint folder, or a name on the Hugging Face hub.
-      dtype: dtype of activations, cache and of all that is not quantized; None is the dtype that
-        config.json states, float32 where it states none.
-      backend: of the quantized layers: None, "triton" or "xla" (see `quant_matmul`).
-      progress: True, False, or None for a bar on a terminal only.
-      follow_links: as in `load_checkpoint`.
-
-    Returns:
-      An NNX module: `model(tokens)` maps int32 [B, S] to float32 logits [B, S, V].
-
-    Raises:
-      CheckpointError: listing every fault of the checkpoint; a head that differs from the embedding
-        which it is tied to is one.
-      ModelError: if the architecture is not supported, or listing every tensor that is missing,
-        unexpected or of another shape.
-      InputError: if `dtype` is another than float32, bfloat16 and float16, or if
-        generation_config.json is not a JSON object.
-      BackendError: if the backend is none, or not for this dtype.
-
-    Example:
-      ```python
-      model = jaxwna16.load_model("path/to/checkpoint", dtype="float32")
-      logits = model(jnp.asarray([[1, 2, 3]]))
-      assert logits.shape == (1, 3, model.config.vocab_size)
-      ```
-    """
-    dtype = read_dtype(dtype)
-    opened = open_plan(resolve_folder(path_or_hub_id), follow_links=follow_links)
-    names = find_family(opened.config).names
-    model, plan, expanded = fit_model(opened, dtype=dtype, backend=backend)
-    warnings = (*plan.warnings, *describe_unapplied(plan.folder))
-    leaves = list_leaves(model)
-    wide = {path for path in leaves if leaves[path].dtype == jnp.float32 != model.dtype}
-    kept = {name for name in plan.describe_leaves() if rename(name, names) in wide}
-    params = read_plan(plan, dtype=model.dtype, kept=kept, progress=progress).params
-    expand_all(params, expanded, model.dtype)
-    model = load_params(model, params, names)
-    model.folder, model.warnings = str(plan.folder), warnings
-    return model
 
 
 def generate(
@@ -131,8 +64,8 @@ def generate(
       seed: of the draws; the same seed gives the same texts.
       stop: strings; a text ends before the first of them that is complete, wherever its tokens
         begin and end. One that is a token of the vocabulary by itself ("<|im_end|>") ends it, too.
-      logprobs: as in `generate_tokens`: None, or for how many of the likeliest tokens the
-        log-probabilities are wanted, beside those of the chosen ones (`result.logprobs`).
+      logprobs: as in `generate_tokens`: None for no scores, or how many of the likeliest tokens to
+        score beside the chosen one (`result.logprobs`).
       prefill_chunk: as in `generate_tokens`: tokens of each prompt that are run at once.
       stream: called with the new text of each prompt as soon as it is decided, about ten times a
         second or for every token. Joined, it is the prompt's text: what may become a stop string
@@ -152,17 +85,17 @@ def generate(
     prompts, stop = _list_items(prompts), _list_items(stop)
     if strays := [prompt for prompt in prompts if not isinstance(prompt, str)]:
         raise InputError(
-            f"prompts: expected texts, got {strays[0]!r:.60}: for tokens there is generate_tokens, "
-            "for messages tokenizer.encode_chat, which makes tokens of them"
+            f"prompts: expected texts, got {strays[0]!r:.60}: use generate_tokens for tokens, and "
+            "tokenizer.encode_chat to turn messages into tokens"
         )
     if empty := [i for i, prompt in enumerate(prompts) if not prompt]:
         raise InputError(f"prompts {empty} are empty: give each at least one character")
     if tokenizer is None:
         if model.folder is None:
             raise InputError(
-                "the model knows no checkpoint folder, since it was not loaded from one or is what "
-                "nnx.merge, jax.device_put or a jitted function made of such a model: pass "
-                "tokenizer=, or set model.folder"
+                "the model has no checkpoint folder: it was not loaded from one, or nnx.merge, "
+                "jax.device_put or a jitted function made it from such a model; pass tokenizer=, "
+                "or set model.folder"
             )
         tokenizer = Tokenizer.from_folder(model.folder)
     if chat:

@@ -8,7 +8,7 @@ import re
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxwna16.cli.names import fold_names, star_numbers
+from jaxwna16.cli.folded_names import fold_names, star_numbers
 
 NAMES = st.lists(
     st.tuples(st.integers(0, 5), st.sampled_from(["q", "k"]), st.integers(0, 3)).map(
