@@ -18,7 +18,7 @@ from pallas_kernels.format.spec import QuantSpec
 from pallas_kernels.tiles.dense_rules import choose
 from pallas_kernels.tiles.device import Device
 from pallas_kernels.tiles.tiles import Tiles
-from pallas_kernels.triton.dense import can_pair, expand, multiply
+from pallas_kernels.triton.dense import can_pair, expand_by_kernel, multiply_packed
 from tests import gpu_aot
 from tests.executed.bounds import DTYPES, Bounded, find_rounding
 from tests.executed.work import Work
@@ -152,7 +152,7 @@ class Product:
 
 
 def _multiply(x, leaves, *, specs, tiles: Tiles, gated: bool, interpret: bool = False):
-    return multiply(x, leaves, specs, tiles, gated=gated, interpret=interpret)
+    return multiply_packed(x, leaves, specs, tiles, gated=gated, interpret=interpret)
 
 
 def take_leaves(weight: Case, bias: np.ndarray | None = None) -> dict[str, np.ndarray]:
@@ -207,7 +207,7 @@ class Expansion:
         )
 
         def run(leaves, interpret=False):
-            return expand(leaves, weight.spec, DTYPES[self.dtype], interpret=interpret)
+            return expand_by_kernel(leaves, weight.spec, DTYPES[self.dtype], interpret=interpret)
 
         expected = weight.weight.astype(np.float32).astype(DTYPES[self.dtype])
         return Work(run, (take_leaves(weight),), (expected,), lambda output: output, True)
