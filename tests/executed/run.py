@@ -92,11 +92,11 @@ def _is_interpreted(work, outputs: list[np.ndarray]) -> bool:
     return all(np.array_equal(work.take(a), work.take(b)) for a, b in pairs)
 
 
-def write_section(findings: list[Finding]) -> str:
-    """The tables of one version of jax, in Markdown."""
+def write_section(findings: list[Finding], wanted: int) -> str:
+    """The table of one version of jax, in Markdown; `wanted`: how many a whole run has."""
     lines = [f"## jax {jax.__version__}", ""]
     faulty = [f for f in findings if f.fault]
-    lines += [f"{len(findings)} kernels executed, {len(faulty)} faulty.", ""]
+    lines += [f"{len(findings)} of {wanted} kernels executed, {len(faulty)} faulty.", ""]
     if early := sum(f.early for f in findings):
         lines += [_EARLY.format(early), ""]
     lines += [f"- {f.arch} {f.case}: {f.fault}" for f in faulty] + [""] * bool(faulty)
@@ -156,7 +156,7 @@ def main() -> int:
     findings = [found[case.arch, name(case)] for case in cases]
     if not (options.only or options.large):
         old = REPORT.read_text() if REPORT.exists() else ""
-        REPORT.write_text(merge(old, write_section(findings)))
+        REPORT.write_text(merge(old, write_section(findings, len(cases))))
     return int(any(finding.fault for finding in findings))
 
 

@@ -20,17 +20,17 @@ _BAD = Finding("sm_80", "product tokens 5", 7, 0.1, float("inf"), "wrong numbers
 
 
 def test_the_report_has_a_row_for_each_case_and_names_faults():
-    lines = write_section([_GOOD, _BAD]).splitlines()
+    lines = write_section([_GOOD, _BAD], 3).splitlines()
     assert lines[0] == f"## jax {jax.__version__}"
-    assert "2 kernels executed, 1 faulty." in lines
+    assert "2 of 3 kernels executed, 1 faulty." in lines
     assert "- sm_80 product tokens 5: wrong numbers" in lines
     assert lines[-1] == "| product tokens 5 | **fault** |  | 12,345 · 0.2 · 0.50 |  |"
 
 
 def test_early_reads_are_marked_and_explained():
-    text = write_section([dataclasses.replace(_GOOD, early=True)])
+    text = write_section([dataclasses.replace(_GOOD, early=True)], 1)
     assert "12,345 · 0.2 · 0.50 † |" in text and "1 kernels use what `tcgen05.ld` loads" in text
-    assert "†" not in write_section([_GOOD])
+    assert "†" not in write_section([_GOOD], 1)
 
 
 def test_a_version_replaces_its_own_section_and_keeps_the_others():
