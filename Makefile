@@ -19,7 +19,7 @@ endif
 # Modules are compiled once, not by each of the hundreds of processes that the tests start
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-without-torch test-newest thorough lint docs drawing lock clean bench gpu gpu-check fuzz
+.PHONY: demo test test-without-torch test-newest thorough lint docs drawing lock clean bench gpu gpu-check gpu-execute fuzz
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py
@@ -74,6 +74,11 @@ bench: $(VENV)/.test
 # Every kernel compiled for four GPUs that need not be there; writes docs/machine_code.md
 gpu-check: $(VENV)/.test
 	JAX_PLATFORMS=cpu PYTHONPATH=$(VENV)/gpu-check $(BIN)/python -m tests.gpu_check
+
+# Every kernel's machine code executed on a CPU, for the same four GPUs; writes docs/executed.md, half an hour
+gpu-execute: $(VENV)/.test-without-torch
+	JAX_PLATFORMS=cpu JAX_ENABLE_COMPILATION_CACHE=false PYTHONPATH=$(VENV)/gpu-check \
+	  $(BIN)/python -m tests.executed.run $(ARGS)
 
 # On a machine with an NVIDIA GPU, 25 minutes: the GPU's tests, tuned tiles, figures with peers. Uses PYTHON as
 # it is (jax with CUDA, pytest, matplotlib), and no network; results go to $$OUT or benchmarks/results/gpu

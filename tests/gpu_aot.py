@@ -131,24 +131,30 @@ def compile(fn: Callable, *specs: Any, arch: str = "sm_90a", only: str = "") -> 
       FileNotFoundError: if one of NVIDIA's tools is not installed.
       Exception: what the compiler raises.
     """
+    with tempfile.TemporaryDirectory(prefix="gpu_aot_") as folder:
+        dump(fn, *specs, arch=arch, folder=folder, emitters="triton-to-llvm|ptx")
+        # XLA writes one file per kernel, and some that are empty or hold constants alone
+        entry = re.compile(rf"\.entry\s+\w*{only}")
+        sources = [p for p in sorted(Path(folder).glob("*.ptx")) if entry.search(p.read_text())]
+        return [_assemble(ptx, arch) for ptx in sources]
+
+
+def dump(fn: Callable, *specs: Any, arch: str, folder: str, emitters: str) -> None:
+    """Compile `jax.jit(fn)` for `arch`, and leave what XLA writes of it in a folder.
+
+    `emitters` is a regular expression of the stages whose results are wanted. Every argument stays
+    one, used or not.
+    """
     device = _describe_device(arch)
     here = SingleDeviceSharding(device)
     placed = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=here), specs)
     target = TARGETS[arch]
     # Since 0.11 Pallas-Triton asks the mesh which GPU it lowers for.
     abstract = AbstractDevice(target.device_kind, target.cores, "cuda")
-    with (
-        tempfile.TemporaryDirectory(prefix="gpu_aot_") as folder,
-        jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=abstract)),
-    ):
-        lowered = jax.jit(fn).trace(*placed).lower(lowering_platforms=("cuda",))
-        lowered.compile(
-            compiler_options={"xla_dump_to": folder, "xla_dump_emitter_re": "triton-to-llvm|ptx"}
-        )
-        # XLA writes one file per kernel, and some that are empty or hold constants alone
-        entry = re.compile(rf"\.entry\s+\w*{only}")
-        sources = [p for p in sorted(Path(folder).glob("*.ptx")) if entry.search(p.read_text())]
-        return [_assemble(ptx, arch) for ptx in sources]
+    with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=abstract)):
+        traced = jax.jit(fn, keep_unused=True).trace(*placed)
+        options = {"xla_dump_to": folder, "xla_dump_emitter_re": emitters}
+        traced.lower(lowering_platforms=("cuda",)).compile(compiler_options=options)
 
 
 @functools.cache

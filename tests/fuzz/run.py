@@ -151,6 +151,10 @@ tensors of a model, and the checksums of a converted copy).
 Fuzzing does not reach GPUs, files larger than a few KB, or files that change while they are read;
 those have tests of their own (`tests/loaders/test_faults.py` shows each kind of fault).
 
+The GPU kernels are proved in another way: their PTX, compiled for sm_80 to sm_100a, is executed on
+a CPU, where it gives the right numbers and breaks no rule ([executed.md](executed.md)). Not proved
+are NVIDIA's assembler, the weak order of memory, and the rounding of tensor cores.
+
 ## What became of the mutants
 
 Times are of computing and memory is what was added, both of loading alone. The slowest had XLA

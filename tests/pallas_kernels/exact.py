@@ -27,8 +27,13 @@ class Case:
         return {name: jnp.asarray(leaf) for name, leaf in leaves.items() if leaf is not None}
 
 
-def make_case(shape, group_size, bits, *, symmetric, scale_dtype=jnp.bfloat16, seed=0) -> Case:
-    """Random codes, packed one by one as the layout is defined; padding is 0."""
+def make_case(
+    shape, group_size, bits, *, symmetric, scale_dtype=jnp.bfloat16, seed=0, whole=False
+) -> Case:
+    """Random codes, packed one by one as the layout is defined; padding is 0.
+
+    `whole`: scales are small powers of two, so that sums with whole x are exact.
+    """
     n, k = shape
     spec = QuantSpec(
         bits=bits, group_size=group_size, symmetric=symmetric, in_features=k, out_features=n
@@ -36,12 +41,16 @@ def make_case(shape, group_size, bits, *, symmetric, scale_dtype=jnp.bfloat16, s
     rng = np.random.default_rng(seed)
     codes = rng.integers(0, 2**bits, (n, k))
     packed = np.zeros(spec.packed_shape, np.uint16)
-    for row, column in np.ndindex(n, k):
-        tile, rest = divmod(column, spec.tile_k)
-        plane, j = divmod(rest, 32)
-        packed[row // 64, tile, row % 64, j] |= codes[row, column] << (bits * plane)
+    row, column = np.indices((n, k))
+    tile, rest = np.divmod(column, spec.tile_k)
+    plane, j = np.divmod(rest, 32)
+    fields = (codes << bits * plane).astype(np.uint16)
+    np.bitwise_or.at(packed, (row // 64, tile, row % 64, j), fields)
     scale = np.zeros(spec.scale_shape, scale_dtype)
-    scale[:, :n] = rng.uniform(0.005, 0.02, (spec.groups, n)).astype(scale_dtype)
+    scales = rng.uniform(0.005, 0.02, (spec.groups, n))
+    if whole:
+        scales = 2.0 ** rng.integers(-2, 3, (spec.groups, n))
+    scale[:, :n] = scales.astype(scale_dtype)
     zero_point = np.zeros(spec.scale_shape, np.int8)
     if not symmetric:
         half = 2 ** (bits - 1)

@@ -1,0 +1,138 @@
+"""The matrix of kernels that are executed: every kind, schedule and width for every GPU."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterator
+
+from pallas_kernels.tiles.tiles import Tiles
+from tests import gpu_aot
+from tests.executed.experts import Experts, Grouping
+from tests.executed.products import Expansion, Product
+
+Case = Product | Expansion | Experts | Grouping
+ARCHS = tuple(gpu_aot.TARGETS)
+_B, _F = "bfloat16", "float16"
+_BITS, _DTYPES = (4, 8), (_B, _F)
+
+
+def name(case: Case) -> str:
+    """What it is, without the architecture: `product tokens=5 bits=4 bfloat16 group 128 ...`."""
+    facts = dataclasses.asdict(case)
+    del facts["arch"]
+    words = [case.kind]
+    for key, value in facts.items():
+        if key == "dtype":
+            words.append(value)
+        elif key == "group_size":
+            words.append(f"group {value}" if value else "channel")
+        elif key == "first":
+            words.append("gate and up" if value else "down")
+        elif key == "scale_dtype" and value:
+            words.append(f"{value} scales")
+        elif value is True:
+            words.append(key)
+        elif value and key != "tiles" and (key, value) != ("splits", 1):
+            words.append(f"{key} {value}")
+    return " ".join(words)
+
+
+def list_core() -> list[Case]:
+    """What `make test` executes: each kind of instruction on each GPU that has it."""
+    return [
+        Product("sm_80", 5, 4, _B, 32),
+        Product("sm_80", 31, 8, _F, 128, symmetric=True, bias=True),
+        Product("sm_80", 16, 4, _B, 48),
+        Experts("sm_80", 8, 4, _B, 128, symmetric=True),
+        Product("sm_89", 50, 4, _B, 128, splits=2),
+        Expansion("sm_89", 8, _B, 128),
+        Product("sm_90a", 8, 8, _B, 0, joined=True, bias=True),
+        Product("sm_90a", 15, 4, _F, 64, whole=True),
+        Product("sm_90a", 16, 4, _B, 16, scale_dtype="float32"),
+        Product("sm_90a", 32, 4, _B, 128, gated=True),
+        Product("sm_90a", 130, 4, _B, 128),
+        Experts("sm_90a", 256, 4, _B, 32, first=False, weigh="result", bias=True),
+        Expansion("sm_90a", 4, _F, 48),
+        Grouping("sm_90a", 257, 50, 8),
+        Product("sm_100a", 5, 4, _F, 128, splits=2),
+        Product("sm_100a", 31, 4, _B, 64),
+        Product("sm_100a", 50, 8, _B, 128, whole=True),
+        Product("sm_100a", 16, 4, _B, 48),
+        Product("sm_100a", 130, 4, _B, 32),
+        Grouping("sm_100a", 8, 140, 8),
+    ]
+
+
+def list_mutated() -> list[Case]:
+    """Small kernels with what each architecture has, which `make test` breaks on purpose."""
+    sizes = {"sm_80": (5, 8, 64), "sm_90a": (16, 16, 64), "sm_100a": (16, 16, 128)}
+    products = [
+        Product(arch, tokens, 4, _B, 32, tiles=Tiles(block_m=m, block_n=n, block_k=128))
+        for arch, (tokens, m, n) in sizes.items()
+    ]
+    return [*products, Grouping("sm_90a", 250, 400, 1)]
+
+
+def list_all() -> list[Case]:
+    """Every kind of kernel on every GPU."""
+    return [case for arch in ARCHS for case in _list_for(arch)]
+
+
+def _list_for(arch: str) -> Iterator[Case]:
+    yield from (Product(arch, *facts, **more) for facts, more in _list_products())
+    yield from (
+        Expansion(arch, *facts) for facts in itertools.product(_BITS, _DTYPES, (32, 128, 0, 48))
+    )
+    yield Expansion(arch, 4, _B, 128, symmetric=True)
+    yield Expansion(arch, 4, _B, 48, scale_dtype="float32")
+    yield from (Experts(arch, *facts, **more) for facts, more in _list_experts())
+    for facts in (
+        *((1, 5, 8), (4, 1, 8), (8, 40, 8), (5, 257, 128), (60, 700, 64), (128, 300, 16)),
+        *((256, 130, 8), (257, 300, 8), (384, 512, 8), (512, 640, 8)),
+    ):
+        yield Grouping(arch, *facts)
+
+
+def _list_products() -> Iterator[tuple[tuple, dict]]:
+    """Tokens, bits, dtype, group; and the rest."""
+    grids = (
+        (((1, 5, 8, 15, 16, 31, 32, 50, 64, 130), _BITS, (_B,), (128,)), {}),
+        (((5, 16, 50), _BITS, _DTYPES, (32, 64, 0)), {}),
+        (((8, 31, 64, 130), _BITS, (_F,), (128,)), {}),
+        (((1, 16, 64, 130), _BITS, (_B,), (128,)), {"symmetric": True}),
+        (((8, 15, 32, 50), _BITS, (_B,), (32, 128)), {"gated": True}),
+        (((5,), _BITS, (_F,), (128,)), {"gated": True, "splits": 2}),
+        (((3, 16), _BITS, (_B,), (32, 0)), {"joined": True, "bias": True}),
+        (((5, 16, 50, 130), _BITS, (_B,), (32, 128)), {"splits": 2}),
+        (((5, 50), (4,), (_F,), (0,)), {"splits": 2}),
+        (((16, 50), (4,), (_B,), (8, 16, 48, 80)), {}),
+        (((16,), (8,), (_F,), (16, 80)), {}),
+        (((16, 64), (4,), (_B,), (16, 80, 128)), {"scale_dtype": "float32"}),
+        (((5, 16, 50), _BITS, _DTYPES, (64,)), {"whole": True}),
+        (((130,), (4,), (_B,), (128,)), {"whole": True}),
+    )
+    for axes, more in grids:
+        for facts in itertools.product(*axes):
+            yield facts, more
+
+
+def _list_experts() -> Iterator[tuple[tuple, dict]]:
+    first, second = {"first": True}, {"first": False, "weigh": "result"}
+    grids = (
+        (((8, 64, 256, 4096), _BITS, (_B,), (32, 128)), first),
+        (((8, 64, 256, 4096), _BITS, (_B,), (32, 128)), second),
+        (((8, 256), _BITS, (_F,), (0,)), first),
+        (((8, 256), _BITS, (_F,), (0,)), {**second, "bias": True}),
+        (((1,), (4,), _DTYPES, (128,)), first),
+        (((1,), (4,), _DTYPES, (128,)), {**second, "splits": 2, "bias": True}),
+        (((64,), _BITS, (_B,), (128,)), {"apart": True, "activation": "relu2", "weigh": "sum"}),
+        (((64,), _BITS, (_B,), (128,)), {"apart": True, "bias": True}),
+        (((256,), (4,), (_B,), (8, 16, 48, 80)), first),
+        (((256,), (4,), (_B,), (8, 16, 48, 80)), second),
+        (((256,), (4,), (_B,), (16, 128)), {"scale_dtype": "float32"}),
+        (((8, 256), (4,), (_B,), (128,)), {**second, "symmetric": True, "whole": True}),
+    )
+    for axes, more in grids:
+        for facts in itertools.product(*axes):
+            yield facts, more
