@@ -18,16 +18,15 @@ from typing import TYPE_CHECKING, Any
 from jaxwna16.errors import InputError
 from jaxwna16.extras import import_extra
 from jaxwna16.generation.chat_template import (
-    compile_chat_template,
     copy_messages,
     cut_at_mark,
     mark_end,
     read_chat_templates,
+    render_chat_template,
 )
 from loaders.files.folder import load_json
 
 if TYPE_CHECKING:
-    import jinja2
     import tokenizers
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
@@ -176,17 +175,12 @@ class Tokenizer:
         add_generation_prompt: bool,
         variables: Mapping[str, Any] | None,
     ) -> str:
-        template = self._template
+        given = {"messages": plain, "add_generation_prompt": add_generation_prompt}
         seen = {**self.special_tokens, "tools": None, "documents": None, **(variables or {})}
         try:
-            return template.render(
-                seen, messages=plain, add_generation_prompt=add_generation_prompt
-            )
-        except Exception as error:  # a template can raise anything, and it is not our code
-            roles = ", ".join(message["role"] for message in plain)
-            raise InputError(
-                f"{self.source}: the chat template refused the messages (roles: {roles}): {error}"
-            ) from error
+            return render_chat_template(self._template, seen | given)
+        except InputError as error:
+            raise InputError(f"{self.source}: {error}") from error
 
     def encode_chat(
         self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True
@@ -195,18 +189,15 @@ class Tokenizer:
         text = self.render_chat(messages, add_generation_prompt)
         return self.encode(text, add_special_tokens=False)
 
-    @functools.cached_property
-    def _template(self) -> jinja2.Template:
-        if not self.has_chat_template:
-            named = f" (only {', '.join(self.chat_templates)})" if self.chat_templates else ""
-            raise InputError(
-                f"{self.source}: no chat template{named}, neither chat_template.jinja nor "
-                "`chat_template` in tokenizer_config.json: give a plain prompt instead"
-            )
-        try:
-            return compile_chat_template(self.chat_templates["default"])
-        except InputError as error:
-            raise InputError(f"{self.source}: {error}") from error
+    @property
+    def _template(self) -> str:
+        if self.has_chat_template:
+            return self.chat_templates["default"]
+        named = f" (only {', '.join(self.chat_templates)})" if self.chat_templates else ""
+        raise InputError(
+            f"no chat template{named}, neither chat_template.jinja nor `chat_template` in "
+            "tokenizer_config.json: give a plain prompt instead"
+        )
 
 
 class TextStream:

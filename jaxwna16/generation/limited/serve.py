@@ -1,0 +1,71 @@
+"""The child's side: answers calls, one a line, each within limits. Started by `child`."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import signal
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
+
+_SHOWN = 2000
+
+
+def serve() -> None:
+    """Answer until there are no more requests."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt is for the parent to handle
+    module, megabytes = sys.argv[2:]
+    _limit_memory(int(megabytes) << 20)
+    functions = importlib.import_module(module)
+    for line in sys.stdin.buffer:
+        name, arguments, seconds = json.loads(line)
+        _limit_time(seconds)
+        sys.stdout.buffer.write(_answer(getattr(functions, name), arguments) + b"\n")
+        sys.stdout.buffer.flush()
+
+
+def _answer(function: Callable[..., Any], arguments: list[Any]) -> bytes:
+    try:
+        return json.dumps({"value": function(*arguments)}).encode()
+    except BaseException as error:  # panics of Rust are not Exceptions
+        return json.dumps(_describe(error)).encode()
+
+
+def _describe(error: BaseException) -> dict[str, str]:
+    try:
+        text = str(error)[:_SHOWN]
+    except Exception:
+        text = ""
+    return {"kind": type(error).__name__, "text": text}
+
+
+def _limit_memory(nbytes: int) -> None:
+    if resource is not None:
+        _lower("RLIMIT_CORE", 0)
+        _lower("RLIMIT_AS", nbytes)
+
+
+def _limit_time(seconds: int) -> None:
+    """End the process by SIGXCPU after so many seconds of computing from now on."""
+    if resource is not None:
+        _lower("RLIMIT_CPU", math.ceil(time.process_time()) + seconds)
+
+
+def _lower(name: str, soft: int) -> None:
+    assert resource is not None
+    kind = getattr(resource, name)
+    hard = resource.getrlimit(kind)[1]
+    if hard != resource.RLIM_INFINITY:
+        soft = min(soft, hard)
+    try:
+        resource.setrlimit(kind, (soft, hard))
+    except (ValueError, OSError):  # macOS knows the limit of memory and refuses it
+        pass
