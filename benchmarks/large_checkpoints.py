@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 
-from jaxwna16.checkpoints.quantize import describe_quantization
+from jaxwna16.checkpoints.quantize_plan import describe_quantization
 from loaders.files.new_folder import build_folder
 
 GROUP = 128

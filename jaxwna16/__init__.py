@@ -15,9 +15,9 @@ from jaxwna16.version import __version__ as __version__
 if TYPE_CHECKING:
     from jaxwna16 import linen as linen
     from jaxwna16.checkpoints.convert import convert_checkpoint as convert_checkpoint
+    from jaxwna16.checkpoints.dequantize import dequantize_checkpoint as dequantize_checkpoint
     from jaxwna16.checkpoints.load import Checkpoint as Checkpoint
     from jaxwna16.checkpoints.load import load_checkpoint as load_checkpoint
-    from jaxwna16.checkpoints.quantize import dequantize_checkpoint as dequantize_checkpoint
     from jaxwna16.checkpoints.quantize import quantize_checkpoint as quantize_checkpoint
     from jaxwna16.errors import InputError as InputError
     from jaxwna16.errors import ModelError as ModelError
@@ -64,7 +64,8 @@ _PLACES = {
     "jaxwna16.generation.load_model": "load_model",
     "jaxwna16.layers.moe": "QuantMoE",
     "jaxwna16.programs": "keep_programs",
-    "jaxwna16.checkpoints.quantize": "dequantize_checkpoint quantize_checkpoint",
+    "jaxwna16.checkpoints.dequantize": "dequantize_checkpoint",
+    "jaxwna16.checkpoints.quantize": "quantize_checkpoint",
     "jaxwna16.generation.text": "Tokenizer",
     "jaxwna16.layers.training": "merge_params split_params",
     "loaders.errors": "CheckpointError",

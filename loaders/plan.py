@@ -35,7 +35,8 @@ from loaders.modules.modules import QuantizedModule, plan_modules, split_experts
 from loaders.modules.sizes import find_sizes
 from loaders.schemes.config_groups import Scheme
 from loaders.schemes.module_names import list_prefixes
-from loaders.schemes.quantization_config import Quantization, are_tied, parse_quantization
+from loaders.schemes.quantization_config import Quantization, parse_quantization
+from loaders.schemes.subconfigs import are_tied
 from pallas_kernels.format.spec import QuantSpec
 from pallas_kernels.format.weights import make_abstract
 

@@ -53,7 +53,7 @@ WINGS = {
         quantization_config
         awq_gptq compressed_tensors
         config_groups
-        module_names packings patterns presets
+        module_names packings patterns presets subconfigs
     """,
     "jaxwna16": """
         __init__ __main__

@@ -1,1 +1,1 @@
-"""Whole checkpoints: `load` reads one, `convert` and `quantize` write another."""
+"""Whole checkpoints: `load` reads one, `convert`, `quantize` and `dequantize` write another."""

@@ -21,8 +21,8 @@ from loaders.converted.converted import hash_leaf
 from loaders.converted.fingerprint import Fingerprint, list_files, take_fingerprint, take_stamps
 from loaders.converted.manifest import MANIFEST, METHOD, SECTIONS, Leaf, Manifest
 from loaders.errors import CheckpointError, Fault
-from loaders.files.folder import CONFIG
 from loaders.files.new_folder import build_folder, copy_companions, write_json, write_shards
+from loaders.files.small_files import CONFIG
 from loaders.modules.modules import QuantizedModule
 from loaders.open import plan_original
 from loaders.plan import Plan

@@ -18,7 +18,7 @@ from loaders.files.safetensors_file import TensorInfo
 from loaders.modules.experts import name_separately
 from loaders.schemes.module_names import name_classes
 from loaders.schemes.patterns import compile_pattern
-from loaders.schemes.quantization_config import SUBCONFIGS, are_tied
+from loaders.schemes.subconfigs import are_tied, find_subconfigs
 
 HEAD = "lm_head"
 # names of towers and projectors of models that `load_model` does not know
@@ -128,9 +128,9 @@ def _count_layers(config: Mapping[str, Any]) -> tuple[int, int]:
         return model.num_hidden_layers, model.prediction_layers
     except ModelError:
         pass
-    for section in (config, *(config.get(name) for name in SUBCONFIGS)):
-        if isinstance(section, Mapping) and "num_nextn_predict_layers" in section:
-            first, count = section.get("num_hidden_layers"), section["num_nextn_predict_layers"]
+    for part in (config, *find_subconfigs(config).values()):
+        if "num_nextn_predict_layers" in part:
+            first, count = part.get("num_hidden_layers"), part["num_nextn_predict_layers"]
             if isinstance(first, int) and isinstance(count, int):
                 return first, min(count, MAX_LAYERS)
     return 0, 0

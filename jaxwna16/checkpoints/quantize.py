@@ -1,15 +1,13 @@
-"""Checkpoint folder -> checkpoint folder: `quantize_checkpoint` and `dequantize_checkpoint`.
+"""Checkpoint folder -> checkpoint folder whose linear weights are packed: `quantize_checkpoint`.
 
-Both go tensor by tensor; memory is one shard of the output, or one tensor if that is larger.
 Experts that are quantized become separate ones (`experts.3.gate_proj`), as compressed-tensors and
-vLLM have them. All others stay as they are: stacked ones are stacked again when dequantized.
+vLLM have them. All others stay as they are.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
@@ -24,21 +22,16 @@ from jaxwna16.checkpoints.quantize_plan import (
     describe_quantization,
     make_specs,
 )
+from jaxwna16.checkpoints.write_anew import cast_tensor, write_anew
 from jaxwna16.dtypes import read_dtype
 from jaxwna16.errors import InputError
-from jaxwna16.progress import show_bytes
 from loaders.errors import CheckpointError, Fault
-from loaders.files.safetensors_file import TensorInfo, read_tensor, read_tensors
+from loaders.files.safetensors_file import TensorInfo, read_tensor
 from loaders.modules.experts import name_separately
-from loaders.modules.modules import QuantizedModule
-from loaders.modules.repack import pack, unpack
+from loaders.modules.repack import unpack
 from loaders.open import plan_original
-from loaders.plan import Plan
-from loaders.schemes.quantization_config import SUBCONFIGS, drop_quantization
-from loaders.stream import check_cast, check_scales
-from loaders.write import write_checkpoint
+from loaders.schemes.quantization_config import drop_quantization
 from pallas_kernels.errors import SpecError
-from pallas_kernels.format.dequantize import dequantize
 from pallas_kernels.format.quantize import quantize
 from pallas_kernels.format.spec import QuantSpec
 from pallas_kernels.format.weights import SCALE_DTYPES
@@ -126,98 +119,22 @@ def quantize_checkpoint(
     config = drop_quantization(plan.config) | {
         "quantization_config": describe_quantization(bits, group_size, symmetric, ignored)
     }
-    _write(plan, destination, config, dtype, "quantizing", progress, specs)
+    write_anew(
+        plan,
+        destination,
+        config,
+        lambda part: _quantize(part, dtype, specs),
+        dtype=dtype,
+        verb="quantizing",
+        progress=progress,
+    )
 
 
-def dequantize_checkpoint(
-    source: str | os.PathLike[str],
-    destination: str | os.PathLike[str],
-    *,
-    dtype: Any = None,
-    progress: bool | None = None,
-    follow_links: bool = False,
-) -> None:
-    """Write a checkpoint's weights as floats, the same bits as compressed-tensors' `decompress`.
-
-    Those of AutoAWQ and GPTQ are what these compute, `(u - z) * s` in the dtype of s.
-
-    Args:
-      source: a checkpoint that `load_checkpoint` reads.
-      destination: the folder to make; it must not exist.
-      dtype: float dtype that every float tensor is cast to at the end; None is the scales' dtype
-        for the weights and its own for every other tensor.
-      progress: True, False, or None for a bar on a terminal only.
-      follow_links: as in `load_checkpoint`.
-
-    Raises:
-      CheckpointError: listing every fault of the source, bad scales included; naming a tensor with
-        values too large for `dtype`; or if the destination exists.
-      InputError: if nothing in it is quantized, or `dtype` is none of these.
-
-    Example:
-      ```python
-      jaxwna16.dequantize_checkpoint("path/to/checkpoint", "path/to/dequantized")
-      checkpoint = jaxwna16.load_checkpoint("path/to/dequantized")
-      assert not checkpoint.specs
-      ```
-    """
-    dtype = read_dtype(dtype)
-    plan = plan_original(resolve_folder(source), follow_links=follow_links)
-    if not plan.quantized:
-        raise InputError(f"{plan.folder}: no module is quantized")
-    if faults := check_scales(plan):
-        raise CheckpointError(plan.folder, faults)
-    config = drop_quantization(plan.config)
-    _write(plan, destination, config, dtype, "dequantizing", progress, {})
-
-
-def _write(
-    plan: Plan,
-    destination: str | os.PathLike[str],
-    config: dict[str, Any],
-    dtype: np.dtype | None,
-    verb: str,
-    progress: bool | None,
-    specs: dict[str, QuantSpec],
-) -> None:
-    if dtype is not None:
-        for section in [config, *(config.get(name) for name in SUBCONFIGS)]:
-            if isinstance(section, dict):
-                stated = [key for key in ("dtype", "torch_dtype") if key in section]
-                section |= dict.fromkeys(stated, dtype.name)
-    with show_bytes(f"{verb} {plan.folder.name}", visible=progress) as report:
-
-        def list_tensors() -> Iterator[tuple[str, np.ndarray]]:
-            done = 0
-            stacked: dict[str, np.ndarray] = {}
-            for part in plan.list_parts():
-                for name, array in _convert(part, dtype, specs):
-                    if name_separately(name) == [name]:
-                        yield name, array
-                    else:
-                        path = part.name if isinstance(part, TensorInfo) else part.path
-                        experts = plan.stacks[plan.places[path]].experts
-                        yield from _stack(name, array, experts, stacked)
-                done += part.nbytes
-                report(done, plan.nbytes, "")
-
-        write_checkpoint(
-            Path(destination),
-            list_tensors(),
-            config,
-            beside=plan.folder,
-            follow_links=plan.follow_links,
-        )
-
-
-def _convert(
-    part: QuantizedModule | TensorInfo, dtype: Any, specs: dict[str, QuantSpec]
+def _quantize(
+    part: TensorInfo, dtype: Any, specs: dict[str, QuantSpec]
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """The tensors to write for one part of the source."""
-    if isinstance(part, QuantizedModule):
-        yield from _dequantize(part, dtype)
-        return
-    array = _cast(read_tensor(part), dtype, part.file, part.name)
+    """The tensors to write for one of the source."""
+    array = cast_tensor(read_tensor(part), dtype, part.file, part.name)
     names = name_separately(part.name)
     if not any(f"{name_module(name)}.weight" in specs for name in names):
         yield part.name, array
@@ -234,38 +151,3 @@ def _convert(
             raise CheckpointError(part.file.parent, [fault]) from None
         for role, tensor in tensors.items():
             yield f"{module}.{role}", tensor
-
-
-def _dequantize(part: QuantizedModule, dtype: Any) -> Iterator[tuple[str, np.ndarray]]:
-    arrays = dict(zip(part.tensors, read_tensors(part.tensors.values()), strict=True))
-    bias = arrays.pop("bias", None)
-    arrays.pop("weight_shape", None)  # the plan has read it; a stacked one is that of all experts
-    names = f"{part.path}.weight", f"{part.path}.bias"
-    if name_separately(part.path) != [part.path]:
-        names = part.path, part.path.replace("[", "_bias[")
-    weight = np.asarray(dequantize(pack(arrays, part.spec, part.encoding), part.spec))
-    yield names[0], _cast(weight, dtype, part.tensors["weight_packed"].file, names[0])
-    if bias is not None:
-        yield names[1], _cast(bias, dtype, part.tensors["bias"].file, names[1])
-
-
-def _stack(
-    name: str, array: np.ndarray, experts: int, stacked: dict[str, np.ndarray]
-) -> Iterator[tuple[str, np.ndarray]]:
-    """Put "experts.down_proj[3]" into its array in `stacked`; gives that when it is complete."""
-    whole, _, index = name.removesuffix("]").partition("[")
-    if whole not in stacked:
-        stacked[whole] = np.empty((experts, *array.shape), array.dtype)
-    stacked[whole][int(index)] = array
-    if int(index) == experts - 1:  # they follow each other in the files
-        yield whole, stacked.pop(whole)
-
-
-def _cast(array: np.ndarray, dtype: Any, file: Path, name: str) -> np.ndarray:
-    if dtype is None or not jnp.issubdtype(array.dtype, jnp.floating):
-        return array
-    with np.errstate(over="ignore"):
-        cast = array.astype(dtype)
-    if faults := check_cast(array, cast, file, name):
-        raise CheckpointError(file.parent, faults)
-    return cast

@@ -50,7 +50,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         check_target(args.plot)
     keep_programs()
     plans = open_plans(args.checkpoints, read_text(args.text), follow_links=args.follow_links)
-    _, tokens = read_scored_text(args, Tokenizer.from_folder(plans[0].folder), plans)
+    tokenizer = Tokenizer.from_folder(plans[0].folder, follow_links=args.follow_links)
+    _, tokens = read_scored_text(args, tokenizer, plans)
     compared = compare_checkpoints(
         plans,
         tokens,

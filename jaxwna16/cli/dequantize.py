@@ -24,8 +24,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
+    from jaxwna16.checkpoints.dequantize import dequantize_checkpoint
     from jaxwna16.checkpoints.load import resolve_folder
-    from jaxwna16.checkpoints.quantize import dequantize_checkpoint
     from jaxwna16.cli.rewriting import compare
 
     source, destination = resolve_folder(args.source), Path(args.destination)

@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from loaders.open import open_plan
 
     plan = open_plan(resolve_folder(args.checkpoint), follow_links=args.follow_links)
-    tokenizer = Tokenizer.from_folder(plan.folder)
+    tokenizer = Tokenizer.from_folder(plan.folder, follow_links=plan.follow_links)
     text, tokens = read_scored_text(args, tokenizer, [plan])
     model, facts = open_model(args)
     found = measure_perplexity(

@@ -26,7 +26,7 @@ from loaders.plan import Plan
 def open_tokenizer(args: argparse.Namespace) -> Tokenizer:
     """The tokenizer of a checkpoint, after a check of the headers: fast checks come first."""
     plan = open_plan(resolve_folder(args.checkpoint), follow_links=args.follow_links)
-    return Tokenizer.from_folder(plan.folder)
+    return Tokenizer.from_folder(plan.folder, follow_links=plan.follow_links)
 
 
 def read_scored_text(

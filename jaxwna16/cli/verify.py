@@ -44,6 +44,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from jaxwna16.cli.oracle import Oracle
     from loaders.converted.converted import ConvertedPlan
     from loaders.errors import CheckpointError
+    from loaders.files.small_files import list_settings_faults
     from loaders.open import open_survey
 
     started = time.perf_counter()
@@ -56,7 +57,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         number_faults, warnings = _check_leaves(plan, oracle)
     else:
         number_faults, warnings = _check_numbers(sound, oracle)
-    faults = [*survey.faults, *faults, *number_faults]
+    beside = list_settings_faults(plan.folder, follow_links=args.follow_links)
+    faults = [*survey.faults, *beside, *faults, *number_faults]
     report = {
         "folder": str(plan.folder),
         "modules": len(sound.quantized),

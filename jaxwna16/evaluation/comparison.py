@@ -32,6 +32,7 @@ from jaxwna16.programs import trace_counts
 from jaxwna16.progress import show_steps
 from loaders.open import open_plan
 from loaders.plan import Plan
+from loaders.schemes.subconfigs import find_subconfigs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,7 +180,9 @@ def open_plans(
     if len(names) < 2:
         raise InputError(f"a comparison takes at least two checkpoints, got {len(names)}")
     plans = [open_plan(resolve_folder(name), follow_links=follow_links) for name in names]
-    tokenizers = [Tokenizer.from_folder(plan.folder) for plan in plans]
+    tokenizers = [
+        Tokenizer.from_folder(plan.folder, follow_links=plan.follow_links) for plan in plans
+    ]
     faults = [
         f"{plan.folder}: {fault}"
         for plan, tokenizer in zip(plans[1:], tokenizers[1:], strict=True)
@@ -301,8 +304,8 @@ def _tell_apart(first: Plan, plan: Plan, tokenizers: tuple[Tokenizer, Tokenizer]
 
 
 def _find_vocabulary_size(plan: Plan) -> Any:
-    config = plan.config.get("text_config", plan.config)
-    return config.get("vocab_size", plan.config.get("vocab_size"))
+    parts = (*find_subconfigs(plan.config).values(), plan.config)
+    return next((part["vocab_size"] for part in parts if "vocab_size" in part), None)
 
 
 def _name_folders(plans: Sequence[Plan]) -> list[str]:

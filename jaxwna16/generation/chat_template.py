@@ -14,6 +14,7 @@ from typing import Any
 from jaxwna16.errors import InputError
 from jaxwna16.extras import check_extra
 from jaxwna16.generation.limited.child import Child, FailedCallError, LimitError
+from loaders.files.small_files import TEMPLATE, TOKENIZER_SETTINGS, is_there, read_text
 
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 _FEW = 8
@@ -25,20 +26,19 @@ _MEGABYTES = 512
 _child = Child("jaxwna16.generation.limited.templates", _MEGABYTES)
 
 
-def read_chat_templates(folder: Path, tokenizer_config: Mapping[str, Any]) -> dict[str, str]:
+def read_chat_templates(
+    folder: Path, tokenizer_config: Mapping[str, Any], *, follow_links: bool = False
+) -> dict[str, str]:
     """Find the Jinja sources by name: chat_template.jinja, or `chat_template` of the config.
 
     The config holds one source, or a list of {"name": …, "template": …}; a single one is "default".
 
     Raises:
+      CheckpointError: if the file cannot be read.
       InputError: if what is there is neither.
     """
-    path = folder / "chat_template.jinja"
-    if path.is_file():
-        try:
-            return {"default": path.read_text(encoding="utf-8")}
-        except UnicodeDecodeError as error:
-            raise InputError(f"{path}: not UTF-8: {error}") from error
+    if is_there(folder, TEMPLATE):
+        return {"default": read_text(folder, TEMPLATE, follow_links=follow_links)}
     found = tokenizer_config.get("chat_template") or []
     entries = found if isinstance(found, list) else [{"name": "default", "template": found}]
     templates = {}
@@ -48,7 +48,7 @@ def read_chat_templates(folder: Path, tokenizer_config: Mapping[str, Any]) -> di
                 templates[name] = template
             case _:
                 raise InputError(
-                    f"{folder / 'tokenizer_config.json'}: `chat_template` must be a string or a "
+                    f"{folder / TOKENIZER_SETTINGS}: `chat_template` must be a string or a "
                     f"list of named strings, found {str(entry)[:80]}"
                 )
     return templates

@@ -97,7 +97,7 @@ def generate(
                 "nnx.merge, jax.device_put or a jitted function made of such a model: pass "
                 "tokenizer=, or set model.folder"
             )
-        tokenizer = Tokenizer.from_folder(model.folder)
+        tokenizer = Tokenizer.from_folder(model.folder, follow_links=model.follow_links)
     if chat:
         encoded = [tokenizer.encode_chat([{"role": "user", "content": p}]) for p in prompts]
     else:

@@ -6,9 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from jaxwna16.generation.text import read_settings
+from loaders.files.small_files import GENERATION, read_settings
 
-_NAME = "generation_config.json"
 _IDLE: dict[str, tuple[Any, ...]] = {
     "bad_words_ids": (),
     "begin_suppress_tokens": (),
@@ -34,16 +33,16 @@ _IDLE: dict[str, tuple[Any, ...]] = {
 what is empty are such everywhere. Those of draws are arguments of `generate`."""
 
 
-def describe_unapplied(folder: Path) -> tuple[str, ...]:
+def describe_unapplied(folder: Path, *, follow_links: bool = False) -> tuple[str, ...]:
     """Name the settings of a checkpoint's generation_config.json that would change greedy texts.
 
     Returns:
       One sentence, or none.
 
     Raises:
-      InputError: if the file is not a JSON object.
+      CheckpointError: if the file cannot be read, or is not a JSON object.
     """
-    found = read_settings(folder / _NAME)
+    found = read_settings(folder, GENERATION, follow_links=follow_links)
     settings = [
         f"{name} {json.dumps(found[name])[:60]}"
         for name, idle in _IDLE.items()
@@ -53,6 +52,6 @@ def describe_unapplied(folder: Path) -> tuple[str, ...]:
         return ()
     verb = "is" if len(settings) == 1 else "are"
     return (
-        f"{_NAME}: {', '.join(settings)} {verb} not applied, so that texts can differ from those "
-        "of transformers",
+        f"{GENERATION}: {', '.join(settings)} {verb} not applied, so that texts can differ from "
+        "those of transformers",
     )

@@ -40,11 +40,10 @@ def load_model(
 
     Raises:
       CheckpointError: listing every fault of the checkpoint; a head that differs from the embedding
-        which it is tied to is one.
+        which it is tied to is one, and a generation_config.json that is not a JSON object.
       ModelError: if the architecture is not supported, or listing every tensor that is missing,
         unexpected or of another shape.
-      InputError: if `dtype` is another than float32, bfloat16 and float16, or if
-        generation_config.json is not a JSON object.
+      InputError: if `dtype` is another than float32, bfloat16 and float16.
       BackendError: if the backend is none, or not for this dtype.
 
     Example:
@@ -57,8 +56,9 @@ def load_model(
     dtype = read_dtype(dtype)
     opened = open_plan(resolve_folder(path_or_hub_id), follow_links=follow_links)
     fit = fit_model(opened, dtype=dtype, backend=backend)
-    warnings = (*fit.warnings, *describe_unapplied(opened.folder))
+    warnings = (*fit.warnings, *describe_unapplied(opened.folder, follow_links=follow_links))
     read = read_plan(fit.plan, dtype=fit.model.dtype, kept=fit.kept, progress=progress)
     model = fit.fill(read.params)
     model.folder, model.warnings = str(opened.folder), warnings
+    model.follow_links = follow_links
     return model

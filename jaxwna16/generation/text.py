@@ -24,14 +24,23 @@ from jaxwna16.generation.chat_template import (
     read_chat_templates,
     render_chat_template,
 )
-from loaders.files.folder import load_json
+from loaders.files.small_files import (
+    CONFIG,
+    GENERATION,
+    SPECIAL_TOKENS,
+    TOKENIZER,
+    TOKENIZER_SETTINGS,
+    is_there,
+    read_bytes,
+    read_settings,
+)
 
 if TYPE_CHECKING:
     import tokenizers
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _FLAGS = ("lstrip", "rstrip", "single_word", "normalized")
-_CONFIGS_WITH_EOS = ("generation_config.json", "config.json", "tokenizer_config.json")
+_CONFIGS_WITH_EOS = (GENERATION, CONFIG, TOKENIZER_SETTINGS)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -61,7 +70,7 @@ class Tokenizer:
     source: str
 
     @classmethod
-    def from_folder(cls, path: str | Path) -> Tokenizer:
+    def from_folder(cls, path: str | Path, *, follow_links: bool = False) -> Tokenizer:
         """Read tokenizer.json and, where they exist, the files beside it.
 
         As in transformers, chat_template.jinja goes before the `chat_template` of
@@ -70,18 +79,25 @@ class Tokenizer:
         and what these files name a special token is one. Unlike there, one that is not in the
         vocabulary is not added to it: the model has no embedding of it.
 
+        Args:
+          path: the folder.
+          follow_links: as in `load_checkpoint`.
+
         Raises:
+          CheckpointError: if a file cannot be read, is too large or no JSON, or is a link that
+            leaves the folder.
           InputError: if there is no tokenizer.json, a file is not what its name says, or the files
             contradict each other; or if the extra `text` is not installed.
         """
         folder = Path(path)
-        backend = _read_backend(folder / "tokenizer.json")
-        config = read_settings(folder / "tokenizer_config.json")
+        read = functools.partial(read_settings, folder, follow_links=follow_links)
+        backend = _read_backend(folder, follow_links)
+        config = read(TOKENIZER_SETTINGS)
         if "added_tokens_decoder" in config:
-            _add_tokens(backend, config["added_tokens_decoder"], folder / "tokenizer_config.json")
+            _add_tokens(backend, config["added_tokens_decoder"], folder / TOKENIZER_SETTINGS)
             named = config
         else:
-            named = {**config, **read_settings(folder / "special_tokens_map.json")}
+            named = {**config, **read(SPECIAL_TOKENS)}
         if isinstance(extra := named.get("extra_special_tokens"), dict):
             named = {**named, **extra}
         special_tokens = {
@@ -90,7 +106,9 @@ class Tokenizer:
             if name.endswith("_token") and (text := _read_token(token)) is not None
         }
         _add_special_tokens(backend, named)
-        stop_tokens = {i for name in _CONFIGS_WITH_EOS for i in _read_eos_ids(folder / name)}
+        stop_tokens = {
+            i for name in _CONFIGS_WITH_EOS for i in _read_eos_ids(folder / name, read(name))
+        }
         # A token that is not in the vocabulary is never generated, so it stops nothing either.
         if (eos := backend.token_to_id(special_tokens.get("eos_token", ""))) is not None:
             stop_tokens.add(eos)
@@ -98,7 +116,7 @@ class Tokenizer:
             backend=backend,
             stop_tokens=frozenset(stop_tokens),
             special_tokens=special_tokens,
-            chat_templates=read_chat_templates(folder, config),
+            chat_templates=read_chat_templates(folder, config, follow_links=follow_links),
             source=str(folder),
         )
 
@@ -258,36 +276,18 @@ class TextStream:
         return self._tokenizer.decode(ids, self._skip_special_tokens)
 
 
-def _read_backend(path: Path) -> tokenizers.Tokenizer:
-    package = import_extra("tokenizers", "text")
-    if not path.is_file():
-        raise InputError(f"{path}: no such file, so there is no tokenizer in {path.parent}")
+def _read_backend(folder: Path, follow_links: bool) -> tokenizers.Tokenizer:
+    package, path = import_extra("tokenizers", "text"), folder / TOKENIZER
+    if not is_there(folder, TOKENIZER):
+        raise InputError(f"{path}: no such file, so there is no tokenizer in {folder}")
+    content = read_bytes(folder, TOKENIZER, follow_links=follow_links)
     try:
-        backend = package.Tokenizer.from_buffer(path.read_bytes())
+        backend = package.Tokenizer.from_buffer(content)
     except Exception as error:  # tokenizers raises a bare Exception, whatever it is
         raise InputError(f"{path}: not a tokenizer: {error}") from error
     backend.no_truncation()
     backend.no_padding()
     return backend
-
-
-def read_settings(path: Path) -> dict[str, Any]:
-    """The object in a JSON file beside the weights, {} if there is no such file.
-
-    Raises:
-      InputError: if it cannot be read, if `load_json` refuses it, or if it is no object.
-    """
-    if not path.is_file():
-        return {}
-    try:
-        content = load_json(path)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise InputError(f"{path}: not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: expected a JSON object, found {type(content).__name__}")
-    return content
 
 
 def _add_tokens(backend: tokenizers.Tokenizer, added: Any, path: Path) -> None:
@@ -324,8 +324,8 @@ def _add_special_tokens(backend: tokenizers.Tokenizer, named: Mapping[str, Any])
         backend.add_special_tokens([package.AddedToken(text, special=True, **flags)])
 
 
-def _read_eos_ids(path: Path) -> list[int]:
-    found = read_settings(path).get("eos_token_id")
+def _read_eos_ids(path: Path, settings: Mapping[str, Any]) -> list[int]:
+    found = settings.get("eos_token_id")
     ids = found if isinstance(found, list) else [] if found is None else [found]
     if not all(type(token) is int and token >= 0 for token in ids):
         raise InputError(f"{path}: `eos_token_id` must be an id or a list of ids, found {found!r}")

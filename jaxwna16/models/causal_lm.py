@@ -66,6 +66,7 @@ class CausalLM(nnx.Module):
         nor `warnings` is a part of the pytree, so that models of one architecture share programs.
         So what `nnx.merge`, `jax.device_put` or a jitted function makes of a model has neither,
         until it is given them.
+      follow_links: whether files of it are read also where they are links that leave it.
       warnings: remarks about that checkpoint, what was left out by rule among them.
 
     Args:
@@ -83,6 +84,7 @@ class CausalLM(nnx.Module):
     """
 
     folder = Beside[str | None](None)
+    follow_links = Beside[bool](False)
     warnings = Beside[tuple[str, ...]](())
 
     def __init__(
@@ -98,7 +100,7 @@ class CausalLM(nnx.Module):
         self.config = config
         self.dtype = jnp.dtype(dtype)
         # the names that were ever set are in the graph, so they are to be those of every model
-        self.folder, self.warnings = None, ()
+        self.folder, self.follow_links, self.warnings = None, False, ()
         linears = Linears(specs or {}, self.dtype, backend, reordered)
         self.model = decoder(config, linears)
         hidden = self.model.embed_tokens.features

@@ -30,8 +30,9 @@ from loaders.converted.manifest import (
     read_manifest,
 )
 from loaders.errors import CheckpointError, Fault
-from loaders.files.folder import CONFIG, check_file, read_config
+from loaders.files.folder import read_config
 from loaders.files.safetensors_file import TensorInfo, read_header, read_tensor, read_tensors
+from loaders.files.small_files import CONFIG, check_file
 from loaders.modules.encoding import Encoding
 from loaders.modules.experts import Stack
 from loaders.modules.modules import QuantizedModule

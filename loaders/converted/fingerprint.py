@@ -16,8 +16,9 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from loaders.errors import Fault
-from loaders.files.folder import CONFIG, INDEX, SINGLE
+from loaders.files.folder import INDEX, SINGLE
 from loaders.files.safetensors_file import MAX_HEADER_BYTES, open_file
+from loaders.files.small_files import CONFIG
 
 CHUNK_BYTES = 1 << 20
 _AGAIN = "convert it again"

@@ -27,8 +27,9 @@ import numpy as np
 
 from loaders.converted.fingerprint import FilePrint, Fingerprint
 from loaders.errors import CheckpointError, Fault
-from loaders.files.folder import CONFIG, INDEX, read_json
+from loaders.files.folder import INDEX
 from loaders.files.safetensors_file import DTYPES
+from loaders.files.small_files import CONFIG, read_json
 from pallas_kernels.errors import SpecError
 from pallas_kernels.format.spec import LAYOUT_VERSION, QuantSpec
 
@@ -130,7 +131,7 @@ def is_converted(folder: Path, *, follow_links: bool = False) -> bool:
     if os.path.lexists(folder / MANIFEST):
         return True
     try:
-        return names_method(read_json(folder / CONFIG, follow_links=follow_links))
+        return names_method(read_json(folder, CONFIG, follow_links=follow_links))
     except CheckpointError:
         return False  # whatever it is
 
@@ -150,7 +151,7 @@ def read_manifest(folder: Path, *, follow_links: bool = False) -> Manifest:
     if not os.path.lexists(folder / MANIFEST):
         what = f"the file is missing: {CONFIG} says that this is a converted checkpoint"
         raise CheckpointError(folder, [Fault(what, MANIFEST, "", "convert it again")])
-    table = read_json(folder / MANIFEST, follow_links=follow_links)
+    table = read_json(folder, MANIFEST, follow_links=follow_links)
     faults = list(_check_versions(table)) or list(_check_table(table))
     if not faults and hash_table(table) != table["sha256"]:
         faults = [_make_fault("sha256", "it was changed after it was written")]

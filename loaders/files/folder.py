@@ -2,13 +2,13 @@
 
 Nothing outside of the folder is opened, whatever its files say or link to, unless the caller asks
 with `follow_links` (Hugging Face's older `local_dir` layout: links into the hub's cache); and in it
-nothing but config.json, the index and safetensors files: code and pickles stay closed.
+nothing but safetensors files and what is read through `loaders.files.small_files`: code and pickles
+stay closed.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from collections import defaultdict
 from collections.abc import Collection, Mapping
@@ -16,20 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from loaders.errors import CheckpointError, Fault
-from loaders.files.safetensors_file import TensorInfo, open_file, refuse_duplicates, scan_header
+from loaders.files.safetensors_file import TensorInfo, scan_header
+from loaders.files.small_files import CONFIG, check_file, read_json
 
-CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-MAX_JSON_BYTES = 100_000_000
-_MAX_NESTING = 64
 _SUFFIX = ".safetensors"
 _PICKLES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
 _AGAIN = "download the checkpoint again"
-_FOLLOW = (
-    "pass follow_links=True, on the command line --follow-links, if you trust where it leads; or "
-    "put the file itself into the folder"
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,63 +53,7 @@ def read_config(folder: Path, *, follow_links: bool = False) -> dict[str, Any]:
         raise CheckpointError(
             folder, [Fault("this is not a folder", way_out="name a checkpoint folder")]
         )
-    return read_json(folder / CONFIG, follow_links=follow_links)
-
-
-def read_json(path: Path, *, follow_links: bool = False) -> dict[str, Any]:
-    """Read a JSON object from a file of the checkpoint.
-
-    Raises:
-      CheckpointError: if the file is missing or leaves the folder, if it holds something else, is
-        nested deeply, or has a key twice.
-    """
-    try:
-        value = load_json(check_file(path.parent, path.name, follow_links=follow_links))
-    except CheckpointError:
-        raise
-    except OSError as error:
-        fault = Fault(f"cannot be read: {error.strerror}", path.name, "", _AGAIN)
-    except ValueError as error:
-        fault = Fault(f"not valid JSON: {error}", path.name, "", _AGAIN)
-    else:
-        if isinstance(value, dict):
-            return value
-        what = f"expected a JSON object, found {type(value).__name__}"
-        fault = Fault(what, path.name, "", _AGAIN)
-    raise CheckpointError(path.parent, [fault])
-
-
-def load_json(path: Path) -> Any:
-    """The value in a JSON file, wherever it lies: the one way in which such files are read.
-
-    Raises:
-      OSError: if there is no file that can be read.
-      ValueError: if it is not JSON in UTF-8, too large or nested deeply, or has a key twice.
-    """
-    with open_file(path) as file:
-        if os.fstat(file.fileno()).st_size > MAX_JSON_BYTES:
-            raise ValueError(f"it has more than {MAX_JSON_BYTES} bytes")
-        text = file.readall().decode("utf-8")
-    try:
-        value = json.loads(text, object_pairs_hook=refuse_duplicates)
-    except RecursionError as error:
-        raise ValueError(str(error)) from error
-    _check_nesting(value)
-    return value
-
-
-def _check_nesting(value: object) -> None:
-    """Refuse what Python could read, and then not print any more.
-
-    Raises:
-      ValueError: if lists and objects stand in each other too deeply.
-    """
-    level = [value]
-    for _ in range(_MAX_NESTING):
-        lists = [list(v.values()) if isinstance(v, dict) else v for v in level]
-        level = [v for held in lists if isinstance(held, list) for v in held]
-    if level:
-        raise ValueError(f"nested more than {_MAX_NESTING} levels deep")
+    return read_json(folder, CONFIG, follow_links=follow_links)
 
 
 def list_tensors(folder: Path, *, follow_links: bool = False) -> dict[str, TensorInfo]:
@@ -143,7 +81,7 @@ def scan_tensors(folder: Path, *, follow_links: bool = False) -> Scan:
         single = _find_single(folder, follow_links)
         tensors, wrong = scan_header(single)
         return Scan(tensors, tuple(wrong), unsound=frozenset([single.name] if wrong else []))
-    weight_map = read_json(folder / INDEX, follow_links=follow_links).get("weight_map")
+    weight_map = read_json(folder, INDEX, follow_links=follow_links).get("weight_map")
     if (
         not isinstance(weight_map, dict)
         or not weight_map
@@ -204,32 +142,6 @@ def list_remarks(folder: Path, config: Mapping[str, Any], files: Collection[Path
     return remarks
 
 
-def check_file(folder: Path, name: str, *, follow_links: bool = False) -> Path:
-    """The path of a file of the checkpoint, provided that opening it stays inside the folder.
-
-    With `follow_links` it may leave the folder, for a file.
-
-    Raises:
-      CheckpointError: if it does not, or if there is no such file.
-    """
-    path, fault = folder / name, None
-    try:
-        real = path.resolve(strict=True)
-        if not follow_links and not any(real.is_relative_to(root) for root in _list_roots(folder)):
-            what = "the file is a link that leaves the checkpoint folder"
-            fault = Fault(what, name, "", _FOLLOW)
-        elif not real.is_file():
-            fault = Fault("this is not a file", name, "", _AGAIN)
-    except FileNotFoundError:
-        fault = Fault("the file is missing", name, way_out=_AGAIN)
-    except (OSError, RuntimeError, ValueError) as error:
-        # a name too long or impossible to encode, or links in a circle
-        fault = Fault(f"cannot be opened: {type(error).__name__}", repr(name), "", _AGAIN)
-    if fault is not None:
-        raise CheckpointError(folder, [fault])
-    return path
-
-
 def _check_name(folder: Path, shard: str) -> None:
     """Refuse what the index calls a shard if it is a path, or may be code or a pickle."""
     if any(c in shard for c in "/\\\0") or not shard.endswith(_SUFFIX):
@@ -258,11 +170,3 @@ def _list_names(folder: Path) -> list[str]:
         return sorted(os.listdir(folder))
     except OSError:  # a folder may be entered and not listed
         return []
-
-
-def _list_roots(folder: Path) -> list[Path]:
-    """The folder itself; in a hub cache (snapshots/REVISION) also the blobs its links point to."""
-    roots = [folder.resolve()]
-    if folder.resolve().parent.name == "snapshots":
-        roots.append(folder.resolve().parents[1] / "blobs")
-    return roots

@@ -21,7 +21,8 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from loaders.errors import CheckpointError, Fault
-from loaders.files.folder import INDEX, check_file
+from loaders.files.folder import INDEX
+from loaders.files.small_files import read_bytes
 
 SHARD_BYTES = 2_000_000_000
 _STEM = "model"  # of what transformers and vLLM look for
@@ -43,16 +44,18 @@ def copy_companions(source: Path, folder: Path, *, follow_links: bool = False) -
     """Copy what lies beside the weights: tokenizer, generation config, chat template, license.
 
     Raises:
-      CheckpointError: if one of them is a link that leaves the checkpoint, without `follow_links`.
+      CheckpointError: if one of them is no file, cannot be read, is larger than any tool writes, or
+        is a link that leaves the checkpoint, without `follow_links`.
     """
     templates = source / _TEMPLATES
     if templates.is_dir():
         (folder / _TEMPLATES).mkdir()
     for path in sorted([*source.iterdir(), *templates.glob("*.jinja")]):
         wanted = path.suffix in _COPIED or path.stem.upper().startswith("LICENSE")
-        if wanted and path.is_file() and path.name not in _NOT_COPIED:
+        if wanted and not path.is_dir() and path.name not in _NOT_COPIED:
             name = str(path.relative_to(source))
-            shutil.copyfile(check_file(source, name, follow_links=follow_links), folder / name)
+            content = read_bytes(source, name, follow_links=follow_links)
+            (folder / name).write_bytes(content)
 
 
 def write_shards(

@@ -27,6 +27,7 @@ import numpy as np
 from loaders.errors import Fault, write_ranges
 from loaders.files.safetensors_file import TensorInfo
 from loaders.modules.modules import MAX_EXPERTS, PER_EXPERT, QuantizedModule
+from loaders.schemes.subconfigs import find_subconfigs
 from pallas_kernels.format.spec import QuantSpec
 from pallas_kernels.format.weights import SCALE_DTYPES, make_abstract
 
@@ -167,13 +168,12 @@ def describe_mixed(
 
 def _read_count(config: Mapping[str, Any]) -> tuple[int | None, list[Fault]]:
     """How many experts config.json says a layer has, or None."""
-    text = config.get("text_config")
-    sections = {"": config, "text_config.": text if isinstance(text, Mapping) else {}}
+    parts = {"": config, **{f"{key}.": part for key, part in find_subconfigs(config).items()}}
     counts = {
-        prefix + name: section[name]
-        for prefix, section in sections.items()
+        prefix + name: part[name]
+        for prefix, part in parts.items()
         for name in _COUNTS
-        if type(section.get(name)) is int and section[name] > 0
+        if type(part.get(name)) is int and part[name] > 0
     }
     if len(set(counts.values())) > 1:
         fields = ", ".join(f"{field} = {value}" for field, value in counts.items())

@@ -16,10 +16,9 @@ from loaders.schemes.awq_gptq.auto_round import parse_auto_round
 from loaders.schemes.awq_gptq.config import AwqGptqConfig, parse_awq, parse_gptq
 from loaders.schemes.compressed_tensors import QuantizationConfig, parse_compressed_tensors
 from loaders.schemes.config_groups import FILE, MEND, SECTION
+from loaders.schemes.subconfigs import find_subconfigs
 
 _SECTIONS = (SECTION, "compression_config")
-SUBCONFIGS = ("text_config", "llm_config", "language_config")
-"""Keys under which config.json may describe the language model of several."""
 
 Quantization = QuantizationConfig | AwqGptqConfig
 """What the reader of a tool makes of its config."""
@@ -46,9 +45,8 @@ def parse_quantization(
     """
     first, last = _SECTIONS
     places = [(first, config.get(first))]
-    for name in SUBCONFIGS:
-        if isinstance(config.get(name), dict):
-            places.append((f"{name}.{first}", config[name].get(first)))
+    for name, part in find_subconfigs(config).items():
+        places.append((f"{name}.{first}", part.get(first)))
     places.append((last, config.get(last)))
     places = [(field, raw) for field, raw in places if raw not in (None, {})]
     if not places:
@@ -64,21 +62,11 @@ def parse_quantization(
     return dataclasses.replace(parsed, remarks=(*parsed.remarks, *remarks)), faults
 
 
-def are_tied(config: Mapping[str, Any]) -> bool | None:
-    """Whether config.json says that the head is the embedding; None where it does not say."""
-    for name in (None, *SUBCONFIGS):
-        section = config if name is None else config.get(name)
-        if isinstance(section, Mapping) and section.get("tie_word_embeddings") is not None:
-            return bool(section["tie_word_embeddings"])
-    return None
-
-
 def drop_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
     """The config.json without what it says of quantization, wherever it stands there."""
     left = {key: value for key, value in config.items() if key not in _SECTIONS}
-    for name in SUBCONFIGS:
-        if isinstance(config.get(name), dict):
-            left[name] = {k: v for k, v in config[name].items() if k != _SECTIONS[0]}
+    for name, part in find_subconfigs(config).items():
+        left[name] = {key: value for key, value in part.items() if key != _SECTIONS[0]}
     return left
 
 

@@ -129,7 +129,7 @@ class JaxWNA16LM(TemplateLM):
             slots=self.max_length,
         )
         self._batches = 0
-        self.tokenizer = Tokenizer.from_folder(folder)
+        self.tokenizer = Tokenizer.from_folder(folder, follow_links=follow_links)
         self._prefix = find_prefix(self.tokenizer) if prefix_token_id is None else prefix_token_id
         self.think_end_token = read_end(
             think_end_token, self.enable_thinking, self.tokenizer, vocab_size

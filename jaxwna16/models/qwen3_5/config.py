@@ -17,6 +17,7 @@ from jaxwna16.models.config.language_config import (
 )
 from jaxwna16.models.config.moe_config import MoeConfig, check_choice
 from jaxwna16.models.config.rope_config import read_rope, read_rotary_dim
+from loaders.schemes.subconfigs import find_stated
 from pallas_kernels.routing import Routing
 
 MODEL_TYPES = ("qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text")
@@ -107,8 +108,8 @@ def _read_text(config: Mapping[str, Any]) -> ConfigReader:
         if key not in reader.config and config.get(key) is not None:
             reader.config[key] = config[key]
     # transformers' multimodal class asks the whole, whose own default hides what the section says
-    if config.get("tie_word_embeddings") is not None:
-        reader.config["tie_word_embeddings"] = config["tie_word_embeddings"]
+    if (tied := find_stated(config, "tie_word_embeddings")) is not None:
+        reader.config["tie_word_embeddings"] = tied
     return reader
 
 

@@ -110,7 +110,7 @@ def give_numbers(folder: Path) -> None:
                 yield name, tensors[name]
 
     convert.load_params = load_params
-    quantize._convert = quantize_part
+    quantize._quantize = quantize_part
 
 
 if __name__ == "__main__":

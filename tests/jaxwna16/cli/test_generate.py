@@ -29,7 +29,7 @@ def expected(packed_folder) -> list[str]:
 
 def test_one_prompt_prints_its_text_and_nothing_else(call, packed_folder, expected, monkeypatch):
     monkeypatch.setattr(
-        "jaxwna16.generation.load_model.describe_unapplied", lambda _: ("num_beams is not",)
+        "jaxwna16.generation.load_model.describe_unapplied", lambda *_, **__: ("num_beams is not",)
     )
     outcome = call("generate", packed_folder, "--prompt", PROMPTS[0], "--max-new-tokens", 12)
     assert outcome.code == 0

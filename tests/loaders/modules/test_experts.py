@@ -83,6 +83,7 @@ def test_every_missing_expert_of_every_layer_is_in_one_error(tmp_path):
         {"num_local_experts": 4, "num_experts": None},
         {"n_routed_experts": 4, "num_experts": 0},
         {"text_config": {"num_experts": 4}},
+        {"llm_config": {"num_experts": 4}},
         {"text_config": {"num_local_experts": 4}, "num_local_experts": 4},
     ],
 )
