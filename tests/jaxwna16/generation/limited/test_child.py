@@ -32,10 +32,10 @@ def test_replies_are_what_the_function_returns(child):
 
 def test_errors_of_every_class_come_back_by_name(child):
     for name in ("ValueError", "SystemExit", "KeyboardInterrupt", "RecursionError"):
-        with pytest.raises(FailedCallError, match="^told$") as caught:
+        with pytest.raises(FailedCallError, match=r"^told$") as caught:
             child.call("fail", name, "told", seconds=5)
         assert caught.value.kind == name
-    with pytest.raises(FailedCallError, match="^KeyError$"):
+    with pytest.raises(FailedCallError, match=r"^KeyError$"):
         child.call("fail_without_text", seconds=5)
     with pytest.raises(FailedCallError) as caught:
         child.call("fail", "ValueError", "x" * 10**6, seconds=5)
