@@ -53,9 +53,9 @@ class CheckpointError(Wna16Error, ValueError):
     """
 
     def __init__(self, path, faults: Sequence[Fault]):
-        self.path, self.faults = str(path), tuple(faults)
-        count = f"{len(faults)} faults" if len(faults) > 1 else "1 fault"
-        super().__init__("\n  - ".join([f"{path}: {count}", *map(str, faults)]))
+        self.path, self.faults = str(path), tuple(dict.fromkeys(faults))
+        count = f"{len(self.faults)} faults" if len(self.faults) > 1 else "1 fault"
+        super().__init__("\n  - ".join([f"{path}: {count}", *map(str, self.faults)]))
 
 
 def join_alike(faults: Iterable[Fault]) -> list[Fault]:

@@ -1,23 +1,29 @@
-"""Write a checkpoint that can be read again: it gets its name only after it was planned."""
+"""Write a checkpoint that can be read again: it gets its name only after it was planned.
+
+What it is made of must not change meanwhile: `refuse_changes_of` is asked at the end.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from loaders.converted.fingerprint import list_files
 from loaders.errors import CheckpointError, Fault
 from loaders.files.folder import INDEX
 from loaders.files.new_folder import (
     SHARD_BYTES,
     build_folder,
     copy_companions,
+    list_companions,
     write_json,
     write_shards,
 )
-from loaders.plan import make_plan
+from loaders.files.stamps import Stamp, refuse_changes
+from loaders.plan import Plan, make_plan
 
 
 def write_checkpoint(
@@ -28,6 +34,7 @@ def write_checkpoint(
     beside: Path,
     follow_links: bool = False,
     shard_bytes: int = SHARD_BYTES,
+    check: Callable[[], None] = lambda: None,
 ) -> None:
     """Write `tensors` and `config` to a new folder.
 
@@ -39,6 +46,7 @@ def write_checkpoint(
         files are copied.
       follow_links: copy these also where they are links that leave the source.
       shard_bytes: a shard is closed when it holds this much.
+      check: called before the folder gets its name, to raise if that must not be.
 
     Raises:
       CheckpointError: if the destination exists or cannot be written, or if the result could not
@@ -52,6 +60,23 @@ def write_checkpoint(
             write_json(folder / INDEX, index)
         write_json(folder / "config.json", config)
         _check_readable(folder, destination)
+        check()
+
+
+def refuse_changes_of(plan: Plan, before: Mapping[str, Stamp]) -> None:
+    """Refuse a source whose files are not what they were before it was planned.
+
+    Args:
+      plan: of the source.
+      before: from `take_stamps`.
+
+    Raises:
+      CheckpointError: naming the files that have changed.
+    """
+    parts = [*plan.plain.values()]
+    parts += [info for module in plan.quantized.values() for info in module.tensors.values()]
+    names = list_files(plan.folder, {info.file for info in parts})
+    refuse_changes(plan.folder, before, [*names, INDEX, *list_companions(plan.folder)])
 
 
 def _check_readable(folder: Path, destination: Path) -> None:

@@ -18,15 +18,17 @@ from jaxwna16.checkpoints.load import resolve_folder
 from jaxwna16.progress import show_bytes
 from jaxwna16.version import __version__
 from loaders.converted.converted import hash_leaf
-from loaders.converted.fingerprint import Fingerprint, list_files, take_fingerprint, take_stamps
+from loaders.converted.fingerprint import Fingerprint, list_files, take_fingerprint
 from loaders.converted.manifest import MANIFEST, METHOD, SECTIONS, Leaf, Manifest
 from loaders.errors import CheckpointError, Fault
 from loaders.files.new_folder import build_folder, copy_companions, write_json, write_shards
 from loaders.files.small_files import CONFIG
+from loaders.files.stamps import take_stamps
 from loaders.modules.modules import QuantizedModule
 from loaders.open import plan_original
 from loaders.plan import Plan
 from loaders.stream import load_params
+from loaders.write import refuse_changes_of
 from pallas_kernels.format.spec import LAYOUT_VERSION
 
 
@@ -58,17 +60,19 @@ def convert_checkpoint(
       checkpoint = jaxwna16.load_checkpoint("path/to/converted")
       ```
     """
-    plan = plan_original(resolve_folder(source), follow_links=follow_links)
+    source = resolve_folder(source)
+    before = take_stamps(source)
+    plan = plan_original(source, follow_links=follow_links)
     names = list_files(plan.folder, _list_shards(plan))
     with show_bytes(f"converting {plan.folder.name}", visible=progress) as report:
         meter = _Meter(report, plan.nbytes)
         with build_folder(Path(destination)) as folder:
-            before = take_stamps(plan.folder, names)
-            meter.total += sum(size for size, _ in before.values())
+            meter.total += sum((plan.folder / name).stat().st_size for name in names)
             copy_companions(plan.folder, folder, follow_links=follow_links)
             leaves = _write_leaves(plan, folder, meter)
+            refuse_changes_of(plan, before)
             fingerprint = take_fingerprint(plan.folder, names, meter.add)
-            _check_unchanged(plan, before, fingerprint)
+            refuse_changes_of(plan, before)
             write_json(folder / CONFIG, _describe_config(plan.config))
             write_json(folder / MANIFEST, _make_manifest(plan, leaves, fingerprint).describe())
 
@@ -144,15 +148,6 @@ def _flatten(tree: Mapping[str, Any], path: str = "") -> dict[str, np.ndarray]:
         else:
             leaves[path + key] = np.asarray(value, order="C")
     return leaves
-
-
-def _check_unchanged(plan: Plan, before: Mapping[str, tuple[int, int]], after: Fingerprint) -> None:
-    changed = [
-        name for name, file in after.files.items() if (file.size, file.mtime_ns) != before[name]
-    ]
-    if changed:
-        what, way_out = "changed while it was being converted", "convert it again"
-        raise CheckpointError(plan.folder, [Fault(what, name, "", way_out) for name in changed])
 
 
 def _describe_config(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from jaxwna16.dtypes import read_dtype
 from jaxwna16.errors import InputError
 from loaders.errors import CheckpointError
 from loaders.files.safetensors_file import TensorInfo, read_tensor, read_tensors
+from loaders.files.stamps import take_stamps
 from loaders.modules.experts import name_separately
 from loaders.modules.modules import QuantizedModule
 from loaders.modules.repack import pack
@@ -48,7 +49,7 @@ def dequantize_checkpoint(
 
     Raises:
       CheckpointError: listing every fault of the source, bad scales included; naming a tensor with
-        values too large for `dtype`; or if the destination exists.
+        values too large for `dtype`; or if the destination exists, or the source changes meanwhile.
       InputError: if nothing in it is quantized, or `dtype` is none of these.
 
     Example:
@@ -59,7 +60,9 @@ def dequantize_checkpoint(
       ```
     """
     dtype = read_dtype(dtype)
-    plan = plan_original(resolve_folder(source), follow_links=follow_links)
+    source = resolve_folder(source)
+    before = take_stamps(source)
+    plan = plan_original(source, follow_links=follow_links)
     if not plan.quantized:
         raise InputError(f"{plan.folder}: no module is quantized")
     if faults := check_scales(plan):
@@ -70,6 +73,7 @@ def dequantize_checkpoint(
         destination,
         config,
         lambda part: _dequantize(part, dtype),
+        before=before,
         dtype=dtype,
         verb="dequantizing",
         progress=progress,

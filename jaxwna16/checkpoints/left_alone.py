@@ -17,7 +17,7 @@ from jaxwna16.models.filling.skipped import BESIDE
 from loaders.files.safetensors_file import TensorInfo
 from loaders.modules.experts import name_separately
 from loaders.schemes.module_names import name_classes
-from loaders.schemes.patterns import compile_pattern
+from loaders.schemes.patterns.patterns import compile_pattern
 from loaders.schemes.subconfigs import are_tied, find_subconfigs
 
 HEAD = "lm_head"

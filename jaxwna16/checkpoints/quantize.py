@@ -27,6 +27,7 @@ from jaxwna16.dtypes import read_dtype
 from jaxwna16.errors import InputError
 from loaders.errors import CheckpointError, Fault
 from loaders.files.safetensors_file import TensorInfo, read_tensor
+from loaders.files.stamps import take_stamps
 from loaders.modules.experts import name_separately
 from loaders.modules.repack import unpack
 from loaders.open import plan_original
@@ -74,7 +75,8 @@ def quantize_checkpoint(
 
     Raises:
       CheckpointError: listing every fault of the source, or every weight that the group size does
-        not divide; naming a tensor with values too large for `dtype`; or if the destination exists.
+        not divide; naming a tensor with values too large for `dtype`; or if the destination exists,
+        or the source changes meanwhile.
       InputError: if an argument is out of range, an entry of `ignore` names nothing, nothing would
         be quantized, or not all the experts that are one array; or if `load_model` takes the source
         and would not take the result.
@@ -89,7 +91,9 @@ def quantize_checkpoint(
     """
     dtype = read_dtype(dtype)
     check_numbers(bits, group_size)
-    plan = plan_original(resolve_folder(source), follow_links=follow_links)
+    source = resolve_folder(source)
+    before = take_stamps(source)
+    plan = plan_original(source, follow_links=follow_links)
     if plan.quantized:
         fault = Fault(
             f"{len(plan.quantized)} modules are quantized already", way_out="dequantize it first"
@@ -124,6 +128,7 @@ def quantize_checkpoint(
         destination,
         config,
         lambda part: _quantize(part, dtype, specs),
+        before=before,
         dtype=dtype,
         verb="quantizing",
         progress=progress,

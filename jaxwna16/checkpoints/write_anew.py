@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -13,11 +14,12 @@ import numpy as np
 from jaxwna16.progress import show_bytes
 from loaders.errors import CheckpointError
 from loaders.files.safetensors_file import TensorInfo
+from loaders.files.stamps import Stamp
 from loaders.modules.experts import name_separately
 from loaders.plan import Plan
 from loaders.schemes.subconfigs import find_subconfigs
 from loaders.stream import Progress, check_cast
-from loaders.write import write_checkpoint
+from loaders.write import refuse_changes_of, write_checkpoint
 
 Convert = Callable[[Any], Iterator[tuple[str, np.ndarray]]]
 """Makes the tensors to write of one part of the source, a `QuantizedModule` or `TensorInfo`."""
@@ -29,6 +31,7 @@ def write_anew(
     config: Mapping[str, Any],
     convert: Convert,
     *,
+    before: Mapping[str, Stamp],
     dtype: np.dtype | None,
     verb: str,
     progress: bool | None,
@@ -40,12 +43,13 @@ def write_anew(
       destination: the folder to make.
       config: what becomes config.json.
       convert: gives tensors by name; those of one expert of a stack as "experts.down_proj[3]".
+      before: of the source's files, from before it was planned.
       dtype: what config.json is to state in place of the source's dtype; None leaves that.
       verb: what the bar of bytes says is done.
       progress: True, False, or None for a bar on a terminal only.
 
     Raises:
-      CheckpointError: as `convert` and `write_checkpoint`.
+      CheckpointError: as `convert` and `write_checkpoint`, and if the source changes meanwhile.
     """
     with show_bytes(f"{verb} {plan.folder.name}", visible=progress) as report:
         write_checkpoint(
@@ -54,6 +58,7 @@ def write_anew(
             config if dtype is None else _state_dtype(config, dtype),
             beside=plan.folder,
             follow_links=plan.follow_links,
+            check=functools.partial(refuse_changes_of, plan, before),
         )
 
 

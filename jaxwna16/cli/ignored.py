@@ -15,7 +15,7 @@ from typing import Any
 from loaders.modules.experts import split_name
 from loaders.plan import Plan
 from loaders.schemes.module_names import star_numbers
-from loaders.schemes.patterns import compile_pattern
+from loaders.schemes.patterns.patterns import compile_pattern
 from loaders.schemes.quantization_config import parse_quantization
 
 _SLICE = re.compile(r"\[[0-9]+\]$")

@@ -53,16 +53,6 @@ def list_files(folder: Path, shards: Iterable[Path]) -> list[str]:
     return [*first, *sorted({path.name for path in shards})]
 
 
-def take_stamps(folder: Path, names: Iterable[str]) -> dict[str, tuple[int, int]]:
-    """Name -> size and time of change of files.
-
-    Raises:
-      OSError: if one is not there.
-    """
-    stats = {name: os.stat(folder / name) for name in names}
-    return {name: (found.st_size, found.st_mtime_ns) for name, found in stats.items()}
-
-
 def take_fingerprint(
     folder: Path, names: Iterable[str], report: Callable[[int], None]
 ) -> Fingerprint:

@@ -47,15 +47,21 @@ def copy_companions(source: Path, folder: Path, *, follow_links: bool = False) -
       CheckpointError: if one of them is no file, cannot be read, is larger than any tool writes, or
         is a link that leaves the checkpoint, without `follow_links`.
     """
-    templates = source / _TEMPLATES
-    if templates.is_dir():
+    if (source / _TEMPLATES).is_dir():
         (folder / _TEMPLATES).mkdir()
-    for path in sorted([*source.iterdir(), *templates.glob("*.jinja")]):
-        wanted = path.suffix in _COPIED or path.stem.upper().startswith("LICENSE")
-        if wanted and not path.is_dir() and path.name not in _NOT_COPIED:
-            name = str(path.relative_to(source))
-            content = read_bytes(source, name, follow_links=follow_links)
-            (folder / name).write_bytes(content)
+    for name in list_companions(source):
+        (folder / name).write_bytes(read_bytes(source, name, follow_links=follow_links))
+
+
+def list_companions(source: Path) -> list[str]:
+    """The names of what `copy_companions` copies."""
+    return [
+        str(path.relative_to(source))
+        for path in sorted([*source.iterdir(), *(source / _TEMPLATES).glob("*.jinja")])
+        if (path.suffix in _COPIED or path.stem.upper().startswith("LICENSE"))
+        and path.name not in _NOT_COPIED
+        and not path.is_dir()
+    ]
 
 
 def write_shards(

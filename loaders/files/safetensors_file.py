@@ -26,6 +26,7 @@ import numpy as np
 
 from loaders.errors import CheckpointError, Fault
 from loaders.files.host_memory import make_zeros
+from loaders.files.stamps import Stamp, make_stamp
 
 MAX_HEADER_BYTES = 100_000_000
 DTYPES: dict[str, np.dtype] = {
@@ -54,13 +55,18 @@ _MAX_NAME = 500  # each dot in it is a level of the params tree
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """Where one tensor lies: `nbytes` bytes from byte `start` of `file` on."""
+    """Where one tensor lies: `nbytes` bytes from byte `start` of `file` on.
+
+    Attributes:
+      stamp: of the file when its header was read; None is not compared when the tensor is read.
+    """
 
     name: str
     file: Path
     dtype: np.dtype
     shape: tuple[int, ...]
     start: int
+    stamp: Stamp | None = dataclasses.field(default=None, compare=False, repr=False)
 
     @property
     def nbytes(self) -> int:
@@ -77,9 +83,10 @@ class TensorInfo:
         count, *rest = self.shape
         shape = tuple(rest)
         size = math.prod(shape) * self.dtype.itemsize
+        names = [f"{self.name}[{i}]" for i in range(count)]
         return [
-            TensorInfo(f"{self.name}[{i}]", self.file, self.dtype, shape, self.start + i * size)
-            for i in range(count)
+            TensorInfo(name, self.file, self.dtype, shape, self.start + i * size, self.stamp)
+            for i, name in enumerate(names)
         ]
 
 
@@ -124,7 +131,8 @@ def scan_header(path: Path) -> tuple[dict[str, TensorInfo], list[Fault]]:
     """
     try:
         with io.BufferedReader(open_file(path)) as file:
-            size = os.fstat(file.fileno()).st_size
+            stamp = make_stamp(os.fstat(file.fileno()))
+            size = stamp[0]
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or length > MAX_HEADER_BYTES or 8 + length > size:
                 raise _error(
@@ -142,7 +150,7 @@ def scan_header(path: Path) -> tuple[dict[str, TensorInfo], list[Fault]]:
     infos, faults = {}, []
     for name, entry in entries.items():
         try:
-            infos[name] = _parse_entry(name, entry, path, 8 + length)
+            infos[name] = _parse_entry(name, entry, path, 8 + length, stamp)
         except ValueError as error:
             faults.append(Fault(str(error), path.name, name[:_MAX_NAME], _AGAIN))
     return infos, faults or _find_gaps(path, list(infos.values()), 8 + length, size)
@@ -174,7 +182,7 @@ def read_tensor(info: TensorInfo) -> np.ndarray:
     """Read one tensor into a new array.
 
     Raises:
-      CheckpointError: if the file ends before the tensor does.
+      CheckpointError: if the file has changed since its header was read, or ends before the tensor.
     """
     return read_tensors([info])[0]
 
@@ -183,7 +191,8 @@ def read_tensors(infos: Iterable[TensorInfo]) -> list[np.ndarray]:
     """Read tensors into new arrays, in the order given; each file is opened once.
 
     Raises:
-      CheckpointError: if a file ends before one of its tensors does.
+      CheckpointError: if a file has changed since its header was read, or ends before one of its
+        tensors does.
     """
     by_file: dict[Path, list[tuple[int, TensorInfo]]] = defaultdict(list)
     for i, info in enumerate(infos):
@@ -194,10 +203,17 @@ def read_tensors(infos: Iterable[TensorInfo]) -> list[np.ndarray]:
             with open_file(path) as file:
                 for i, info in sorted(found, key=lambda pair: pair[1].start):
                     arrays[i] = _read(file, info)
+                _check_stamp(file, found[0][1])
         except OSError as error:
             name = found[0][1].name if len(found) == 1 else ""
             raise _error(path, f"cannot be read: {error.strerror}", name) from None
     return [arrays[i] for i in range(len(arrays))]
+
+
+def _check_stamp(file: io.FileIO, info: TensorInfo) -> None:
+    """Refuse a file that is not what its header was read from."""
+    if info.stamp is not None and make_stamp(os.fstat(file.fileno())) != info.stamp:
+        raise _error(info.file, "changed after its header was read", way_out="load it again")
 
 
 def _read(file: io.FileIO, info: TensorInfo) -> np.ndarray:
@@ -232,7 +248,7 @@ def refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return table
 
 
-def _parse_entry(name: str, entry: Any, path: Path, data_start: int) -> TensorInfo:
+def _parse_entry(name: str, entry: Any, path: Path, data_start: int, stamp: Stamp) -> TensorInfo:
     if len(name) > _MAX_NAME:
         raise ValueError(f"the name is longer than {_MAX_NAME} characters")
     try:
@@ -254,7 +270,7 @@ def _parse_entry(name: str, entry: Any, path: Path, data_start: int) -> TensorIn
         raise ValueError(
             f"{dtype} {shape} takes {nbytes} bytes, data_offsets {offsets} hold {end - first}"
         )
-    return TensorInfo(name, path, known, tuple(shape), data_start + first)
+    return TensorInfo(name, path, known, tuple(shape), data_start + first, stamp)
 
 
 def _are_sizes(values: object) -> bool:

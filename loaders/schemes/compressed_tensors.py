@@ -27,7 +27,7 @@ from loaders.schemes.config_groups import (
     parse_group,
 )
 from loaders.schemes.module_names import describe_modules, list_prefixes, name_classes, star_numbers
-from loaders.schemes.patterns import compile_pattern
+from loaders.schemes.patterns.patterns import compile_pattern
 
 _FLOATS = ("float16", "bfloat16", "float32", "float64")
 _ATTENTION = re.compile(r".*attn|.*attention")

@@ -165,14 +165,12 @@ def test_values_that_the_dtype_would_make_infinite_are_counted_tensor_by_tensor(
     assert np.isfinite(params["model"]["layers"]["0"]["q_proj"]["bias"]).all()
 
 
-def test_file_cut_short_after_the_plan_is_an_error_that_names_the_tensor(tmp_path):
+def test_file_cut_short_after_the_plan_is_an_error(tmp_path):
     folder = write_folder(tmp_path / "c", make_config(SPEC), [_make_tensors()])
     plan = make_plan(folder)
     with (folder / "model.safetensors").open("r+b") as file:
         file.truncate(plan.plain["model.norm.weight"].start + 2)
-    with pytest.raises(
-        CheckpointError, match=r"model\.safetensors: .*: expected .* file ended after"
-    ):
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: changed after its header"):
         load_params(plan)
 
 

@@ -25,7 +25,7 @@ from loaders.schemes.awq_gptq.schemes import (
 )
 from loaders.schemes.config_groups import FILE, MEND
 from loaders.schemes.packings import AWQ, GPTQ
-from loaders.schemes.patterns import compile_pattern
+from loaders.schemes.patterns.patterns import compile_pattern
 
 _FORMATS = {AWQ: ("gemm",), GPTQ: ("gptq", "gptq_v2")}
 _ROTATED = "rotations between layers are part of the model"

@@ -16,7 +16,7 @@ from typing import Any
 from loaders.errors import Fault
 from loaders.schemes.awq_gptq.schemes import DEQUANTIZE, TransposedScheme, make_scheme, override
 from loaders.schemes.config_groups import FILE, MEND
-from loaders.schemes.patterns import compile_pattern
+from loaders.schemes.patterns.patterns import compile_pattern
 
 DYNAMIC, EXTRA = "dynamic", "extra_config"
 # AutoRound's way to say that a module is not quantized

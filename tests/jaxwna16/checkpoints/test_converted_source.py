@@ -139,7 +139,7 @@ def test_source_that_changes_while_it_is_converted_is_noticed(source, monkeypatc
         return write_shards(*args, **options)
 
     monkeypatch.setattr("jaxwna16.checkpoints.convert.write_shards", touch_and_write)
-    with pytest.raises(CheckpointError, match=f"{FIRST}: changed while it was being converted"):
+    with pytest.raises(CheckpointError, match=f"{FIRST}: changed after its header was read"):
         jaxwna16.convert_checkpoint(source, source.with_name("copy"))
     assert [path.name for path in source.parent.iterdir()] == ["source"]
 

@@ -22,7 +22,7 @@ from jaxwna16.checkpoints.left_alone import DEFAULT_IGNORE, list_default
 from jaxwna16.cli.main import main
 from jaxwna16.generation.tokens import generate_tokens
 from loaders.plan import make_plan
-from loaders.schemes.patterns import compile_pattern
+from loaders.schemes.patterns.patterns import compile_pattern
 from tests.checkpoints import read_files
 from tests.jaxwna16.models.hf_checkpoints import Folders, load_reference
 from tests.jaxwna16.models.hf_models import (

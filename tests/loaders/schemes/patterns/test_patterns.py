@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from jaxwna16 import CheckpointError, load_checkpoint
 from loaders.files.folder import CONFIG
-from loaders.schemes.patterns import compile_pattern
+from loaders.schemes.patterns.patterns import compile_pattern
 from tests.fuzz.bases import make_bases
 from tests.fuzz.files import write_entries
 

@@ -1,0 +1,1 @@
+"""Regular expressions of a config; `patterns` is the way in."""
