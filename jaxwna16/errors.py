@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from loaders.errors import escape_line
 from pallas_kernels.errors import Wna16Error
 
 
@@ -13,7 +14,7 @@ class _ListingError(Wna16Error, ValueError):
     def __init__(self, summary: str, reasons: Sequence[str] = ()):
         self.summary = summary
         self.reasons = tuple(reasons)
-        super().__init__("\n  - ".join([summary, *self.reasons]))
+        super().__init__("\n  - ".join(map(escape_line, [summary, *self.reasons])))
 
 
 class ModelError(_ListingError):
