@@ -56,10 +56,9 @@ def add_tokens(backend: Backend, added: Any, path: Path) -> None:
     Raises:
       InputError: if they are malformed, too many, or contradict tokenizer.json.
     """
-    package = import_extra("tokenizers", "text")
     try:
-        tokens = {int(index): package.AddedToken(**added[index]) for index in added}
-    except (TypeError, ValueError) as error:
+        tokens = {int(index): _make_token(added[index]) for index in added}
+    except (AttributeError, TypeError, ValueError) as error:
         raise InputError(f"{path}: `added_tokens_decoder` is malformed: {error}") from error
     _limit(tokens.values(), path)
     with refuse_failures(f"{path}: `added_tokens_decoder`"):
@@ -84,7 +83,6 @@ def add_special_tokens(backend: Backend, named: Mapping[str, Any], path: Path) -
     Raises:
       InputError: if that is too much.
     """
-    package = import_extra("tokenizers", "text")
     extra = named.get("extra_special_tokens") or named.get("additional_special_tokens")
     tokens = [token for name, token in named.items() if name.endswith("_token")]
     tokens += extra if isinstance(extra, list) else []
@@ -95,8 +93,7 @@ def add_special_tokens(backend: Backend, named: Mapping[str, Any], path: Path) -
         if text is None or text in added or find_id(backend, text) is None:
             continue
         flags = {n: bool(token[n]) for n in _FLAGS if n in token} if isinstance(token, dict) else {}
-        # what is special is not normalized unless it says so
-        new.append(package.AddedToken(text, special=True, **flags))
+        new.append(_make_token({"content": text, "special": True, **flags}))
     _limit(new, path)
     if new:
         with refuse_failures(f"{path}: special tokens"):
@@ -131,6 +128,13 @@ def read_token(token: Any) -> str | None:
     """The text of a token written as a string or as {"content": string, …}."""
     text = token.get("content") if isinstance(token, dict) else token
     return text if isinstance(text, str) else None
+
+
+def _make_token(entry: Mapping[str, Any]) -> tokenizers.AddedToken:
+    """A token of what it knows of an entry: what it does not know it would print on stdout."""
+    package = import_extra("tokenizers", "text")
+    known = ("content", "special", *_FLAGS)
+    return package.AddedToken(**{name: entry[name] for name in known if name in entry})
 
 
 def _limit(tokens: Iterable[tokenizers.AddedToken], path: Path) -> None:

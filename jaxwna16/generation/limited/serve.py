@@ -5,11 +5,12 @@ from __future__ import annotations
 import importlib
 import json
 import math
+import os
 import signal
 import sys
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, BinaryIO
 
 try:
     import resource
@@ -24,12 +25,22 @@ def serve() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt is for the parent to handle
     module, megabytes = sys.argv[2:]
     _limit_memory(int(megabytes) << 20)
+    replies = _take_stdout()
     functions = importlib.import_module(module)
     for line in sys.stdin.buffer:
         name, arguments, seconds = json.loads(line)
         _limit_time(seconds)
-        sys.stdout.buffer.write(_answer(getattr(functions, name), arguments) + b"\n")
-        sys.stdout.buffer.flush()
+        replies.write(_answer(getattr(functions, name), arguments) + b"\n")
+        replies.flush()
+
+
+def _take_stdout() -> BinaryIO:
+    """Where replies go; what libraries print goes nowhere, and so is not taken for one."""
+    replies = os.fdopen(os.dup(1), "wb")
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    os.close(nowhere)
+    return replies
 
 
 def _answer(function: Callable[..., Any], arguments: list[Any]) -> bytes:

@@ -14,6 +14,11 @@ def echo(value: Any) -> Any:
     return value
 
 
+def print_below_python() -> str:
+    os.write(1, b'{"value": "forged"}\n')
+    return "returned"
+
+
 def fail(name: str, text: str) -> None:
     raise getattr(builtins, name)(text)
 

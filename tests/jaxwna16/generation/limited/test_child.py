@@ -30,6 +30,10 @@ def test_replies_are_what_the_function_returns(child):
         assert child.call("echo", value, seconds=5) == value
 
 
+def test_what_a_library_prints_is_no_reply(child):
+    assert child.call("print_below_python", seconds=5) == "returned"
+
+
 def test_errors_of_every_class_come_back_by_name(child):
     for name in ("ValueError", "SystemExit", "KeyboardInterrupt", "RecursionError"):
         with pytest.raises(FailedCallError, match=r"^told$") as caught:

@@ -184,6 +184,15 @@ def test_half_a_surrogate_pair_is_no_token(tmp_path):
         read(tmp_path, write(), added_tokens_decoder=added)
 
 
+@pytest.mark.parametrize("stages", [None, {"type": "Sequence", "normalizers": [GROW]}])
+def test_nothing_is_printed_of_a_field_that_is_not_known(tmp_path, capfd, stages):
+    """`tokenizers` prints its name on stdout, into the midst of JSON."""
+    content = write(normalizer=stages)
+    token = {"content": "<t>", "__type": "AddedToken", "x\n{}": 1}
+    assert read(tmp_path, content, added_tokens_decoder={"5": token}).encode("<t>") == [5]
+    assert capfd.readouterr().out == ""
+
+
 def test_added_tokens_of_the_settings_are_few(tmp_path):
     tokens = {str(i + 5): {"content": f"{i}" * 50_000} for i in range(30)}
     with pytest.raises(InputError, match=r"2,500,000 characters, expected 1,000,000 at most"):
