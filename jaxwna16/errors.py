@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from loaders.errors import escape_line
+from loaders.errors import cut_text, escape_line, list_first
 from pallas_kernels.errors import Wna16Error
+
+_MOST_REASONS = 1000
 
 
 class _ListingError(Wna16Error, ValueError):
     """An error that lists every reason it found, one a line."""
 
     def __init__(self, summary: str, reasons: Sequence[str] = ()):
-        self.summary = summary
-        self.reasons = tuple(reasons)
-        super().__init__("\n  - ".join(map(escape_line, [summary, *self.reasons])))
+        self.summary = cut_text(summary)
+        self.reasons = tuple(list_first(reasons, _MOST_REASONS))
+        super().__init__("\n  - ".join(map(escape_line, [self.summary, *self.reasons])))
 
 
 class ModelError(_ListingError):

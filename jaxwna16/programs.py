@@ -21,6 +21,28 @@ from jaxwna16.errors import InputError
 trace_counts: collections.Counter[str] = collections.Counter()
 """How often functions were traced in this process: "prefill", "first" and "decode" of generation,
 "perplexity", "divergence" and "loglikelihood" of evaluation."""
+_processes: list[int] = []  # where a checkpoint was loaded first: this one, or one it is a fork of
+
+
+def refuse_fork(*, loads: bool = False) -> None:
+    """Refuse to compute in a fork of a process with a model: XLA's threads are not in it.
+
+    Without them the first computation would wait for ever.
+
+    Args:
+      loads: whether arrays are about to be made, so that later forks cannot compute.
+
+    Raises:
+      InputError: if this process is such a fork.
+    """
+    if _processes and _processes[0] != os.getpid():
+        raise InputError(
+            "this process was forked from one that had loaded a checkpoint, and JAX does not work "
+            "in such a fork: start processes with multiprocessing.get_context('spawn'), and load "
+            "the checkpoint in each"
+        )
+    if loads and not _processes:
+        _processes.append(os.getpid())
 
 
 class Compilation:

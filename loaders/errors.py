@@ -11,6 +11,8 @@ from collections.abc import Iterable, Sequence
 from pallas_kernels.errors import Wna16Error
 
 _FEW = 3
+_SHOWN = 100  # of many faults, in the text of an error
+_MOST_CHARACTERS = 4000
 _UNSEEN = re.compile(
     "[\x00-\x1f\x7f-\x9f\xad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"
     "\ud800-\udfff\U000e0000-\U000e007f]"
@@ -36,6 +38,10 @@ class Fault:
     tensor: str = ""
     way_out: str = ""
 
+    def __post_init__(self) -> None:
+        for field in ("what", "file", "tensor"):  # which hold what stands in files
+            object.__setattr__(self, field, cut_text(getattr(self, field)))
+
     def __str__(self) -> str:
         where = ": ".join(part for part in (self.file, self.tensor) if part)
         text = f"{where}: {self.what}" if where else self.what
@@ -44,7 +50,7 @@ class Fault:
 
 
 class CheckpointError(Wna16Error, ValueError):
-    """A checkpoint cannot be read. `faults` lists every reason, not the first.
+    """A checkpoint cannot be read. `faults` lists every reason, not the first; the text a hundred.
 
     Example:
       ```python
@@ -59,7 +65,32 @@ class CheckpointError(Wna16Error, ValueError):
     def __init__(self, path, faults: Sequence[Fault]):
         self.path, self.faults = str(path), tuple(dict.fromkeys(faults))
         count = f"{len(self.faults)} faults" if len(self.faults) > 1 else "1 fault"
-        super().__init__("\n  - ".join([escape_line(f"{path}: {count}"), *map(str, self.faults)]))
+        super().__init__(
+            "\n  - ".join(
+                [escape_line(f"{path}: {count}"), *list_first(list(map(str, self.faults)), _SHOWN)]
+            )
+        )
+
+
+def cut_text(text: str) -> str:
+    """The same, or the beginning and the end of a text that is too long for a message."""
+    rest = len(text) - _MOST_CHARACTERS
+    if rest <= 0:
+        return text
+    return f"{text[: -rest - 500]} … ({rest:,} more characters) … {text[-500:]}"
+
+
+def list_first(texts: Sequence[str], most: int) -> list[str]:
+    """The same, or the first of too many for a message and how many more there are."""
+    rest = len(texts) - most
+    return [*map(cut_text, texts[:most]), *([f"… and {rest:,} more"] if rest > 0 else [])]
+
+
+def limit_faults(faults: Sequence[Fault], most: int) -> list[Fault]:
+    """The same, or the first of too many and one that says how many more there are."""
+    rest = len(faults) - most
+    more = [Fault(f"… and {rest:,} more", faults[most].file)] if rest > 0 else []
+    return [*faults[:most], *more]
 
 
 def escape_line(text: str) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from loaders.errors import CheckpointError, Fault, join_alike, shorten, suggest
+from loaders.errors import CheckpointError, Fault, join_alike, list_first, shorten, suggest
 from loaders.files.folder import Scan, list_remarks, read_config, scan_tensors
 from loaders.files.safetensors_file import TensorInfo
 from loaders.grouping import Grouped, group_tensors, leave_out, list_parents
@@ -35,11 +35,13 @@ from loaders.modules.modules import QuantizedModule, plan_modules, split_experts
 from loaders.modules.sizes import find_sizes
 from loaders.schemes.config_groups import Scheme
 from loaders.schemes.module_names import list_prefixes
+from loaders.schemes.patterns.patterns import check_count
 from loaders.schemes.quantization_config import Quantization, parse_quantization
 from loaders.schemes.subconfigs import are_tied
 from pallas_kernels.format.spec import QuantSpec
 from pallas_kernels.format.weights import make_abstract
 
+MOST_WARNINGS = 200
 _MEND = "quantize the model again, or mend config.json if that is wrong"
 
 
@@ -171,6 +173,8 @@ def survey_folder(
     config = read_config(folder, follow_links=follow_links)
     quantization, faults = parse_quantization(config)
     scan = _scan(folder, faults, follow_links)
+    if many := check_count(quantization.pattern_count, scan.tensors):
+        raise CheckpointError(folder, [*faults, *many])
     torn = {split_name(name)[0] for name in scan.absent}
     grouped = group_tensors(scan.tensors, config, quantization)
     is_clear = not faults and not grouped.refused
@@ -281,7 +285,8 @@ def _stack_members(
     stacks, faults = plan_stacks(members, config)
     cut = {name for fault in faults if (name := _name_layer(fault))}
     # what lacks a file is said of the file
-    faults = [f for f in faults if not any(path.startswith(f"{f.tensor}.") for path in torn)]
+    above = list_parents({path.rpartition(".")[0] for path in torn})
+    faults = [fault for fault in faults if fault.tensor not in above]
     return _Stacked(stacks, faults, cut)
 
 
@@ -309,7 +314,7 @@ def _list_warnings(
     """What is odd, and no fault."""
     # a tied head is a module without tensors, and some classes tie it unless told otherwise
     head = [] if are_tied(plan.config) is False else ["lm_head"]
-    return (
+    warnings = [
         *grouped.remarks,
         *quantization.describe_unused({*grouped.by_module, *torn, *head}),
         *list_remarks(plan.folder, plan.config, {info.file for info in scan.tensors.values()}),
@@ -317,7 +322,8 @@ def _list_warnings(
         *_list_short_groups(plan.quantized),
         *describe_mixed(plan.stacks, plan.quantized),
         *describe_cache_scales(grouped.cache_scales),
-    )
+    ]
+    return tuple(list_first(warnings, MOST_WARNINGS))
 
 
 def _name_layer(fault: Fault) -> str:

@@ -131,7 +131,7 @@ def _count_layers(config: Mapping[str, Any]) -> tuple[int, int]:
     for part in (config, *find_subconfigs(config).values()):
         if "num_nextn_predict_layers" in part:
             first, count = part.get("num_hidden_layers"), part["num_nextn_predict_layers"]
-            if isinstance(first, int) and isinstance(count, int):
+            if isinstance(first, int) and isinstance(count, int) and first <= MAX_LAYERS:
                 return first, min(count, MAX_LAYERS)
     return 0, 0
 

@@ -11,6 +11,7 @@ from typing import Any
 from jaxwna16.dtypes import read_dtype
 from jaxwna16.errors import InputError
 from jaxwna16.extras import import_extra
+from jaxwna16.programs import refuse_fork
 from jaxwna16.progress import show_bytes
 from loaders.converted.converted import ConvertedPlan, load_leaves
 from loaders.open import open_plan
@@ -96,7 +97,7 @@ def load_checkpoint(
     Raises:
       CheckpointError: listing every fault of the files, the config and the modules.
       InputError: if there is no such folder and the name cannot be fetched, or `dtype` is another
-        than float32, bfloat16 and float16.
+        than float32, bfloat16 and float16; or in a process that is a fork of one with a checkpoint.
 
     Example:
       ```python
@@ -121,6 +122,7 @@ def read_plan(
 
     Tensors named in `kept` stay as they are, whatever `dtype` is.
     """
+    refuse_fork(loads=True)
     if callable(progress):
         params = _read(plan, dtype, kept, progress)
     else:

@@ -11,13 +11,15 @@ from rich.text import Text
 
 from jaxwna16.cli.folded_names import fold_names
 from jaxwna16.errors import InputError, ModelError
-from loaders.errors import CheckpointError, Fault, escape_line
+from loaders.errors import CheckpointError, Fault, escape_line, limit_faults
+
+_MOST_FAULTS = 1000
 
 
 def describe_error(error: Exception) -> dict[str, Any]:
-    """The error as {"message", "faults"}: every fault with file, tensor, what and way_out."""
-    faults = [dataclasses.asdict(fault) for fault in _list_faults(error)]
-    return {"message": _summarize(error), "faults": faults}
+    """The error as {"message", "faults"}: faults with file, tensor, what and way_out."""
+    faults = map(dataclasses.asdict, limit_faults(_list_faults(error), _MOST_FAULTS))
+    return {"message": _summarize(error), "faults": [*faults]}
 
 
 def show_error(error: dict[str, Any], console: Console) -> None:

@@ -24,7 +24,7 @@ _PATTERN = "re:"
 _ALIKE = 0.85  # shared_experts and shared_expert are 0.96 alike, q_proj and k_proj 0.83
 
 
-def list_ignored(plan: Plan) -> list[dict[str, Any]]:
+def count_ignored(plan: Plan) -> list[dict[str, Any]]:
     """The entries of the ignore list; names that differ only in numbers are one row.
 
     `modules` counts the modules with a matrix that an entry matches. `of` counts the modules that
@@ -89,7 +89,7 @@ def _count(entry: str, packed: Sequence[str], starred: Counter[str]) -> int:
         pattern = compile_pattern(entry.removeprefix(_PATTERN))
     except ValueError:
         return 0
-    return sum(pattern.match(path) is not None for path in packed)
+    return sum(bool(pattern.match(path)) for path in packed)
 
 
 def _list_unsliced(paths: Sequence[str]) -> list[str]:

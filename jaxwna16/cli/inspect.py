@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from jaxwna16.models.config.language_config import LanguageConfig
+    from loaders.errors import Fault
     from loaders.plan import Plan
 
 _BF16_BYTES = 2
@@ -70,16 +71,17 @@ def _inspect(checkpoint: str, follow_links: bool) -> dict[str, Any]:
     model, support = _describe_support(plan)
     names = [*plan.quantized, *plan.plain]
     skipped = find_skipped(list_rules(model), names) if model is not None else {}
+    architectures, odd = _read_architectures(plan)
     lack = describe_lack_of_devices()
     is_copy = isinstance(plan, ConvertedPlan)
-    left_out = [] if is_copy else ignored.list_ignored(plan)
+    left_out = [] if is_copy else ignored.count_ignored(plan)
     quantized = rows.list_module_rows(plan, skipped, support["dtype"], lack)
     widths = sorted({module.spec.bits for module in plan.quantized.values()})
     report = {
         "folder": str(plan.folder),
         "converted_from": plan.source if is_copy else None,
         "model_type": plan.config.get("model_type"),
-        "architectures": plan.config.get("architectures") or [],
+        "architectures": architectures,
         "load_model": support,
         "quantized": quantized,
         "plain": rows.list_tensor_rows(plan.plain, skipped),
@@ -91,9 +93,23 @@ def _inspect(checkpoint: str, follow_links: bool) -> dict[str, Any]:
         "backends": [] if lack else list_backends(widths),
         "warnings": [*plan.warnings, *ignored.word_near(left_out)],
     }
-    if survey.faults:
-        report["error"] = describe_error(CheckpointError(plan.folder, survey.faults))
+    if faults := [*survey.faults, *odd]:
+        report["error"] = describe_error(CheckpointError(plan.folder, faults))
     return report
+
+
+def _read_architectures(plan: Plan) -> tuple[list[str], list[Fault]]:
+    """The names of the model's classes, which nothing else reads; and what is wrong with them."""
+    from loaders.errors import Fault
+    from loaders.files.small_files import CONFIG
+
+    found = plan.config.get("architectures") or []
+    if isinstance(found, list) and all(isinstance(name, str) for name in found):
+        return found, []
+    way_out = "write the name of the model's class, or nothing"
+    return [], [
+        Fault(f"expected a list of names, found {found!r}", CONFIG, "architectures", way_out)
+    ]
 
 
 def _describe_support(plan: Plan) -> tuple[LanguageConfig | None, dict[str, Any]]:

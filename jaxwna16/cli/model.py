@@ -13,7 +13,8 @@ import numpy as np
 from jaxwna16.checkpoints.load import resolve_folder
 from jaxwna16.dtypes import choose_dtype
 from jaxwna16.errors import InputError
-from jaxwna16.evaluation.perplexity import cut_windows, find_prefix, read_text
+from jaxwna16.evaluation.perplexity import find_prefix, read_text
+from jaxwna16.evaluation.text_windows import cut_windows
 from jaxwna16.generation.load_model import load_model
 from jaxwna16.generation.text import Tokenizer
 from jaxwna16.models.causal_lm import CausalLM

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from loaders.modules.modules import QuantizedModule
     from loaders.plan import Plan, Survey
 
+_MOST_WARNINGS = 1000
+
 
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.description = (
@@ -43,7 +45,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from jaxwna16.cli.faults import describe_error
     from jaxwna16.cli.oracle import Oracle
     from loaders.converted.converted import ConvertedPlan
-    from loaders.errors import CheckpointError
+    from loaders.errors import CheckpointError, list_first
     from loaders.files.small_files import list_settings_faults
     from loaders.open import open_survey
 
@@ -67,7 +69,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "seconds": time.perf_counter() - started,
         "model": model,
         "oracle": None if oracle is None else oracle.describe(),
-        "warnings": [*plan.warnings, *warnings],
+        "warnings": list_first([*plan.warnings, *warnings], _MOST_WARNINGS),
     }
     if faults:
         report["error"] = describe_error(CheckpointError(plan.folder, faults))

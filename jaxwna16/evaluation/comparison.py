@@ -20,12 +20,8 @@ from flax import nnx
 
 from jaxwna16.checkpoints.load import resolve_folder
 from jaxwna16.errors import InputError
-from jaxwna16.evaluation.perplexity import (
-    check_batch,
-    check_finite,
-    cut_windows,
-    measure_perplexity,
-)
+from jaxwna16.evaluation.perplexity import measure_perplexity
+from jaxwna16.evaluation.text_windows import check_batch, check_finite, cut_windows
 from jaxwna16.generation.load_model import load_model
 from jaxwna16.generation.text import Tokenizer
 from jaxwna16.programs import trace_counts
@@ -114,20 +110,15 @@ def measure_divergence(
     windows = cut_windows(np.asarray(tokens), window, max_windows, stride)
     batch = check_batch(batch, windows)
     graphdefs, states = zip(nnx.split(reference), nnx.split(model), strict=True)
-    kl, agreement = [], []
+    diverge = functools.partial(_diverge, graphdefs, states)
     with show_steps("comparing", len(windows.tokens), visible=progress) as advance:
-        for rows in windows.split(batch):
-            found = _diverge(graphdefs, states, jnp.asarray(rows))
-            kl.append(np.asarray(found[0]))
-            agreement.append(np.asarray(found[1]))
-            advance(batch)
-    count, mask = len(windows.tokens), windows.mask()
-    divergences = np.concatenate(kl)[:count]
+        divergences, agreement = windows.map(diverge, batch, advance)
     check_finite(divergences, windows, "divergences")
+    mask = windows.mask()
     chosen = divergences[mask]
     return Divergence(
         kl_divergence=float(chosen.mean(dtype=np.float64)),
-        top1_agreement=float(np.concatenate(agreement)[:count][mask].mean()),
+        top1_agreement=float(agreement[mask].mean()),
         tokens=chosen.size,
     )
 

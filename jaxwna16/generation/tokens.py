@@ -26,7 +26,7 @@ from jaxwna16.generation.decoding import (
     round_up,
 )
 from jaxwna16.models.causal_lm import CausalLM
-from jaxwna16.programs import Compilation, foresee, is_spread
+from jaxwna16.programs import Compilation, foresee, is_spread, refuse_fork
 
 NAN = "nan"
 """The finish reason of a row whose logits are no distribution."""
@@ -132,6 +132,7 @@ def generate_tokens(
     Raises:
       InputError: listing everything wrong with the prompts and the options.
     """
+    refuse_fork()
     stop_tokens, prompts = tuple(stop_tokens), _list_numbers(prompts)
     faults = [
         *_list_prompt_faults(model, prompts, max_new_tokens, prefill_chunk),

@@ -96,7 +96,7 @@ class QuantDense(nnx.Module):
         del rngs
         check_options(spec, backend, prefer, dtype, scale_dtype, bias_dtype)
         self.spec, self.dtype, self.backend, self.prefer = spec, dtype, backend, prefer
-        bias_dtype = (bias_dtype or dtype or scale_dtype) if use_bias else None
+        bias_dtype = choose_bias_dtype(use_bias, bias_dtype, dtype, scale_dtype)
         shapes = make_abstract(spec, scale_dtype, bias_dtype, act_order=act_order)
         starts = {name: make_start(name, leaf) for name, leaf in shapes.items()}
         metadata = dict(kernel_metadata or {})
@@ -132,7 +132,7 @@ class QuantDense(nnx.Module):
         """Map x [..., K] to [..., N], constrained to `out_sharding` where that is given."""
         x = cast_input(x, self.dtype)
         y = quant_matmul(x, self.weights, self.spec, backend=self.backend, prefer=self.prefer)
-        return y if out_sharding is None else jax.lax.with_sharding_constraint(y, out_sharding)
+        return constrain(y, out_sharding)
 
 
 def check_options(
@@ -155,6 +155,11 @@ def check_options(
     check_prefer(prefer)
 
 
+def choose_bias_dtype(use_bias: bool, bias_dtype: Any, dtype: Any, scale_dtype: Any) -> Any:
+    """The dtype of a layer's bias, None without: the first of these that is given."""
+    return (bias_dtype or dtype or scale_dtype) if use_bias else None
+
+
 def make_start(name: str, leaf: jax.ShapeDtypeStruct) -> jax.Array:
     """What a leaf holds before weights come: zeros, and no reordering."""
     if name == "perm":
@@ -166,3 +171,8 @@ def cast_input(x: jax.Array, dtype: Any) -> jax.Array:
     """x as an array in `dtype`; in its own where that is None."""
     x = convert_array("x", x)
     return x if dtype is None else x.astype(dtype)
+
+
+def constrain(y: jax.Array, out_sharding: Any) -> jax.Array:
+    """y, constrained to a sharding where one is given."""
+    return y if out_sharding is None else jax.lax.with_sharding_constraint(y, out_sharding)

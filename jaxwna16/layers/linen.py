@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from jaxwna16.layers.dense import cast_input, check_options, make_start
+from jaxwna16.layers.dense import cast_input, check_options, choose_bias_dtype, constrain
 from jaxwna16.layers.linen_moe import QuantMoE as QuantMoE
+from jaxwna16.layers.linen_moe import declare_leaves
 from pallas_kernels.format.spec import QuantSpec
 from pallas_kernels.format.weights import make_abstract
 from pallas_kernels.matmul import quant_matmul
@@ -63,9 +64,10 @@ class QuantDense(nn.Module):
         super().__post_init__()
 
     def setup(self):
-        bias_dtype = (self.bias_dtype or self.dtype or self.scale_dtype) if self.use_bias else None
+        dtypes = self.bias_dtype, self.dtype, self.scale_dtype
+        bias_dtype = choose_bias_dtype(self.use_bias, *dtypes)
         shapes = make_abstract(self.spec, self.scale_dtype, bias_dtype, act_order=self.act_order)
-        self.leaves = {name: self._leaf(name, leaf) for name, leaf in shapes.items()}
+        self.leaves = declare_leaves(self, shapes)
 
     @property
     def weights(self) -> dict[str, jax.Array]:
@@ -80,8 +82,4 @@ class QuantDense(nn.Module):
         """
         x = cast_input(x, self.dtype)
         y = quant_matmul(x, self.weights, self.spec, backend=self.backend, prefer=self.prefer)
-        return y if out_sharding is None else jax.lax.with_sharding_constraint(y, out_sharding)
-
-    def _leaf(self, name: str, leaf: jax.ShapeDtypeStruct) -> jax.Array:
-        # Linen checks only the shape of a given leaf, so a loaded scale keeps its dtype
-        return self.param(name, lambda _: make_start(name, leaf))
+        return constrain(y, out_sharding)

@@ -2,17 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from jaxwna16.layers.dense import cast_input, make_start
-from jaxwna16.layers.moe import ExpertOptions, check_expert_options, run_experts
+from jaxwna16.layers.dense import choose_bias_dtype, make_start
+from jaxwna16.layers.moe import (
+    EXPERT_OPTIONS,
+    ExpertOptions,
+    check_expert_options,
+    make_expert_options,
+    run_experts,
+)
 from pallas_kernels.format.spec import QuantSpec
 from pallas_kernels.format.weights import make_abstract
-from pallas_kernels.routing import Routing
+
+
+def declare_leaves(
+    module: nn.Module, leaves: Mapping[str, jax.ShapeDtypeStruct]
+) -> dict[str, jax.Array]:
+    """The params of a module that hold a leaf dict."""
+    # Linen checks only the shape of a given leaf, so a loaded scale keeps its dtype
+    return {
+        name: module.param(name, lambda _, name=name, leaf=leaf: make_start(name, leaf))
+        for name, leaf in leaves.items()
+    }
 
 
 class ExpertStack(nn.Module):
@@ -22,11 +39,7 @@ class ExpertStack(nn.Module):
 
     @nn.compact
     def __call__(self) -> dict[str, jax.Array]:
-        # Linen checks only the shape of a given leaf, so a loaded scale keeps its dtype
-        return {
-            name: self.param(name, lambda _, name=name, leaf=leaf: make_start(name, leaf))
-            for name, leaf in dict(self.leaves).items()
-        }
+        return declare_leaves(self, dict(self.leaves))
 
 
 class QuantMoE(nn.Module):
@@ -77,33 +90,18 @@ class QuantMoE(nn.Module):
     backend: str | None = None
 
     def __post_init__(self):
-        dtypes = self.dtype, self.scale_dtype, self.bias_dtype
+        dtypes = self.scale_dtype, self.bias_dtype
         check_expert_options(self.spec13, self.spec2, self.experts, self.options, *dtypes)
         super().__post_init__()
 
     @property
     def options(self) -> ExpertOptions:
         """What is computed, and how experts are chosen."""
-        routing = Routing(
-            top_k=self.top_k,
-            scoring=self.scoring,
-            renormalize=self.renormalize,
-            groups=self.groups,
-            top_groups=self.top_groups,
-            group_score=self.group_score,
-            scaling_factor=self.scaling_factor,
-        )
-        return ExpertOptions(
-            routing=routing,
-            activation=self.activation,
-            gated=self.gated,
-            interleaved=self.interleaved,
-            weigh=self.weigh,
-            backend=self.backend,
-        )
+        return make_expert_options(**{name: getattr(self, name) for name in EXPERT_OPTIONS})
 
     def setup(self):
-        bias_dtype = (self.bias_dtype or self.dtype or self.scale_dtype) if self.use_bias else None
+        dtypes = self.bias_dtype, self.dtype, self.scale_dtype
+        bias_dtype = choose_bias_dtype(self.use_bias, *dtypes)
         self.w13, self.w2 = (
             ExpertStack(make_abstract(spec, self.scale_dtype, bias_dtype, experts=self.experts))
             for spec in (self.spec13, self.spec2)
@@ -121,8 +119,8 @@ class QuantMoE(nn.Module):
         out_sharding: Any = None,
     ) -> jax.Array:
         """Map x [..., H] to [..., H]; arguments and errors as `jaxwna16.QuantMoE.__call__`."""
-        y = run_experts(
-            cast_input(x, self.dtype),
+        return run_experts(
+            x,
             router_logits,
             (self.w13(), self.w2()),
             (self.spec13, self.spec2),
@@ -131,5 +129,5 @@ class QuantMoE(nn.Module):
             shared=shared,
             shared_gate=shared_gate,
             expert_offset=expert_offset,
+            out_sharding=out_sharding,
         )
-        return y if out_sharding is None else jax.lax.with_sharding_constraint(y, out_sharding)

@@ -10,7 +10,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxwna16.layers.dense import QuantParam, cast_input, check_options, make_start
+from jaxwna16.layers.dense import (
+    QuantParam,
+    cast_input,
+    check_options,
+    choose_bias_dtype,
+    constrain,
+    make_start,
+)
 from pallas_kernels.activations import check as check_activation
 from pallas_kernels.arguments import convert_array
 from pallas_kernels.errors import SpecError
@@ -26,14 +33,35 @@ _WEIGH = ("output", "input")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExpertOptions:
-    """What the experts of a layer compute beside their weights; see `quant_moe` and `route`."""
+    """What the experts of a layer compute beside their weights; see `quant_moe` and `route`.
+
+    `dtype` is what x is cast to; None leaves x as it is.
+    """
 
     routing: Routing
     activation: str = "silu"
     gated: bool = True
     interleaved: bool = False
     weigh: str = "output"
+    dtype: Any = None
     backend: str | None = None
+
+
+EXPERT_OPTIONS = tuple(
+    field.name
+    for options in (Routing, ExpertOptions)
+    for field in dataclasses.fields(options)
+    if field.name != "routing"
+)
+"""What `make_expert_options` takes; the layers of NNX and Linen call them so, too."""
+
+
+def make_expert_options(**values: Any) -> ExpertOptions:
+    """The options of a layer that has each of `EXPERT_OPTIONS` by itself."""
+    routing = Routing(
+        **{field.name: values.pop(field.name) for field in dataclasses.fields(Routing)}
+    )
+    return ExpertOptions(routing=routing, **values)
 
 
 class ExpertStack(nnx.Module):
@@ -135,7 +163,7 @@ class QuantMoE(nnx.Module):
           SpecError, BackendError: if the values are impossible.
         """
         del rngs
-        routing = Routing(
+        self.options = make_expert_options(
             top_k=top_k,
             scoring=scoring,
             renormalize=renormalize,
@@ -143,19 +171,16 @@ class QuantMoE(nnx.Module):
             top_groups=top_groups,
             group_score=group_score,
             scaling_factor=scaling_factor,
-        )
-        self.options = ExpertOptions(
-            routing=routing,
             activation=activation,
             gated=gated,
             interleaved=interleaved,
             weigh=weigh,
+            dtype=dtype,
             backend=backend,
         )
-        dtypes = dtype, scale_dtype, bias_dtype
-        check_expert_options(spec13, spec2, experts, self.options, *dtypes)
+        check_expert_options(spec13, spec2, experts, self.options, scale_dtype, bias_dtype)
         self.spec13, self.spec2, self.experts, self.dtype = spec13, spec2, experts, dtype
-        bias_dtype = (bias_dtype or dtype or scale_dtype) if use_bias else None
+        bias_dtype = choose_bias_dtype(use_bias, bias_dtype, dtype, scale_dtype)
         metadata = dict(kernel_metadata or {})
         self.w13, self.w2 = (
             ExpertStack(make_abstract(spec, scale_dtype, bias_dtype, experts=experts), metadata)
@@ -208,26 +233,30 @@ class QuantMoE(nnx.Module):
         Raises:
           SpecError, BackendError, TableError: as `route` and `quant_moe`.
         """
-        weights = self.w13.weights, self.w2.weights
-        specs = self.spec13, self.spec2
-        y = run_experts(
-            cast_input(x, self.dtype),
+        return run_experts(
+            x,
             router_logits,
-            weights,
-            specs,
+            (self.w13.weights, self.w2.weights),
+            (self.spec13, self.spec2),
             self.options,
             correction_bias=correction_bias,
             shared=shared,
             shared_gate=shared_gate,
             expert_offset=expert_offset,
+            out_sharding=out_sharding,
         )
-        return y if out_sharding is None else jax.lax.with_sharding_constraint(y, out_sharding)
 
 
 def check_expert_options(
-    spec13: QuantSpec, spec2: QuantSpec, experts: int, options: ExpertOptions, *dtypes: Any
+    spec13: QuantSpec,
+    spec2: QuantSpec,
+    experts: int,
+    options: ExpertOptions,
+    scale_dtype: Any,
+    bias_dtype: Any,
 ) -> None:
     """Raise a SpecError or BackendError if no layer can have these; dtypes as `check_options`."""
+    dtypes = options.dtype, scale_dtype, bias_dtype
     for name, spec in (("spec13", spec13), ("spec2", spec2)):
         if not isinstance(spec, QuantSpec):
             raise SpecError(f"{name} must be a QuantSpec, got {type(spec).__name__}")
@@ -277,8 +306,10 @@ def run_experts(
     shared: jax.Array | None,
     shared_gate: jax.Array | None,
     expert_offset: jax.Array | int,
+    out_sharding: Any,
 ) -> jax.Array:
     """Route, run the chosen experts, add the shared ones; arguments as `QuantMoE.__call__`."""
+    x = cast_input(x, options.dtype)
     router_logits = convert_array("router_logits", router_logits)
     held, lead = weights[0]["packed"].shape[0], x.shape[:-1]
     found = router_logits.shape
@@ -289,7 +320,7 @@ def run_experts(
         )
     routing = dataclasses.asdict(options.routing)
     ids, factors = route(router_logits, correction_bias=correction_bias, **routing)
-    return quant_moe(
+    y = quant_moe(
         x,
         ids,
         factors,
@@ -303,6 +334,7 @@ def run_experts(
         shared=weigh_shared(shared, shared_gate),
         backend=options.backend,
     )
+    return constrain(y, out_sharding)
 
 
 def weigh_shared(shared: jax.Array | None, gate: jax.Array | None) -> jax.Array | None:

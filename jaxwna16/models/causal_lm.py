@@ -15,6 +15,7 @@ from jax.typing import ArrayLike
 from jaxwna16.errors import InputError
 from jaxwna16.models.config.language_config import LanguageConfig
 from jaxwna16.models.parts.layers import Dense, Embedding, Linears, multiply
+from jaxwna16.programs import refuse_fork
 from pallas_kernels.format.spec import QuantSpec
 
 Array = jax.Array
@@ -118,8 +119,10 @@ class CausalLM(nnx.Module):
           tokens: integers [B, S], at least one; an array of JAX or NumPy, or lists.
 
         Raises:
-          InputError: if they are something else.
+          InputError: if they are something else; or in a process that is a fork of one with a
+            checkpoint.
         """
+        refuse_fork()
         tokens = _read_tokens(tokens, self.config.vocab_size)
         batch, steps = tokens.shape
         start, count = jnp.zeros(batch, jnp.int32), jnp.full(batch, steps, jnp.int32)

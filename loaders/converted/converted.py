@@ -29,7 +29,7 @@ from loaders.converted.manifest import (
     names_method,
     read_manifest,
 )
-from loaders.errors import CheckpointError, Fault
+from loaders.errors import CheckpointError, Fault, list_first
 from loaders.files.folder import read_config
 from loaders.files.safetensors_file import TensorInfo, read_header, read_tensor, read_tensors
 from loaders.files.small_files import CONFIG, check_file
@@ -37,7 +37,7 @@ from loaders.modules.encoding import Encoding
 from loaders.modules.experts import Stack
 from loaders.modules.modules import QuantizedModule
 from loaders.modules.repack import pack
-from loaders.plan import Plan
+from loaders.plan import MOST_WARNINGS, Plan
 from loaders.schemes.packings import TILES
 from loaders.stream import Progress, place_tensor, put_leaf, require_memory_for
 from pallas_kernels.errors import SpecError
@@ -233,7 +233,7 @@ def plan_converted(folder: Path, *, follow_links: bool = False) -> ConvertedPlan
         quantized,
         infos,
         stacks,
-        (*manifest.warnings, *remarks),
+        tuple(list_first([*manifest.warnings, *remarks], MOST_WARNINGS)),
         follow_links=follow_links,
         digests={name: leaf.sha256 for name, leaf in manifest.leaves.items()},
         source=manifest.source.folder,

@@ -27,7 +27,13 @@ from loaders.schemes.config_groups import (
     parse_group,
 )
 from loaders.schemes.module_names import describe_modules, list_prefixes, name_classes, star_numbers
-from loaders.schemes.patterns.patterns import compile_pattern
+from loaders.schemes.patterns.patterns import (
+    Budget,
+    Pattern,
+    check_distinct,
+    compile_pattern,
+    make_budget,
+)
 
 _FLOATS = ("float16", "bfloat16", "float32", "float64")
 _ATTENTION = re.compile(r".*attn|.*attention")
@@ -80,13 +86,17 @@ class QuantizationConfig:
         """Each entry of `ignore` and the modules that it matches, by name, pattern or class."""
         found: dict[str, list[str]] = {}
         known, patterns = set(modules), self._ignore_patterns
+        by_class: dict[str, list[str]] = defaultdict(list)
+        for path in modules:
+            for name in name_classes(path):
+                by_class[name].append(path)
         for name in dict.fromkeys(self.ignore):
             if name in patterns:
                 found[name] = [path for path in modules if patterns[name].match(path)]
             elif name in known:
                 found[name] = [name]
             else:
-                found[name] = [path for path in modules if name in name_classes(path)]
+                found[name] = by_class.get(name, [])
         return found
 
     def describe_unused(self, modules: Collection[str]) -> list[str]:
@@ -118,8 +128,9 @@ class QuantizationConfig:
         refusals = [group for group in self._groups.values() if isinstance(group, Refusal)]
         meant = self._find_refused(modules) if refusals else {}
         faults = [
-            dataclasses.replace(fault, what=f"{fault.what}: {describe_modules(paths)}")
+            dataclasses.replace(fault, what=f"{fault.what}: {described}")
             for refusal, paths in meant.items()
+            for described in [describe_modules(paths)]
             for fault in refusal.faults
         ]
         unmet = [
@@ -173,6 +184,11 @@ class QuantizationConfig:
             return None
         return groups[min(names, key=_rank)]
 
+    @property
+    def pattern_count(self) -> int:
+        """How many patterns each name is matched with at most."""
+        return len(self._target_patterns) + len(self._ignore_patterns)
+
     @functools.cached_property
     def _groups(self) -> dict[str, Scheme | Refusal | None]:
         return dict(self.targets)
@@ -182,12 +198,16 @@ class QuantizationConfig:
         return frozenset(name for name in self.ignore if not name.startswith("re:"))
 
     @functools.cached_property
-    def _target_patterns(self) -> dict[str, re.Pattern[str]]:
-        return _compile(self._groups)
+    def _target_patterns(self) -> dict[str, Pattern]:
+        return _compile(self._groups, self._budget)
 
     @functools.cached_property
-    def _ignore_patterns(self) -> dict[str, re.Pattern[str]]:
-        return _compile(self.ignore)
+    def _ignore_patterns(self) -> dict[str, Pattern]:
+        return _compile(self.ignore, self._budget)
+
+    @functools.cached_property
+    def _budget(self) -> Budget:
+        return make_budget()
 
 
 def parse_compressed_tensors(
@@ -217,12 +237,14 @@ def parse_compressed_tensors(
     if not isinstance(ignore, list) or not all(isinstance(name, str) for name in ignore):
         faults.append(Fault(f"expected names, found {ignore!r}", FILE, f"{field}.ignore", MEND))
         ignore = []
-    for pattern in dict.fromkeys([*targets, *ignore]):
-        if wrong := _check_pattern(pattern, field):
-            faults += wrong
-            targets.pop(pattern, None)
-            ignore = [name for name in ignore if name != pattern]
-    return QuantizationConfig(tuple(targets.items()), tuple(ignore), version), faults
+    patterns = [name for name in [*targets, *ignore] if name.startswith("re:")]
+    if many := check_distinct(patterns, field):
+        return QuantizationConfig(version=version), [*faults, *many]
+    wrong = {name: found for name in [*targets, *ignore] if (found := _check_pattern(name, field))}
+    faults += [fault for found in wrong.values() for fault in found]
+    targets = {name: scheme for name, scheme in targets.items() if name not in wrong}
+    kept = tuple(name for name in ignore if name not in wrong)
+    return QuantizationConfig(tuple(targets.items()), kept, version), faults
 
 
 def _check_header(raw: Mapping[str, Any], field: str) -> list[Fault]:
@@ -263,7 +285,7 @@ def _check_header(raw: Mapping[str, Any], field: str) -> list[Fault]:
 
 def _check_pattern(name: str, field: str) -> list[Fault]:
     try:
-        _compile([name])
+        _compile([name], make_budget())
     except ValueError as error:
         return [Fault(f"{name!r} {error}", FILE, field, MEND)]
     return []
@@ -289,11 +311,12 @@ def _rank(name: str) -> tuple[bool, str]:
     return "re:" in name, name
 
 
-def _compile(names: Iterable[str]) -> dict[str, re.Pattern[str]]:
+def _compile(names: Iterable[str], budget: Budget) -> dict[str, Pattern]:
     """The `re:` patterns among names, in the order in which compressed-tensors tries them."""
-    return {n: compile_pattern(n.removeprefix("re:")) for n in sorted(names) if n.startswith("re:")}
+    found = sorted(name for name in names if name.startswith("re:"))
+    return {name: compile_pattern(name.removeprefix("re:"), budget) for name in found}
 
 
-def _find(patterns: Mapping[str, re.Pattern[str]], module: str) -> str | None:
+def _find(patterns: Mapping[str, Pattern], module: str) -> str | None:
     """The first pattern that matches from the start of a module's path."""
     return next((name for name, pattern in patterns.items() if pattern.match(module)), None)

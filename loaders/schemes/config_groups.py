@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from loaders.errors import Fault
+from loaders.errors import Fault, limit_faults
 from loaders.schemes.presets import find_preset, parse_version
 
 FILE = "config.json"
@@ -27,6 +27,7 @@ _WEIGHT_FIELDS = {
     *("num_bits", "type", "symmetric", "group_size", "strategy", "block_structure", "dynamic"),
     *("actorder", "scale_dtype", "zp_dtype", "observer", "observer_kwargs"),
 }
+_MOST_FAULTS = 30
 _ORDERS = ["group", "dynamic", "weight", "static"]
 _FIRST_EXPLICIT_ORDER = (0, 12)
 _UNKNOWN = "is a field that compressed-tensors 0.20 does not have"
@@ -93,11 +94,16 @@ def parse_group(
     weights = group.get("weights")
     faults += _check_activations(group, field)
     if weights is None:
-        return targets, Refusal(tuple(faults), plain=True) if faults else None
+        return targets, _refuse(faults, plain=True) if faults else None
     faults += _check_format(group.get("format"), default_format, field)
     scheme, wrong = _parse_weights(weights, f"{field}.weights", version)
     faults += wrong
-    return targets, scheme if scheme is not None and not faults else Refusal(tuple(faults))
+    return targets, scheme if scheme is not None and not faults else _refuse(faults)
+
+
+def _refuse(faults: list[Fault], *, plain: bool = False) -> Refusal:
+    """Of faults without number the first, since modules are told apart by their refusal."""
+    return Refusal(tuple(limit_faults(faults, _MOST_FAULTS)), plain)
 
 
 def _check_activations(group: Mapping[str, Any], field: str) -> list[Fault]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import jax.numpy as jnp
@@ -183,21 +183,18 @@ def find_schedule(
 
     Nearest is the least distance in K and N (as logarithms), and among equals the nearest M.
     """
-    kind = _describe_kind(spec, x_dtype)
     scales_fit = jnp.dtype(scale_dtype) == jnp.dtype(x_dtype)
     here = (spec.in_features, spec.out_features)
     bucket = round_up_bucket(tokens)
-    near = [
-        entry
-        for entry in table.entries
-        if entry.kind == kind
-        and _is_near((*here, bucket), entry)
-        and _suits(entry.schedule, bucket, entry.tokens)
-        and (scales_fit or not _multiplies_weight(entry.schedule))
-        and not entry.find_faults(device, spec, scale_dtype)
-    ]
-    nearest = _choose_nearest(near, here, bucket)
-    return nearest and nearest.schedule
+
+    def serves(entry: Entry) -> bool:
+        return (
+            _suits(entry.schedule, bucket, entry.tokens)
+            and (scales_fit or not _multiplies_weight(entry.schedule))
+            and not entry.find_faults(device, spec, scale_dtype)
+        )
+
+    return _find_nearest(table.entries, [spec], x_dtype, here, bucket, serves)
 
 
 def find_moe_schedule(
@@ -211,7 +208,6 @@ def find_moe_schedule(
     scale_dtypes: Sequence,
 ) -> MoeTiles | None:
     """As `find_schedule`, for gated experts."""
-    kinds = {_describe_kind(spec, x_dtype) for spec in specs}
     scales_fit = [jnp.dtype(dtype) == jnp.dtype(x_dtype) for dtype in scale_dtypes]
     here = (specs[1].out_features, specs[1].in_features, experts, top_k)
     bucket = round_up_bucket(tokens)
@@ -220,16 +216,39 @@ def find_moe_schedule(
         parts = zip((tiles.first, tiles.second), scales_fit, strict=True)
         return all(fits or not _multiplies_weight(part) for part, fits in parts)
 
+    def serves(entry: MoeEntry) -> bool:
+        return (
+            _meets_as_many(entry, bucket * top_k, experts)
+            and takes_scales(entry.schedule)
+            and not entry.find_faults(device, specs, scale_dtypes)
+        )
+
+    return _find_nearest(table.experts, specs, x_dtype, here, bucket, serves)
+
+
+def _find_nearest(
+    entries: Sequence,
+    specs: Sequence[QuantSpec],
+    x_dtype,
+    here: Sequence[int],
+    bucket: int,
+    serves: Callable[[Any], bool],
+) -> Any:
+    """The schedule of the nearest entry of the weights' kind that `serves`; None without one."""
+    kinds = {_describe_kind(spec, x_dtype) for spec in specs}
     near = [
         entry
-        for entry in table.experts
-        if kinds == {entry.kind}
-        and _is_near((*here, bucket), entry)
-        and _meets_as_many(entry, bucket * top_k, experts)
-        and takes_scales(entry.schedule)
-        and not entry.find_faults(device, specs, scale_dtypes)
+        for entry in entries
+        if kinds == {entry.kind} and _is_near((*here, bucket), entry) and serves(entry)
     ]
-    nearest = _choose_nearest(near, here, bucket)
+
+    def rank(entry) -> tuple[float, ...]:
+        pairs = zip(here, entry.sizes, strict=True)
+        away = sum(abs(math.log2(mine / its)) for mine, its in pairs)
+        away_in_tokens = abs(math.log2(bucket / entry.tokens))
+        return (away, away_in_tokens, -entry.tokens, *entry.sizes)
+
+    nearest = min(near, key=rank, default=None)
     return nearest and nearest.schedule
 
 
@@ -260,13 +279,3 @@ def _meets_as_many(entry: MoeEntry, pairs: int, experts: int) -> bool:
 
 def _multiplies_weight(schedule: Schedule) -> bool:
     return isinstance(schedule, Tiles) and schedule.scale_on == "weight"
-
-
-def _choose_nearest(near: Sequence, here: Sequence[int], bucket: int):
-    def rank(entry) -> tuple[float, ...]:
-        pairs = zip(here, entry.sizes, strict=True)
-        away = sum(abs(math.log2(mine / its)) for mine, its in pairs)
-        away_in_tokens = abs(math.log2(bucket / entry.tokens))
-        return (away, away_in_tokens, -entry.tokens, *entry.sizes)
-
-    return min(near, key=rank, default=None)

@@ -43,7 +43,7 @@ class BatchSize(NamedTuple):
         """Divide rows of these lengths, of which the longest comes first; none exceeds `slots`."""
         start = 0
         while start < len(lengths):
-            slots = min(round_up(lengths[start]), self.slots)
+            slots = min(pad_length(lengths[start]), self.slots)
             rows = self.rows
             if rows is None:
                 fitting = max(_LOGIT_BYTES // (4 * slots * self.vocab_size), 1)
@@ -67,7 +67,7 @@ def read_batch_size(batch_size: int | str) -> int | None:
     return int(text)
 
 
-def round_up(length: int) -> int:
+def pad_length(length: int) -> int:
     """The next of 16, 24, 32, 48, 64, 96, 128, …: two for each power of two."""
     power = max(next_power(length), 16)
     return power * 3 // 4 if length <= power * 3 // 4 and power > 16 else power

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from typing import Any
+
+from loaders.errors import cut_text
+
+MAX_COUNT = 2**31 - 1
+POSITIVE = "a positive number that float32 can compute with"
 
 
 class ConfigReader:
@@ -27,12 +31,12 @@ class ConfigReader:
 
     def refuse(self, key: str, found: object, expected: str) -> None:
         """Note that a key has a value that cannot be served."""
-        reason = f"{self.section}{key}: expected {expected}, found {found!r}"
+        reason = cut_text(f"{self.section}{key}: expected {expected}, found {found!r}")
         if reason not in self.reasons:
             self.reasons.append(reason)
 
     def count(
-        self, key: str, default: int | None = None, least: int = 1, most: int = 2**31 - 1
+        self, key: str, default: int | None = None, least: int = 1, most: int = MAX_COUNT
     ) -> int:
         """An integer of at least `least` and at most `most`."""
         value = self.config.get(key, default)
@@ -54,11 +58,11 @@ class ConfigReader:
         return self.count(given[0] if given else keys[0], default)
 
     def number(self, key: str, default: float) -> float:
-        """A finite number above zero."""
+        """A number above zero that float32 can compute with."""
         value = self.config.get(key, default)
         if is_positive(value):
             return float(value)
-        self.refuse(key, value, "a positive number")
+        self.refuse(key, value, POSITIVE)
         return default
 
     def flag(self, key: str, default: bool = False) -> bool:
@@ -77,8 +81,11 @@ class ConfigReader:
         return None
 
 
-def is_positive(value: object) -> bool:
-    """Whether a value read from JSON is a finite number above zero."""
+def is_positive(value: object, least: float = 1e-30, most: float = 1e30) -> bool:
+    """Whether a value read from JSON is a number from `least` to `most`.
+
+    Those are far from the ends of float32, so that products and logarithms of a few are finite.
+    """
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
-    return 0 < value <= sys.float_info.max
+    return least <= value <= most

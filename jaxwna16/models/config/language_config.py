@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from jaxwna16.models.config.config_reader import ConfigReader
+from jaxwna16.models.config.config_reader import MAX_COUNT, ConfigReader
 from jaxwna16.models.config.moe_config import MoeConfig
 from jaxwna16.models.config.rope_config import RopeConfig
 
@@ -80,6 +80,6 @@ def read_eos(reader: ConfigReader) -> tuple[int, ...]:
     """`eos_token_id`, one token or several."""
     value = reader.config.get("eos_token_id", [])
     ids = value if isinstance(value, list) else [value]
-    if not all(isinstance(i, int) and i >= 0 for i in ids):
+    if not all(isinstance(i, int) and 0 <= i < MAX_COUNT for i in ids):
         reader.refuse("eos_token_id", value, "a token or a list of tokens")
     return tuple(ids)

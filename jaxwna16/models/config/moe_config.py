@@ -138,4 +138,5 @@ def _read_sparse_steps(reader: ConfigReader, layers: int) -> tuple[bool, ...]:
     if not isinstance(dense, list) or not all(type(i) is int for i in dense):
         reader.refuse("mlp_only_layers", dense, "a list of layers")
         dense = []
+    dense = set(dense)
     return tuple((i + 1) % step == 0 and i not in dense for i in range(layers))

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
-from jaxwna16.models.config.config_reader import ConfigReader, is_positive
+from jaxwna16.models.config.config_reader import MAX_COUNT, ConfigReader, is_positive
 
+_MAX_THETA = 1e15
+_FACTORS = (1e-6, 1e6)  # of the frequencies: float32 divides by products of two of them
+_POSITIONS = (1, MAX_COUNT)
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
 
 
@@ -50,7 +54,7 @@ def read_rotary_dim(reader: ConfigReader, head_dim: int, default: float) -> int:
         if factor != 1.0:
             reader.refuse("partial_rotary_factor", factor, "1.0")
         return head_dim
-    rotated = int(head_dim * factor) if is_positive(factor) else 0
+    rotated = int(head_dim * factor) if is_positive(factor, most=1.0) else 0
     if 2 <= rotated <= head_dim and rotated % 2 == 0:
         return rotated
     reader.refuse("partial_rotary_factor", factor, f"an even part of head_dim = {head_dim}")
@@ -63,7 +67,7 @@ def read_rope(reader: ConfigReader, max_positions: int, theta: float) -> RopeCon
     Args:
       theta: `rope_theta` of the family where it is absent.
     """
-    config = reader.config
+    config, noted = reader.config, len(reader.reasons)
     where, given = _find_rope(reader)
     if not isinstance(given, Mapping) or any(isinstance(v, Mapping) for v in given.values()):
         reader.refuse(where, given, "one flat set of parameters for all layers")
@@ -78,7 +82,7 @@ def read_rope(reader: ConfigReader, max_positions: int, theta: float) -> RopeCon
     if rope_type not in ROPE_TYPES:
         reader.refuse(f"{where}.rope_type", rope_type, f"one of {', '.join(ROPE_TYPES)}")
         rope_type = "default"
-    if rope_type == "yarn" and is_positive(original):
+    if rope_type == "yarn" and is_positive(original, *_POSITIONS):
         values.setdefault("factor", max_positions / original)
     needed = {
         "linear": ("factor",),
@@ -86,17 +90,26 @@ def read_rope(reader: ConfigReader, max_positions: int, theta: float) -> RopeCon
         "yarn": ("factor",),
         "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
     }
-    if not is_positive(theta) or theta <= 1:
+    if not is_positive(theta, most=_MAX_THETA) or theta <= 1:
         key = f"{where}.rope_theta" if "rope_theta" in values else "rope_theta"
-        reader.refuse(key, theta, "a number above 1")
+        limit = f" and at most {_MAX_THETA:g}" if is_positive(theta, _MAX_THETA, math.inf) else ""
+        reader.refuse(key, theta, f"a number above 1{limit}")
         theta = 1e4
-    numbers = {"original_max_position_embeddings": original}
-    numbers |= {key: values.get(key) for key in needed.get(rope_type, ())}
+    numbers = {key: values.get(key) for key in needed.get(rope_type, ())}
     optional = ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
     numbers |= {key: values[key] for key in optional if key in values}
     for key, value in numbers.items():
-        if not is_positive(value):
-            reader.refuse(f"{where}.{key}", value, "a positive number")
+        if not is_positive(value, *_FACTORS):
+            reader.refuse(
+                f"{where}.{key}", value, "a positive number from {:g} to {:g}".format(*_FACTORS)
+            )
+    if not is_positive(original, *_POSITIONS):
+        expected = "a number of positions"
+        reader.refuse(f"{where}.original_max_position_embeddings", original, expected)
+    if rope_type == "llama3" and len(reader.reasons) == noted:
+        low, high = values["low_freq_factor"], values["high_freq_factor"]
+        if high <= low * (1 + 1e-6):  # they are divided by their difference, in float32
+            reader.refuse(f"{where}.high_freq_factor", high, f"more than low_freq_factor = {low}")
     truncate = given.get("truncate", True)
     if not isinstance(truncate, bool | None):
         reader.refuse(f"{where}.truncate", truncate, "true or false")

@@ -16,7 +16,8 @@ Leaf = TypeVar("Leaf")
 
 _LAYERS = "model.layers."
 """What the names of layers begin with in every definition."""
-_LAYER = re.compile(r"((?:.*?\.)?layers\.)\d+\.")
+_LAYER = re.compile(r"((?:.*?\.)?layers\.)(\d+)\.")
+_MANY = 100  # layers that are missing: fewer are listed tensor by tensor
 
 
 def rename(name: str, names: Mapping[str, str]) -> str:
@@ -75,3 +76,20 @@ def check_prefix(found: Iterable[str], names: Mapping[str, str], source: str) ->
             "their index and quantization_config)"
         ],
     )
+
+
+def check_depth(found: Iterable[str], layers: int, source: str) -> None:
+    """Refuse a config.json with far more layers than the files have, before each is made.
+
+    Args:
+      found: modules and tensors as the files call them.
+      layers: as many as config.json says.
+      source: where they are, for the message.
+
+    Raises:
+      ModelError: one reason, with both numbers.
+    """
+    count = len({match[2] for name in found if (match := _LAYER.match(name))})
+    if layers > count + _MANY:
+        reason = f"num_hidden_layers: expected the {count} layers of the files, found {layers}"
+        raise ModelError(f"{source}: most layers are missing", [reason])

@@ -140,7 +140,10 @@ class ModelConfig(LanguageConfig):
             eos_token_ids=read_eos(reader),
             moe=read_moe(reader, model_type, layers) if model_type in MOE_TYPES else None,
             prediction_layers=reader.count(
-                "num_nextn_predict_layers", int(family.has_prediction_layers), least=0
+                "num_nextn_predict_layers",
+                int(family.has_prediction_layers),
+                least=0,
+                most=MAX_LAYERS,  # each is a branch of a pattern
             ),
         )
         if reader.reasons:

@@ -25,7 +25,13 @@ from loaders.schemes.awq_gptq.schemes import (
 )
 from loaders.schemes.config_groups import FILE, MEND
 from loaders.schemes.packings import AWQ, GPTQ
-from loaders.schemes.patterns.patterns import compile_pattern
+from loaders.schemes.patterns.patterns import (
+    Budget,
+    Pattern,
+    check_distinct,
+    compile_pattern,
+    make_budget,
+)
 
 _FORMATS = {AWQ: ("gemm",), GPTQ: ("gptq", "gptq_v2")}
 _ROTATED = "rotations between layers are part of the model"
@@ -73,6 +79,7 @@ _READ = {
     *("version", "zero_point", DYNAMIC, EXTRA),
     *(name for names in SPELLINGS.values() for name in names),
 }
+_PLAIN = re.compile(r"[\w.-]+")  # a name, and not a pattern
 _BOUNDARY = r"(?:(?<=\.)|(?=\.|$))"
 
 
@@ -96,6 +103,13 @@ class AwqGptqConfig:
     kept: tuple[str, ...] = ()
     head: bool = False
     remarks: tuple[str, ...] = ()
+
+    @property
+    def pattern_count(self) -> int:
+        """How many patterns each name is matched with at most."""
+        # each name of a joint one takes as long as a twelfth of a pattern
+        names = len(self.kept) // 12
+        return names + len(self._kept_patterns) + len(self._rule_patterns)
 
     @property
     def version(self) -> str:
@@ -144,24 +158,38 @@ class AwqGptqConfig:
             if not any(map(pattern.match, modules))
         ]
         absent = _list_absent(self._rule_paths, modules)
-        kept = [name for name in self.kept if not _matches_any(name, modules)]
+        joint = "\n".join(modules)
+        kept = [name for name in self.kept if not self._matches_any(name, modules, joint)]
         return unused + _count_unmet(EXTRA, absent) + _count_unmet("modules_to_not_convert", kept)
+
+    def _matches_any(self, name: str, modules: Collection[str], joint: str) -> bool:
+        """Also as AutoAWQ has it: in any place. `joint` has all modules, a line each."""
+        if _PLAIN.fullmatch(name):  # quadratic searches are for patterns, of which there are few
+            return name in joint
+        pattern = compile_pattern(f"(?:{name}){_BOUNDARY}", self._budget)
+        return any(name in module or pattern.match(module) for module in modules)
 
     def _is_kept(self, module: str) -> bool:
         """As `should_convert_module` of transformers: up to a dot, as a pattern, or the end."""
         return module.endswith(self.kept) or any(p.match(module) for p in self._kept_patterns)
 
     @functools.cached_property
-    def _kept_patterns(self) -> list[re.Pattern[str]]:
+    def _kept_patterns(self) -> list[Pattern]:
         # plain names, which there may be hundreds of, are one pattern
-        names = [name for name in self.kept if re.fullmatch(r"[\w.-]+", name)]
-        others = [name for name in self.kept if name not in names]
+        names = [name for name in self.kept if _PLAIN.fullmatch(name)]
+        others = [name for name in self.kept if not _PLAIN.fullmatch(name)]
         joint = ["|".join(names)] if names else []
-        return [compile_pattern(f"(?:{name}){_BOUNDARY}") for name in [*joint, *others]]
+        wholes = [f"(?:{name}){_BOUNDARY}" for name in [*joint, *others]]
+        return [compile_pattern(whole, self._budget) for whole in wholes]
 
     @functools.cached_property
-    def _rule_patterns(self) -> list[tuple[Rule, re.Pattern[str]]]:
-        return [(rule, rule.compile()) for rule in self.rules if not rule.is_path]
+    def _rule_patterns(self) -> list[tuple[Rule, Pattern]]:
+        rules = [rule for rule in self.rules if not rule.is_path]
+        return [(rule, rule.compile(self._budget)) for rule in rules]
+
+    @functools.cached_property
+    def _budget(self) -> Budget:
+        return make_budget()
 
     @functools.cached_property
     def _rule_paths(self) -> dict[str, TransposedScheme | None]:
@@ -244,7 +272,9 @@ def _parse_names(raw: Mapping[str, Any], field: str) -> tuple[tuple[str, ...], l
     names, where = raw.get("modules_to_not_convert") or [], f"{field}.modules_to_not_convert"
     if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
         return (), [Fault(f"expected names, found {names!r}", FILE, where, MEND)]
-    faults = [fault for name in names for fault in _check_name(name, where)]
+    patterns = dict.fromkeys(name for name in names if not _PLAIN.fullmatch(name))
+    faults = check_distinct(patterns, where)
+    faults = faults or [fault for name in patterns for fault in _check_name(name, where)]
     return () if faults else tuple(dict.fromkeys(names)), faults
 
 
@@ -270,9 +300,3 @@ def _list_absent(paths: Iterable[str], modules: Collection[str]) -> list[str]:
         return []
     parents = {name[: dot.start()] for name in modules for dot in re.finditer(r"\.", name)}
     return [path for path in absent if path not in parents]
-
-
-def _matches_any(name: str, modules: Iterable[str]) -> bool:
-    """Also as AutoAWQ has it: in any place."""
-    pattern = compile_pattern(f"(?:{name}){_BOUNDARY}")
-    return any(name in module or pattern.match(module) for module in modules)

@@ -14,9 +14,15 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from loaders.errors import Fault
-from loaders.schemes.awq_gptq.schemes import DEQUANTIZE, TransposedScheme, make_scheme, override
+from loaders.schemes.awq_gptq.schemes import (
+    DEQUANTIZE,
+    SCHEME_FIELDS,
+    TransposedScheme,
+    make_scheme,
+    override,
+)
 from loaders.schemes.config_groups import FILE, MEND
-from loaders.schemes.patterns.patterns import compile_pattern
+from loaders.schemes.patterns.patterns import Budget, Pattern, check_distinct, compile_pattern
 
 DYNAMIC, EXTRA = "dynamic", "extra_config"
 # AutoRound's way to say that a module is not quantized
@@ -54,9 +60,9 @@ class Rule:
     scheme: TransposedScheme | None
     is_path: bool = False
 
-    def compile(self) -> re.Pattern[str]:
+    def compile(self, budget: Budget) -> Pattern:
         """The pattern, to be matched from the start of a path."""
-        return compile_pattern(_anchor(self.field, self.name))
+        return compile_pattern(_anchor(self.field, self.name), budget)
 
 
 def parse_rules(
@@ -75,13 +81,17 @@ def parse_rules(
     """
     rules: list[Rule] = []
     faults: list[Fault] = []
+    stated = {name: raw[name] for name in SCHEME_FIELDS if name in raw}
     for kind in (EXTRA, DYNAMIC):
         entries, where = raw.get(kind) or {}, f"{field}.{kind}"
         if not isinstance(entries, dict):
             faults.append(Fault(f"expected an object, found {entries!r}", FILE, where, MEND))
             continue
+        if many := check_distinct(filter(_PATTERN.search, entries), where):
+            faults += many
+            continue
         for name, changes in entries.items():
-            rule, wrong = _parse_rule(name, changes, raw, kind, where, method, {*unread})
+            rule, wrong = _parse_rule(name, changes, stated, kind, where, method, {*unread})
             faults += wrong
             rules += [rule] if rule is not None and not wrong else []
     return tuple(sorted(rules, key=lambda rule: not rule.is_path)), faults

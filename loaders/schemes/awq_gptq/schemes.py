@@ -17,6 +17,11 @@ from loaders.schemes.presets import parse_version
 
 DEQUANTIZE = "load it with the tool that wrote it, save it dequantized and `jaxwna16 quantize` that"
 SPELLINGS = {"bits": ("bits", "w_bit", "wbits"), "group_size": ("group_size", "q_group_size")}
+SCHEME_FIELDS = (
+    *(name for names in SPELLINGS.values() for name in names),
+    *("sym", "desc_act", "zero_point", "checkpoint_format", "format", "meta"),
+)
+"""All that `make_scheme` reads."""
 _BITS = {AWQ: (4,), GPTQ: (2, 3, 4, 8)}
 # before, GPTQModel took 1 from the wrong bits of 3-bit zero points (ModelCloud/GPTQModel#2763)
 _FIRST_SOUND_3_BITS = (7, 0)

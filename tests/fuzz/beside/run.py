@@ -138,7 +138,7 @@ compile something. Memory is what was added in the process of the caller.
 
 A mutant that is refused by several counts under each.
 
-| what was done | different | generated | verify | load_model | tokenizer | chat | mean ms | worst s | MB |
+| mutation | different | generated | verify | load_model | tokenizer | chat | mean ms | worst s | MB |
 | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |
 """
 

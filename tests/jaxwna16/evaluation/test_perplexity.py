@@ -13,12 +13,8 @@ import pytest
 from flax import nnx
 
 from jaxwna16.errors import InputError, ModelError
-from jaxwna16.evaluation.perplexity import (
-    cut_windows,
-    measure_perplexity,
-    read_text,
-    relate_to_text,
-)
+from jaxwna16.evaluation.perplexity import measure_perplexity, read_text, relate_to_text
+from jaxwna16.evaluation.text_windows import cut_windows
 from tests.grids import cover
 
 VOCABULARY = 37

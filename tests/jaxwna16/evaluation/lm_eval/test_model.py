@@ -11,7 +11,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
 from jaxwna16.errors import InputError
-from jaxwna16.evaluation.lm_eval.batches import BatchSize, read_batch_size, round_up
+from jaxwna16.evaluation.lm_eval.batches import BatchSize, pad_length, read_batch_size
 from jaxwna16.evaluation.lm_eval.options import read_flag
 from jaxwna16.evaluation.lm_eval.scoring import _pad as scoring_pad
 from jaxwna16.evaluation.perplexity import measure_perplexity, read_text
@@ -324,6 +324,6 @@ def test_batches_have_few_shapes_and_hold_every_row():
             assert lengths[batch.start] <= batch.slots <= max(16, lengths[batch.start] * 1.5)
             assert batch.slots <= 301
             assert size or batch.rows == 1 or batch.rows * batch.slots * 50000 * 4 <= 2**29
-    assert [round_up(n) for n in (1, 16, 17, 24, 25, 33, 48, 49, 64)] == [
+    assert [pad_length(n) for n in (1, 16, 17, 24, 25, 33, 48, 49, 64)] == [
         *(16, 16, 24, 24, 32, 48, 48, 64, 64)
     ]
