@@ -62,7 +62,7 @@ class Child:
         self._owner = 0
         self._lock = threading.RLock()
 
-    def call(self, name: str, *arguments: Any, seconds: int) -> Any:
+    def call(self, name: str, *arguments: Any, seconds: float) -> Any:
         """Call a function.
 
         Args:
@@ -79,14 +79,14 @@ class Child:
             self._start(seconds)
             return self._ask(name, arguments, seconds)
 
-    def set_up(self, name: str, *arguments: Any, seconds: int) -> Any:
+    def set_up(self, name: str, *arguments: Any, seconds: float) -> Any:
         """Call a function, and again in every process that replaces this one."""
         with self._lock:
             value = self.call(name, *arguments, seconds=seconds)
             self._setup.append((name, arguments))
             return value
 
-    def _start(self, seconds: int) -> None:
+    def _start(self, seconds: float) -> None:
         # after a fork the process belongs to the parent, with which we must not mix our calls
         if self._process is not None and self._owner == os.getpid():
             return
@@ -103,7 +103,7 @@ class Child:
         for name, arguments in self._setup:
             self._ask(name, arguments, seconds)
 
-    def _ask(self, name: str, arguments: tuple[Any, ...], seconds: int) -> Any:
+    def _ask(self, name: str, arguments: tuple[Any, ...], seconds: float) -> Any:
         assert self._process is not None
         request = json.dumps([name, arguments, seconds]).encode() + b"\n"
         late = threading.Event()
@@ -126,10 +126,10 @@ class Child:
             raise FailedCallError(reply["kind"], reply["text"])
         return reply["value"]
 
-    def _explain_end(self, seconds: int, late: bool) -> str:
+    def _explain_end(self, seconds: float, late: bool) -> str:
         code = self._stop()
-        if late or (os.name == "posix" and code == -signal.SIGXCPU):
-            return f"it takes more than {seconds} s"
+        if late or (os.name == "posix" and code == -signal.SIGPROF):
+            return f"it takes more than {seconds:g} s"
         if code < 0:
             name = signal.Signals(-code).name
             return (

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import importlib
 import json
-import math
 import os
 import signal
 import sys
-import time
 from collections.abc import Callable
 from typing import Any, BinaryIO
 
@@ -30,7 +28,9 @@ def serve() -> None:
     for line in sys.stdin.buffer:
         name, arguments, seconds = json.loads(line)
         _limit_time(seconds)
-        replies.write(_answer(getattr(functions, name), arguments) + b"\n")
+        reply = _answer(getattr(functions, name), arguments)
+        _limit_time(0)
+        replies.write(reply + b"\n")
         replies.flush()
 
 
@@ -59,24 +59,18 @@ def _describe(error: BaseException) -> dict[str, str]:
 
 
 def _limit_memory(nbytes: int) -> None:
-    if resource is not None:
-        _lower("RLIMIT_CORE", 0)
-        _lower("RLIMIT_AS", nbytes)
-
-
-def _limit_time(seconds: int) -> None:
-    """End the process by SIGXCPU after so many seconds of computing from now on."""
-    if resource is not None:
-        _lower("RLIMIT_CPU", math.ceil(time.process_time()) + seconds)
-
-
-def _lower(name: str, soft: int) -> None:
-    assert resource is not None
-    kind = getattr(resource, name)
-    hard = resource.getrlimit(kind)[1]
-    if hard != resource.RLIM_INFINITY:
-        soft = min(soft, hard)
+    if resource is None:
+        return
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+    soft = nbytes if hard == resource.RLIM_INFINITY else min(nbytes, hard)
     try:
-        resource.setrlimit(kind, (soft, hard))
-    except (ValueError, OSError):  # macOS knows the limit of memory and refuses it
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+    except (ValueError, OSError):  # macOS knows this limit and refuses it
         pass
+
+
+def _limit_time(seconds: float) -> None:
+    """End the process by SIGPROF after so many seconds of computing from now on."""
+    if resource is not None:
+        signal.setitimer(signal.ITIMER_PROF, seconds)

@@ -34,7 +34,7 @@ class Worker:
       seconds: of computing of one call of a template or tokenizer; None is what they have.
     """
 
-    def __init__(self, seconds: int | None = None):
+    def __init__(self, seconds: float | None = None):
         self._seconds = [] if seconds is None else [str(seconds)]
         self._process: subprocess.Popen[str] | None = None
 

@@ -99,8 +99,8 @@ def _describe_row(name: str, tally: Tally) -> str:
 _INTRODUCTION = """\
 ## The files beside the weights
 
-Made by `make fuzz`; not edited by hand. {distinct:,} different mutants in {seconds:.0f} s, seed {seed}, jax {jax},
-tokenizers {tokenizers}, Python {python}.
+Made by `make fuzz`; not edited by hand. {distinct:,} different mutants in {seconds:.0f} s,
+seed {seed}, jax {jax}, tokenizers {tokenizers}, Python {python}.
 
 ### What is promised of tokenizers, templates, settings and output
 
@@ -138,7 +138,7 @@ compile something. Memory is what was added in the process of the caller.
 
 A mutant that is refused by several counts under each.
 
-| mutation | different | generated | verify | load_model | tokenizer | chat | mean ms | worst s | MB |
+| mutation | different | generated | verify | loading | tokenizer | chat | mean ms | worst s | MB |
 | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |
 """
 

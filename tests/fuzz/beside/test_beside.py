@@ -28,7 +28,7 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def worker(tmp_path_factory) -> Iterator[Worker]:
-    worker = Worker(seconds=1)
+    worker = Worker(seconds=0.2)
     check_bases(tmp_path_factory.mktemp("bases"), worker)
     yield worker
     worker.stop()

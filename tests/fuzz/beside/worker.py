@@ -26,6 +26,7 @@ from jaxwna16.generation.generate import generate
 from jaxwna16.generation.limited import tokenizer
 from jaxwna16.generation.load_model import load_model
 from jaxwna16.generation.text import Tokenizer
+from jaxwna16.models.causal_lm import CausalLM
 from loaders.errors import escape_line
 from pallas_kernels.errors import Wna16Error
 
@@ -33,12 +34,18 @@ SECONDS = 10
 ADDRESSES = 2 << 30
 _MAX_MESSAGE = 20_000
 _WARNINGS = ("`dropout`",)
+_PROMPT, _COMPILED = "ab a é", 16
+_MESSAGE = {"role": "user", "content": _PROMPT}
+_loaded: dict[tuple[bytes, ...], CausalLM] = {}
 
 
 def work() -> None:
-    """Answer until there are no more mutants; a number in the call is the seconds of all limits."""
+    """Answer until there are no more mutants; a number in the call is the seconds of all limits.
+
+    With it, prompts longer than those of the bases are not continued: XLA would compile for them.
+    """
     if sys.argv[1:]:
-        chat_template.SECONDS = tokenizer.SECONDS = int(sys.argv[1])
+        chat_template.SECONDS = tokenizer.SECONDS = float(sys.argv[1])
     replies, printed = os.fdopen(os.dup(1), "w"), tempfile.TemporaryFile()
     os.dup2(printed.fileno(), 1)
     warnings.simplefilter("error")
@@ -90,17 +97,23 @@ def _call(verb: str, folder: Path) -> str:
 
 
 def _generate(folder: Path) -> dict[str, str]:
-    model, refused = _expect(lambda: load_model(folder, progress=False))
+    model, refused = _expect(lambda: _load(folder))
     reader, unreadable = _expect(lambda: Tokenizer.from_folder(folder))
     found = {"load_model": refused, "tokenizer": unreadable}
     if model is None or reader is None:
         return found
     pieces: list[str] = []
     chat = reader.has_chat_template
+    step = "chat" if chat else "generate"
+    if sys.argv[1:]:
+        encode = reader.encode_chat if chat else reader.encode
+        ids, failed = _expect(lambda: encode([_MESSAGE] if chat else _PROMPT))
+        if ids is None or len(ids) > _COMPILED:
+            return found | {step: failed}
     answer, failed = _expect(
         lambda: generate(
             model,
-            "ab a é",
+            _PROMPT,
             tokenizer=reader,
             chat=chat,
             max_new_tokens=4,
@@ -110,7 +123,19 @@ def _generate(folder: Path) -> dict[str, str]:
     )
     if answer is not None:
         assert "".join(pieces) == answer.texts[0], (pieces, answer.texts)
-    return found | {"chat" if chat else "generate": failed}
+    return found | {step: failed}
+
+
+def _load(folder: Path) -> CausalLM:
+    """The model; one of the same files that has been loaded is not loaded again."""
+    names = ("config.json", "generation_config.json")
+    if not all((folder / name).is_file() for name in names):
+        return load_model(folder, progress=False)
+    key = tuple((folder / name).read_bytes() for name in names)
+    if key not in _loaded:
+        _loaded.clear()
+        _loaded[key] = load_model(folder, progress=False)
+    return _loaded[key]
 
 
 def _expect(action: Callable[[], Any]) -> tuple[Any, str]:

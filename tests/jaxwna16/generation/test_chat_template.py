@@ -264,15 +264,15 @@ DOUBLING = "{% set ns = namespace(x='ab') %}{% for i in range(60) %}{% set ns.x 
 LIMITS = {
     "loops in loops": (
         "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
-        "more than 1 s",
+        r"more than 0\.3 s",
     ),
-    "a slice into 10^9": ("{{ [1, 2] | slice(10 ** 9) | list | length }}", "more than 1 s"),
-    "lipsum": ("{{ lipsum(n=10 ** 7) }}", "more than 1 s"),
-    "200,000 statements": ("{% set a = 1 %}" * 200_000, "more than 1 s"),
-    "a wide number": ("{{ '%900000000d' % 1 }}", "more than 512 MB"),
-    "a wide format": ("{{ '{:900000000d}'.format(1) }}", "more than 512 MB"),
-    "text that doubles": (DOUBLING + "{% endfor %}", "more than 512 MB"),
-    "a long list": ("{{ [0] * 10 ** 10 }}", "more than 512 MB"),
+    "a slice into 10^9": ("{{ [1, 2] | slice(10 ** 9) | list | length }}", r"more than 0\.3 s"),
+    "lipsum": ("{{ lipsum(n=10 ** 7) }}", r"more than 0\.3 s"),
+    "200,000 statements": ("{% set a = 1 %}" * 200_000, r"more than 0\.3 s"),
+    "a wide number": ("{{ '%900000000d' % 1 }}", r"more than (0\.3 s|512 MB)"),
+    "a wide format": ("{{ '{:900000000d}'.format(1) }}", r"more than (0\.3 s|512 MB)"),
+    "text that doubles": (DOUBLING + "{% endfor %}", r"more than (0\.3 s|512 MB)"),
+    "a long list": ("{{ [0] * 10 ** 10 }}", r"more than (0\.3 s|512 MB)"),
     "a long text": ("{{ 'a' * 17_000_000 }}", "writes 17,000,000 characters, more than 16,000"),
     "a long reason": ("{{ raise_exception('ab' * 10 ** 6) }}", "refused.*(ab){1000}$"),
     "a circle": ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion depth"),
@@ -283,7 +283,7 @@ LIMITS = {
 @pytest.mark.parametrize("name", LIMITS)
 def test_a_template_without_end_is_ended_with_a_reason(folder, monkeypatch, name):
     template, reason = LIMITS[name]
-    monkeypatch.setattr(chat_template, "SECONDS", 1)
+    monkeypatch.setattr(chat_template, "SECONDS", 0.3)
     tokenizer = read_with(folder, chat_template=template)
     with pytest.raises(InputError, match=reason) as caught:
         tokenizer.render_chat([USER])
