@@ -19,7 +19,7 @@ endif
 # Modules are compiled once, not by each of the hundreds of processes that the tests start
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-without-torch test-newest thorough lint docs lock clean bench gpu gpu-check fuzz
+.PHONY: demo test test-without-torch test-newest thorough lint docs drawing lock clean bench gpu gpu-check fuzz
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py
@@ -27,15 +27,13 @@ demo: $(VENV)/.demo
 test: $(VENV)/.test
 	$(PYTEST) $(ARGS)
 
-# All cases of the large grids, of which `make test` runs a part
+# All cases of the large grids, of which `make test` runs a part. XLA optimizes its machine code, as it does for users
 thorough: $(VENV)/.test
-	$(PYTEST) --thorough $(ARGS)
+	XLA_FLAGS= $(PYTEST) --thorough $(ARGS)
 
 # The tests that need neither PyTorch nor what comes with it: make test-without-torch PYTHON=python3.13
-# XLA's machine code is left plain, which takes a third less time: that it is right when it is optimized is what
-# `make test` shows, and this shows that another Python and another JAX run
 test-without-torch: $(VENV)/.test-without-torch
-	XLA_FLAGS="--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1" $(PYTEST) --without-torch $(ARGS)
+	$(PYTEST) --without-torch $(ARGS)
 
 # The same tests as `make test`, with the newest releases that pyproject.toml allows
 test-newest:
@@ -51,6 +49,10 @@ lint: $(VENV)/.lint
 docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	@echo "site/index.html"
+
+# docs/architecture.svg, from the imports; needs Python alone
+drawing:
+	$(PYTHON) -m tests.architecture
 
 # What the environments consist of, one file for each minor version of Python: the newest that fit together
 lock: .venv-lock/bin/uv

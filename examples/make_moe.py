@@ -74,7 +74,7 @@ def make_moe(
 
 
 def fill_defaults(config: dict) -> None:
-    """State what a Llama's config.json may leave out and a Mixtral's default is another for."""
+    """State keys that a Llama's config.json may leave out, but whose default differs in Mixtral."""
     defaults = {"rms_norm_eps": 1e-6, "num_key_value_heads": config["num_attention_heads"]}
     if "rope_theta" not in (config.get("rope_parameters") or {}):
         defaults["rope_theta"] = 1e4

@@ -13,10 +13,11 @@ from pallas_kernels.errors import SpecError
 
 
 def read_dtype(dtype: Any) -> np.dtype | None:
-    """A dtype that floats can be cast to, by its name or as NumPy and JAX write it; None is None.
+    """Read a float dtype, given by name or as a dtype of NumPy or JAX; None stays None.
 
     Raises:
-      InputError: if it is another: wider ones would be cut to float32, integers need a scale.
+      InputError: if it is another dtype: JAX would cut wider floats to float32, and integers need a
+        scale.
     """
     try:
         return None if dtype is None else arguments.check_float_dtype("dtype", dtype)

@@ -24,8 +24,8 @@ class ModelError(_ListingError):
 
 
 class InputError(_ListingError):
-    """What was asked of a model (prompts, sampling options, text) is impossible."""
+    """A request is impossible: its prompts, options, text or files."""
 
 
 class NanWarning(RuntimeWarning):
-    """Generation of a row ended because the model's logits for it are no distribution."""
+    """Generation of a row ended because the model's logits for it are not a distribution."""

@@ -1,7 +1,7 @@
-"""Programs, which is what JAX makes of a jitted function for given shapes: counted, compiled, kept.
+"""Programs, what JAX compiles a jitted function to for given shapes: counted, compiled, kept.
 
-A program depends on a model's architecture and schemes, not on its weights or its folder: models
-that are alike in these share all of them, and what they cost is paid once in a process.
+A program depends on a model's architecture and schemes, not on its weights or its folder. Models
+with the same architecture and schemes share all programs, and a process compiles them once.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _processes: list[int] = []  # where a checkpoint was loaded first: this one, or 
 def refuse_fork(*, loads: bool = False) -> None:
     """Refuse to compute in a fork of a process with a model: XLA's threads are not in it.
 
-    Without them the first computation would wait for ever.
+    Without them the first computation would wait forever.
 
     Args:
       loads: whether arrays are about to be made, so that later forks cannot compute.
@@ -46,15 +46,15 @@ def refuse_fork(*, loads: bool = False) -> None:
 
 
 class Compilation:
-    """Programs that are being compiled at the same time, in threads: XLA releases Python's lock.
+    """Programs that are compiled at the same time, in threads, since XLA releases Python's lock.
 
-    They were lowered before, in the caller's thread, as tracing holds that lock. As many are
-    compiled at once as there are cores, the first ones first; each needs memory of its own. What
-    was interrupted goes on behind, since XLA cannot be stopped.
+    They must be lowered before, in the caller's thread, since tracing holds that lock. As many are
+    compiled at once as there are cores, in the given order; each needs memory of its own. After an
+    interrupt they go on in the background, since XLA cannot be stopped.
 
     Args:
-      programs: by name, what `jax.jit(…).lower(…)` returns. A call of the jitted function finds
-        what was compiled.
+      programs: name -> the result of `jax.jit(…).lower(…)`. A later call of the jitted function
+        uses the compiled program.
     """
 
     def __init__(self, programs: Mapping[str, jax.stages.Lowered]):
@@ -65,7 +65,7 @@ class Compilation:
     def wait(self, *names: str) -> None:
         """Wait until these programs are compiled, all of them if none is named.
 
-        A name that is not there is a program that will be compiled when it is called.
+        A name that is not among them stands for a program that is compiled when it is called.
 
         Raises:
           Exception: what compiling raised, as it is.
@@ -76,18 +76,18 @@ class Compilation:
 
 
 def is_spread(model: Any) -> bool:
-    """Whether a pytree's arrays lie on several devices, so that only the compiler knows where
-    results will."""
+    """Whether a pytree's arrays are on several devices, so that only the compiler knows where
+    results will be."""
     return len(_list_devices(model)) > 1
 
 
 def foresee(program: jax.stages.Lowered, model: Any) -> Any:
-    """The arrays that a program will return, as shapes, for lowering what is called with them.
+    """Shapes of the arrays that a program will return, for lowering a function that takes them.
 
     Args:
-      program: takes `model`, and other arguments that were bound to no device.
-      model: a pytree that is not spread. Results lie where its arrays do, and are bound to that
-        device if it is: another program, to JAX.
+      program: takes `model`, and other arguments that are not committed to a device.
+      model: a pytree on one device. Results will be on that device, and committed to it if the
+        model is, which JAX compiles as a program of its own.
     """
     if not any(array.committed for array in _list_arrays(model)):
         return program.out_info
@@ -115,12 +115,12 @@ def _count_cores() -> int:
 def keep_programs(folder: str | os.PathLike[str] | None = None) -> Path | None:
     """Let JAX keep what takes a second or more to compile, for the next process.
 
-    It is JAX's own persistent cache, with its settings and for all programs of the process: a
-    library does not turn it on by itself, the command line does. The folder has no limit in bytes.
-    A program that lies in it is executed, so it must be a folder that nobody else writes to.
+    This is JAX's own persistent cache, with its settings and for all programs of the process. So a
+    library does not turn it on by itself; the command line does. The folder has no size limit. JAX
+    executes the programs in it, so nobody else may be able to write to it.
 
     Args:
-      folder: where to keep programs. None is the folder that JAX has already been told
+      folder: where to keep programs. None is the folder that JAX is already set to
         (`JAX_COMPILATION_CACHE_DIR`), else `jaxwna16/compiled` in the user's folder of caches
         (`XDG_CACHE_HOME`, or `~/.cache`), which the command line uses.
 

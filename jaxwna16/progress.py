@@ -38,7 +38,7 @@ def show_bytes(title: str, *, visible: bool | None = None) -> Iterator[Report]:
 def show_steps(
     title: str, total: int, *, visible: bool | None = None
 ) -> Iterator[Callable[[int], None]]:
-    """Show a bar of `total` steps while the block runs, which calls with the number of new ones."""
+    """Show a bar of `total` steps while the block runs; it calls with the number of new ones."""
     with _make_bar(MofNCompleteColumn(), TimeRemainingColumn(), visible=visible) as bar:
         task = bar.add_task(escape_line(title), total=total)
         yield lambda steps: bar.advance(task, steps)

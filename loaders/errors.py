@@ -102,9 +102,9 @@ def escape_line(text: str) -> str:
 
 
 def join_alike(faults: Iterable[Fault]) -> list[Fault]:
-    """The same faults, but one in place of more than three that say the same of many names.
+    """Join faults that say the same of more than three names into one.
 
-    It has the first name, and tells all in short: "model.layers.0-27.mlp.up_proj".
+    It has the first name, and lists all in short: "model.layers.0-27.mlp.up_proj".
     """
     alike: dict[tuple[str, str], list[Fault]] = defaultdict(list)
     for fault in faults:
@@ -122,7 +122,7 @@ def join_alike(faults: Iterable[Fault]) -> list[Fault]:
 def shorten(names: Iterable[str]) -> list[str]:
     """Names that differ in numbers alone as one: "layers.0.up", "layers.1.up" -> "layers.0-1.up".
 
-    Where several numbers differ, and not each goes with each, stars stand in their place.
+    If several numbers differ, and some combinations are not there, stars stand for the numbers.
     """
     alike: dict[tuple[str, ...], set[tuple[int, ...]]] = defaultdict(set)
     for name in names:

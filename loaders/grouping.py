@@ -1,4 +1,4 @@
-"""Tensors by module, with roles that are the same for every tool, before any module is planned."""
+"""Tensors by module, with roles that are the same forevery tool, before any module is planned."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Grouped:
 
     Attributes:
       by_module: path of each module -> its tensors by role, in the order of the files.
-      others: path of each module in numbers that are not read -> what they are.
+      others: path of each module whose numbers cannot be read -> what they are.
       cache_scales: names of scales of a quantized cache, which are of no module.
       refused: faults of groups that cannot be read and have modules.
       clashes: faults of names, of roles and of other numbers.

@@ -1,4 +1,4 @@
-"""The way into a checkpoint folder, whether it was converted or is as it came."""
+"""The way into a checkpoint folder, original or converted."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ def open_plan(folder: str | Path, *, follow_links: bool = False) -> Plan:
     """Plan a checkpoint folder, converted or not; `follow_links` as in `make_plan`.
 
     Raises:
-      CheckpointError: listing every fault; of a converted one, also that the checkpoint which it
-        was made from is still at its place and is another one now.
+      CheckpointError: listing every fault. It is a fault of a converted copy if its source is still
+        at its place and has changed.
     """
     folder = Path(folder)
     make = plan_converted if is_converted(folder, follow_links=follow_links) else make_plan
@@ -42,7 +42,7 @@ def open_survey(
 
 
 def plan_original(folder: str | os.PathLike[str], *, follow_links: bool = False) -> Plan:
-    """Plan a checkpoint folder whose tensors are needed as they came; arguments as `make_plan`.
+    """Plan an original checkpoint folder, as its own tensors are needed; arguments as `make_plan`.
 
     Raises:
       CheckpointError: as `make_plan`, and if it is a converted one.
@@ -54,5 +54,5 @@ def plan_original(folder: str | os.PathLike[str], *, follow_links: bool = False)
         source = read_manifest(folder, follow_links=follow_links).source.folder
     except CheckpointError:
         source = "the checkpoint that it was made from"
-    what = "this is a converted copy, which holds a model only as it is computed with"
+    what = "this is a converted copy, which does not hold the original tensors"
     raise CheckpointError(folder, [Fault(what, MANIFEST, "", f"use {source}")])

@@ -42,7 +42,7 @@ from pallas_kernels.format.spec import QuantSpec
 from pallas_kernels.format.weights import make_abstract
 
 MOST_WARNINGS = 200
-_MEND = "quantize the model again, or mend config.json if that is wrong"
+_MEND = "quantize the model again, or correct config.json if that is wrong"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -284,7 +284,7 @@ def _stack_members(
     """Stack the experts; `torn` are paths of modules that lack tensors, since a file is absent."""
     stacks, faults = plan_stacks(members, config)
     cut = {name for fault in faults if (name := _name_layer(fault))}
-    # what lacks a file is said of the file
+    # a file that is absent has a fault of its own
     above = list_parents({path.rpartition(".")[0] for path in torn})
     faults = [fault for fault in faults if fault.tensor not in above]
     return _Stacked(stacks, faults, cut)
@@ -311,7 +311,7 @@ def _join(
 def _list_warnings(
     plan: Plan, quantization: Quantization, grouped: Grouped, scan: Scan, torn: Collection[str]
 ) -> tuple[str, ...]:
-    """What is odd, and no fault."""
+    """What is odd, but not a fault."""
     # a tied head is a module without tensors, and some classes tie it unless told otherwise
     head = [] if are_tied(plan.config) is False else ["lm_head"]
     warnings = [
@@ -336,7 +336,7 @@ def _list_in_the_way(tensors: Mapping[str, TensorInfo], stacks: Mapping[str, Sta
     if stacks.keys().isdisjoint(list_parents(tensors)):
         return []
     return [
-        Fault("stands where the stack of the experts goes", info.file.name, name)
+        Fault("lies at the path of the experts' stack", info.file.name, name)
         for name, info in tensors.items()
         if not stacks.keys().isdisjoint(list_prefixes(name))
     ]
@@ -348,8 +348,8 @@ def _list_absent_zero_points(modules: Mapping[str, QuantizedModule]) -> list[str
         return []
     more = f" and {len(absent) - 1} more modules" if len(absent) > 1 else ""
     return [
-        f"{absent[0]}{more}: no zero points, which compressed-tensors before 0.9.4 leaves out "
-        "where all are 0: they are read as 0"
+        f"{absent[0]}{more}: no zero points; compressed-tensors before 0.9.4 left them out if all "
+        "were 0, so they are read as 0"
     ]
 
 

@@ -4,8 +4,9 @@ Memory bound on the host, beside the arrays that are returned: the part being re
 being read ahead, so at most twice the largest tensor. Each file is read once, in order.
 
 Each expert is a part, also those in one stacked tensor. The arrays of all experts of a layer are
-made once, and experts are repacked into their rows in place, in whatever order they come: a layer
-of experts takes its own arrays and two experts, on a device the two experts alone on the host.
+made once, and experts are repacked into their rows in place, in whatever order they come. So a
+layer of experts takes its own arrays and two experts; if the arrays are on a device, the host holds
+only the two experts.
 """
 
 from __future__ import annotations
@@ -123,7 +124,7 @@ def check_scales(plan: Plan) -> list[Fault]:
 
 
 def check_values(module: QuantizedModule, arrays: dict[str, np.ndarray]) -> list[Fault]:
-    """Faults in the numbers of one module, but for the order of an expert's (`check_order`)."""
+    """Faults in the numbers of one module, except the order of an expert's (`check_order`)."""
     transposed = module.encoding.words in TRANSPOSED
     info = module.tensors["weight_scale"]
     faults = _check_scale(arrays["weight_scale"], info, signed=transposed)
@@ -158,7 +159,7 @@ def _check_scale(scale: np.ndarray, info: TensorInfo, *, signed: bool) -> list[F
 
 
 def _check_bytes(zero_points: np.ndarray, module: QuantizedModule) -> list[Fault]:
-    """Zero points, int8 in the file, that no value of that many bits has."""
+    """The fault of zero points, int8 in the file, that are out of the range of their bits."""
     info, limit = module.tensors["weight_zero_point"], 1 << module.encoding.bits - 1
     bad = (zero_points < -limit) | (zero_points >= limit)
     if not bad.any():
@@ -186,7 +187,7 @@ def check_order(plan: Plan) -> list[Fault]:
         return []
     first = infos[reordered[0]]
     what = (
-        "the input features of experts are reordered (act-order), which no kernel can do: "
+        "the input features of experts are reordered (act-order), which no kernel supports: "
         f"{describe_modules(reordered)}"
     )
     way_out = (
@@ -203,7 +204,7 @@ def _are_reordered(module: QuantizedModule, info: TensorInfo) -> bool:
 
 
 def _check_groups(groups: np.ndarray, module: QuantizedModule) -> list[Fault]:
-    """Input features that are not dealt out to the groups evenly, but for a short last one."""
+    """The fault of groups of unequal size; only the last one may be short."""
     info, count = module.tensors["weight_g_idx"], module.encoding.count_groups(module.spec)
     bad = (groups < 0) | (groups >= count)
     if bad.any():
@@ -223,7 +224,7 @@ def _check_groups(groups: np.ndarray, module: QuantizedModule) -> list[Fault]:
 
 
 def check_cast(array: np.ndarray, cast: Any, file: Path, name: str) -> list[Fault]:
-    """The fault of a tensor some of whose finite values are not finite any more once cast.
+    """The fault of a tensor with finite values that a cast makes infinite.
 
     Args:
       array: before.
@@ -239,9 +240,9 @@ def check_cast(array: np.ndarray, cast: Any, file: Path, name: str) -> list[Faul
 
 
 def check_padding(module: QuantizedModule, arrays: dict[str, np.ndarray]) -> list[str]:
-    """Warnings about bits that are set where no value stands, as past K or N in the last words.
+    """Warnings about bits that are set in the padding, past K or N in the last words.
 
-    They change nothing, but whoever wrote them does not pack as compressed-tensors does.
+    They change nothing, but the tool that wrote them does not pack as compressed-tensors does.
     """
     encoding, spec = module.encoding, module.spec
     if encoding.words in TRANSPOSED:  # which have no padding

@@ -84,5 +84,5 @@ def _check_readable(folder: Path, destination: Path) -> None:
     try:
         make_plan(folder)
     except CheckpointError as error:
-        what = "what was to be written could not be read again, and is removed"
+        what = "the new checkpoint could not be read again, and is removed"
         raise CheckpointError(destination, [Fault(what), *error.faults]) from None

@@ -19,13 +19,13 @@ from pallas_kernels.errors import SpecError
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu2", "swigluoai")
 IN_KERNEL = ("silu", "gelu_tanh", "relu2", "swigluoai")
-"""Those that Pallas can lower for a GPU, which knows no error function."""
+"""Those that Pallas can lower for a GPU, where it has no error function."""
 
 _ALPHA, _LIMIT = 1.702, 7.0
 
 
 def check(name: str, gated: bool) -> None:
-    """Raise a SpecError unless `name` is an activation of such experts."""
+    """Raise a SpecError unless these experts, gated or not, can use the activation `name`."""
     if name not in ACTIVATIONS:
         raise SpecError(f"activation must be one of {ACTIVATIONS}, got {name!r}")
     if name == "swigluoai" and not gated:
@@ -63,7 +63,7 @@ def _apply_alone(name: str, h: jax.Array) -> jax.Array:
     return positive * positive
 
 
-# not minimum and maximum, which make a number of NaN where Pallas-Triton lowers them (minnumf)
+# not minimum and maximum: Pallas-Triton lowers them to instructions that drop a NaN (minnumf)
 def _cut_above(h: jax.Array, limit: float) -> jax.Array:
     return jnp.where(h > limit, limit, h)
 

@@ -1,4 +1,4 @@
-"""What callers give, as an array or a dtype, or an error that names the argument."""
+"""Callers' arguments as arrays, counts and dtypes; errors name the argument."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import numpy as np
 from pallas_kernels.errors import SpecError
 
 FLOAT_DTYPES = ("float16", "bfloat16", "float32")
-"""Of activations, of scales and of all that is not packed."""
+"""The dtypes of activations, of scales and of everything that is not packed."""
 
 
 def convert_array(name: str, value: Any) -> jax.Array:
-    """The array that `value` is or can become.
+    """Convert `value` to an array.
 
     Raises:
-      SpecError: naming the argument, if there is none.
+      SpecError: naming the argument, if that is impossible.
     """
     try:
         return jnp.asarray(value)
@@ -28,10 +28,10 @@ def convert_array(name: str, value: Any) -> jax.Array:
 
 
 def read_count(name: str, value: Any) -> int:
-    """The integer of at least 0 that `value` is.
+    """Return `value` as an int, after checking that it is an integer of at least 0.
 
     Raises:
-      SpecError: naming the argument, if it is none.
+      SpecError: naming the argument, if it is not.
     """
     try:
         count = -1 if isinstance(value, bool) else operator.index(value)
@@ -43,7 +43,7 @@ def read_count(name: str, value: Any) -> int:
 
 
 def check_float_dtype(name: str, value: Any) -> np.dtype:
-    """The float dtype that `value` spells.
+    """Convert `value` to a float dtype.
 
     Raises:
       SpecError: naming the argument, unless it is float32, bfloat16 or float16.

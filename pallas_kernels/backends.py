@@ -1,4 +1,4 @@
-"""Which backend runs: the names, what each can do, and `explain`, which says the choice and why."""
+"""Which backend runs: their names, what each can do, and `explain`, which reports the choice."""
 
 from __future__ import annotations
 
@@ -21,9 +21,10 @@ TRITON_DTYPES = (jnp.bfloat16, jnp.float16)
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """Which backend runs on a platform, why, and for a known number of tokens how.
+    """The backend that runs on a platform, and the reason.
 
-    `schedule` describes the tiles of the Triton kernel; None where there are none.
+    `schedule` describes the tiles of the Triton kernel. It is None for XLA, and if the number of
+    tokens is not given.
     """
 
     backend: str
@@ -47,14 +48,14 @@ def explain(
       dtype: dtype of x.
       platform: "cpu", "cuda", "rocm" or "tpu"; None is the default device's.
       backend: what the caller asks for, as in `quant_matmul`.
-      tokens: M, the rows of x; with it the choice names the schedule, too, unless it is 0.
-      scale_dtype: dtype of the scales; None is that of x.
+      tokens: M, the rows of x. If it is given and not 0, the choice includes the schedule.
+      scale_dtype: dtype of the scales; None means that of x.
 
     Raises:
-      BackendError: if the named backend cannot serve this dtype or platform, or there is no such
-        platform.
-      SpecError: if no backend takes x, or scales, of this dtype, `spec` is none, or `tokens` is no
-        number of rows.
+      BackendError: if the named backend cannot serve this dtype or platform, or the platform is
+        unknown.
+      SpecError: if no backend takes x or scales of this dtype, `spec` is not a QuantSpec, or
+        `tokens` is not an integer of at least 0.
 
     Example:
       ```python

@@ -2,7 +2,7 @@
 
 
 class Wna16Error(Exception):
-    """Base of all errors of ours: the command line prints them without a traceback."""
+    """Base of all errors of this package. The command line prints them without a traceback."""
 
 
 class SpecError(Wna16Error, ValueError):
@@ -10,7 +10,7 @@ class SpecError(Wna16Error, ValueError):
 
 
 class BackendError(Wna16Error, ValueError):
-    """The backend that was named cannot do what was asked; nothing else is tried in its place."""
+    """The named backend cannot run this call. No other backend is tried instead."""
 
 
 class TableError(Wna16Error, ValueError):

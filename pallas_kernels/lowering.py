@@ -1,6 +1,6 @@
-"""One function for every platform: which path computes it is decided when it is lowered.
+"""One function for every platform: the backend is chosen when the function is lowered.
 
-So one traced function runs the XLA path on a CPU and lowers to the Triton kernels for a GPU, also
+So one traced function runs the XLA path on a CPU and lowers to the Triton kernels for a GPU, even
 for a GPU that is not there.
 """
 
@@ -25,7 +25,7 @@ from pallas_kernels.errors import BackendError
 def choose_at_lowering(
     by_xla: Callable[..., Any], by_triton: Callable[..., Any], backend: str | None, dtype: Any
 ) -> Callable[..., Any]:
-    """The path that `backend` and the platform ask for, with the derivatives of `by_xla`.
+    """Choose the path by `backend` and platform; derivatives are those of `by_xla`.
 
     Args:
       by_xla: a function of trees of arrays.
@@ -46,8 +46,8 @@ def choose_at_lowering(
 def derive_from(plain: Callable[..., Any], run: Callable[..., Any]) -> Callable[..., Any]:
     """`run`, with the derivatives of `plain`: in both modes, of any order, in any loop.
 
-    A backward pass keeps the arguments and nothing that `plain` makes of them: it computes `plain`
-    again. So a packed weight is never kept as floats, and a kernel is never differentiated.
+    A backward pass keeps only the arguments and computes `plain` again. So a packed weight is never
+    kept as floats, and a kernel is never differentiated.
 
     Args:
       plain: a differentiable function of trees of arrays.
@@ -74,9 +74,9 @@ def derive_from(plain: Callable[..., Any], run: Callable[..., Any]) -> Callable[
         return derived(*primals), push(leaves, slopes)
 
     def derived(*arguments):
-        # When the gradient of a `scan` takes what does not change out of the body, it drops the
-        # rules of the calls that it meets, but not of those in a checkpoint. Without a trace
-        # there is no scan, and a checkpoint would be compiled anew at every call.
+        # The gradient of a `scan` moves loop invariants out of the body. That drops the derivative
+        # rule of a call, unless the call is in a checkpoint. Without a trace there is no scan, and
+        # a checkpoint would be compiled anew at every call.
         return (call if _is_concrete(arguments) else jax.checkpoint(call))(*arguments)
 
     return derived
@@ -97,9 +97,9 @@ def has_symbolic(shape: tuple[Any, ...]) -> bool:
 
 
 def refuse_at_lowering(message: str) -> jax.Array:
-    """A float32 scalar that raises a BackendError if something that needs it is lowered.
+    """Make a float32 scalar that raises a BackendError if something that needs it is lowered.
 
-    So the branch of one platform can be impossible as long as nobody asks for it.
+    So the branch for one platform may be impossible, as long as nobody lowers it.
     """
     [scalar] = _refuse.bind(message=message)
     return scalar

@@ -25,8 +25,8 @@ from pallas_kernels.xla.dense import matmul
 
 Weights = Mapping[str, jax.Array]
 _SYMBOLIC = (
-    "a GPU kernel is made for a known number of tokens, x is {shape}: export the function once "
-    'for each number of tokens, or for cpu alone, or with backend="xla"'
+    "a GPU kernel needs a known number of tokens, got x {shape}: export the function once for each "
+    'number of tokens, or for cpu alone, or with backend="xla"'
 )
 
 
@@ -40,20 +40,20 @@ def quant_matmul(
 ) -> jax.Array:
     """Compute x @ W.T + bias for a packed weight W[N, K].
 
-    Differentiable with respect to x, scale and bias, in both modes and to any order; the packed
-    weight is what is kept for the backward pass, never its float expansion. To lower for a GPU that
-    is absent, jax 0.11 and later need `jax.sharding.use_abstract_mesh` with an abstract device
-    around it.
+    Differentiable with respect to x, scale and bias, in both modes and to any order. The backward
+    pass keeps the packed weight, never its floats. To lower for a GPU that is absent, jax 0.11 and
+    later need `jax.sharding.use_abstract_mesh` with an abstract device around the call.
 
     Args:
       x: [..., K] float32, bfloat16 or float16.
       weights: leaf dict of the weight (see `pallas_kernels.format.weights`), with an optional
         "bias", and "perm" where the input features were reordered (act-order).
       spec: the weight's static facts.
-      backend: None for the best available, "triton" (on CPU: interpreted) or "xla". A name is that
-        backend or an error.
-      prefer: "speed", or "memory": never expand the weight, though that is faster for about a
-        thousand tokens and more on a GPU (2 bytes for each of its elements while it is used).
+      backend: None for the best available, "triton" (on CPU: interpreted) or "xla". A named backend
+        that cannot run is an error; no other takes its place.
+      prefer: "speed", or "memory", which never expands the weight. On a GPU, expanding is faster
+        from about a thousand tokens on. The expanded weight has 2 bytes for each element, and is
+        freed after the product.
 
     Returns:
       [..., N] in the dtype of x; sums are float32. `docs/numerics.md` states how the backends
@@ -89,7 +89,7 @@ def quant_matmul_many(
 ) -> tuple[jax.Array, ...]:
     """Compute `quant_matmul` for each of several weights that share x, as q, k and v do.
 
-    On a GPU all weights whose specs differ in nothing but N are one kernel.
+    On a GPU, weights whose specs differ only in N run as one kernel.
 
     Args:
       x: [..., K].
@@ -139,13 +139,13 @@ def quant_matmul_gated(
 ) -> jax.Array:
     """Compute silu(x @ Wg.T + bg) * (x @ Wu.T + bu), rounded once, at the end.
 
-    On a GPU it is one kernel, unless specs differ or a weight has "perm": then the two products
-    are rounded to the dtype of x before the activation, as they are where a weight is expanded.
+    On a GPU this is one kernel, unless the specs differ or a weight has "perm". In these cases, and
+    where a weight is expanded, both products are rounded to the dtype of x before the activation.
 
     Args:
       x: [..., K].
       gate, up: leaf dicts of Wg and Wu.
-      gate_spec, up_spec: their specs, of one K and N.
+      gate_spec, up_spec: their specs, with the same K and N.
       backend, prefer: as in `quant_matmul`.
 
     Returns:
@@ -169,7 +169,8 @@ def quant_matmul_gated(
     x = _check_call(x, weights, specs, backend, prefer)
     if gate_spec.out_features != up_spec.out_features:
         raise SpecError(
-            f"gate and up must have one N, got {gate_spec.out_features} and {up_spec.out_features}"
+            f"gate and up must have the same N, got {gate_spec.out_features} and "
+            f"{up_spec.out_features}"
         )
     reordered = "perm" in gate or "perm" in up
     if gate_spec != up_spec or gate["scale"].dtype != up["scale"].dtype or reordered:
@@ -181,7 +182,7 @@ def quant_matmul_gated(
 
 @dataclasses.dataclass(frozen=True)
 class _Call:
-    """The static facts of one call: weights alike but in N, and what to do with them."""
+    """The static facts of one call. Its weights differ only in N."""
 
     specs: tuple[QuantSpec, ...]
     backend: str | None
@@ -191,7 +192,7 @@ class _Call:
 
 def _check_call(x, weights, specs, backend, prefer) -> jax.Array:
     if len(weights) != len(specs):
-        raise SpecError(f"as many specs as weights are needed, got {len(specs)}, {len(weights)}")
+        raise SpecError(f"each weight needs a spec, got {len(weights)} weights, {len(specs)} specs")
     for weight, spec in zip(weights, specs, strict=True):
         check_weights(weight, spec)
     x = convert_array("x", x)

@@ -56,26 +56,26 @@ def quant_moe(
     Args:
       x: [..., H] float32, bfloat16 or float16.
       ids: int32 [..., top_k], the experts of each token; one may be chosen twice. Ids outside
-        expert_offset .. expert_offset + E - 1 contribute nothing, so that the parts of experts that
-        lie elsewhere can be added (expert parallelism).
+        expert_offset .. expert_offset + E - 1 contribute nothing, so that devices with other
+        experts can add their parts (expert parallelism).
       weights: float [..., top_k], the weight of each choice, see `route`.
-      w13: leaf dict of gate and up, E in front of every leaf; rows are those of gate, then those of
-        up.
+      w13: leaf dict of gate and up; every leaf has a leading axis E. Rows of gate come first, then
+        those of up.
       w2: leaf dict of down.
       spec13: of one expert, N = 2 I (I if not gated) and K = H.
       spec2: of one expert, N = H and K = I; bits and groups may differ from those of `spec13`.
       activation: "silu", "gelu", "gelu_tanh", "relu2" or "swigluoai", see
         `pallas_kernels.activations`.
       gated: act(gate) * up; otherwise act(h) of one product.
-      interleaved: rows of gate and up take turns in w13, gate first.
+      interleaved: rows of gate and up alternate in w13, gate first.
       weigh: "output" multiplies an expert's result by its weight, "input" its input.
       expert_offset: id of the first of the E experts.
       shared: [..., H], added to the sum (the result of shared experts).
       backend: None, "triton" or "xla", see `quant_matmul`.
 
     Returns:
-      [..., H] in the dtype of x. Sums are float32, rounded once at the end; `docs/numerics.md`
-      states what the backends round before.
+      [..., H] in the dtype of x. Sums are float32, rounded once at the end. `docs/numerics.md`
+      states what each backend rounds before that.
 
     Raises:
       SpecError: if arrays or options contradict each other.
@@ -142,7 +142,7 @@ def float_moe(
     Args:
       w13: [E, 2 I, H], or [E, I, H] if not gated.
       w2: [E, H, I].
-      b13, b2: biases [E, N]; None is none.
+      b13, b2: biases [E, N]; None for no bias.
 
     Other arguments, result and errors are those of `quant_moe`.
 
@@ -160,7 +160,9 @@ def float_moe(
     stacks = _read_stack("13", w13, b13), _read_stack("2", w2, b2)
     w13, w2 = (stack["weight"] for stack in stacks)
     if w13.shape[0] != w2.shape[0]:
-        raise SpecError(f"w13 has {w13.shape[0]} experts, w2 {w2.shape[0]}")
+        raise SpecError(
+            f"w13 and w2 must have equally many experts, got {w13.shape[0]} and {w2.shape[0]}"
+        )
     _check_call(x, ids, weights, (w13.shape[1:], w2.shape[1:]), options, shared)
 
     def run(x, ids, weights, offset, stacks):
@@ -216,7 +218,7 @@ def _count_experts(w13: Any) -> int:
 
 
 def _read(x, ids, weights, shared) -> tuple[Any, ...]:
-    """As arrays; there may be no `shared`."""
+    """All of them as arrays; `shared` may be None."""
     named = {"x": x, "ids": ids, "weights": weights}
     arrays = [convert_array(name, array) for name, array in named.items()]
     return *arrays, None if shared is None else convert_array("shared", shared)
@@ -237,7 +239,7 @@ def _read_stack(number: str, w, b) -> dict[str, jax.Array]:
 
 
 def _check_call(x, ids, weights, sizes, options: _Options, shared) -> None:
-    """Raise a SpecError that lists what does not fit together, or a BackendError."""
+    """Raise a SpecError that lists all contradictions, or a BackendError for symbolic tokens."""
     check_float_dtype("x", x.dtype)
     check_activation(options.activation, options.gated)
     (n13, k13), (n2, k2) = sizes
@@ -249,9 +251,9 @@ def _check_call(x, ids, weights, sizes, options: _Options, shared) -> None:
         faults.append("interleaved is for gated experts")
     if n13 != wanted:
         what = "gate and up" if options.gated else "no gate"
-        faults.append(f"w13 has N = {n13}, w2 K = {k2}: with {what}, N must be {wanted}")
+        faults.append(f"N of w13 must be {wanted} ({what}, K of w2 is {k2}), got {n13}")
     if n2 != k13:
-        faults.append(f"w13 has K = {k13}, w2 N = {n2}: both must be H")
+        faults.append(f"K of w13 and N of w2 must both be H, got {k13} and {n2}")
     if x.ndim < 1 or x.shape[-1] != k13:
         faults.append(f"x must be [..., {k13}], got {list(x.shape)}")
     lead = x.shape[:-1]
@@ -269,8 +271,8 @@ def _check_call(x, ids, weights, sizes, options: _Options, shared) -> None:
         raise SpecError("; ".join(faults))
     if has_symbolic(x.shape):
         raise BackendError(
-            f"experts are grouped for a known number of tokens, x is {list(x.shape)}: export the "
-            "function once for each number of tokens"
+            f"experts need a known number of tokens, got x {list(x.shape)}: export the function "
+            "once for each number of tokens"
         )
 
 

@@ -1,11 +1,11 @@
-"""`route`: which experts a token goes to, and how much each counts. All in float32.
+"""`route` chooses each token's experts and their weights, in float32.
 
     scores   s = softmax(logits) | sigmoid(logits) | sqrt(softplus(logits))
     choice   c = s + correction_bias
-    groups   experts in the best `top_groups` of `groups` groups of consecutive experts, a group
-             being as good as its best c, or the sum of its two best, remain
-    chosen   the top_k experts of largest c
-    weights  s of the chosen, over their sum where `renormalize`, times `scaling_factor`
+    groups   consecutive experts form `groups` groups; the score of a group is its largest c, or
+             the sum of its two largest; only experts of the best `top_groups` groups remain
+    chosen   the top_k remaining experts of largest c
+    weights  s of the chosen, divided by their sum if `renormalize`, times `scaling_factor`
 
 Mixtral and Qwen-MoE are softmax without groups; DeepSeek-V2 (https://arxiv.org/abs/2405.04434) is
 softmax with groups by their best; DeepSeek-V3 (https://arxiv.org/abs/2412.19437) is sigmoid with a
@@ -26,7 +26,7 @@ from pallas_kernels.errors import SpecError
 
 SCORINGS = ("softmax", "sigmoid", "sqrt_softplus")
 GROUP_SCORES = ("max", "top2_sum")
-_TINY = 1e-20  # keeps a sum of scores that all vanished from dividing by 0, as DeepSeek's code does
+_TINY = 1e-20  # avoids a division by 0 if all scores are 0, as in DeepSeek's code
 _LIFT = 2.0**40  # changes no rounding; keeps the square of `_TINY`, in the derivative, above 0
 
 
@@ -38,7 +38,7 @@ class Routing:
       top_k: experts of a token.
       scoring: "softmax", "sigmoid" or "sqrt_softplus".
       renormalize: whether the weights of a token add up to `scaling_factor`.
-      groups: into how many groups of consecutive experts they are divided.
+      groups: number of groups; each is a run of consecutive experts.
       top_groups: how many of the groups a token may choose from.
       group_score: "max" or "top2_sum".
       scaling_factor: multiplies the weights.
@@ -73,19 +73,19 @@ class Routing:
         elif not math.isfinite(factor):
             faults.append(f"scaling_factor must be finite, got {factor!r}")
         if not faults and self.top_groups > self.groups:
-            faults.append(f"top_groups = {self.top_groups} of groups = {self.groups}")
+            faults.append(f"top_groups = {self.top_groups} must be at most groups = {self.groups}")
         if faults:
             raise SpecError("; ".join(faults))
 
     def check_experts(self, experts: int) -> None:
-        """Raise a SpecError unless a token can choose so among `experts`."""
+        """Raise a SpecError unless these options fit `experts` experts."""
         if experts % self.groups:
             raise SpecError(f"groups = {self.groups} must divide the {experts} experts")
         size = experts // self.groups
         if self.top_k > self.top_groups * size:
             raise SpecError(
-                f"top_k = {self.top_k} of {self.top_groups * size} experts "
-                f"({self.top_groups} groups of {size})"
+                f"top_k = {self.top_k} must be at most {self.top_groups * size} "
+                f"(top_groups = {self.top_groups}, groups of {size} experts)"
             )
         if self.groups > 1 and self.group_score == "top2_sum" and size < 2:
             raise SpecError(
@@ -105,17 +105,17 @@ def route(
     correction_bias: jax.Array | None = None,
     scaling_factor: float = 1.0,
 ) -> tuple[jax.Array, jax.Array]:
-    """Choose the experts of every token; see the module for the formulas and `Routing`.
+    """Choose the experts of every token. `Routing` explains the options, the module the formulas.
 
-    Differentiable with respect to the logits through the weights. Of equal experts, and of equal
-    groups, the lower number comes first; experts are equal where their float32 c is, even if their
-    logits are not (from 18 on every sigmoid is 1).
+    Differentiable with respect to the logits through the weights. Of equal experts or groups, the
+    lower number comes first. Experts are equal if their float32 c is equal, even if their logits
+    differ (from 18 on every sigmoid is 1).
 
-    A token with a NaN or infinite score, or a NaN in c, gets the experts 0 .. top_k - 1 with
-    weights NaN, so that it cannot pass unnoticed. That is a token with a NaN among its logits or in
-    `correction_bias`; under softmax also one with a logit of +inf, or with -inf alone; under
-    sqrt_softplus one of +inf. Otherwise a logit of -inf is a score of 0, and +inf under sigmoid 1.
-    An expert with a bias of -inf is the last of its group, one of +inf the first.
+    A token with a NaN or infinite score, or a NaN in c, gets the experts 0 .. top_k - 1 with NaN
+    weights, so that it is noticed. The cause is a NaN in its logits or in `correction_bias`, a
+    logit of +inf under softmax or sqrt_softplus, or logits that are all -inf under softmax. In all
+    other cases a logit of -inf gives a score of 0, and +inf under sigmoid a score of 1. An expert
+    with a bias of -inf is the last of its group, one with +inf the first.
 
     Args:
       router_logits: float [..., E].
@@ -162,8 +162,8 @@ def route(
         bias = lax.stop_gradient(bias).astype(jnp.float32)
         choice = choice + jnp.expand_dims(bias, range(choice.ndim - 1))
     broken = (~jnp.isfinite(scores) | jnp.isnan(choice)).any(-1, keepdims=True)
-    # finite, so that two biases never add up to NaN and only other groups' experts are -inf; and
-    # equal all over where broken: the first are chosen, whatever a device's top_k makes of NaN
+    # Finite, so that two biases never add up to NaN, and only experts of other groups are -inf.
+    # Where broken, all are equal: so the first are chosen, whatever a device's top_k does with NaN.
     finite = jnp.finfo(jnp.float32)
     choice = jnp.where(broken, 0.0, jnp.clip(choice, finite.min, finite.max))
     if groups > top_groups:
@@ -182,7 +182,7 @@ def _score(logits: jax.Array, scoring: str) -> jax.Array:
     if scoring == "sigmoid":
         return jax.nn.sigmoid(logits)
     positive = jax.nn.softplus(logits)
-    # the derivative of a square root is infinite at 0, which would make NaN of a vanished score's
+    # the derivative of a square root at 0 is infinite, and would give a NaN where a score is 0
     vanished = positive == 0
     return jnp.where(vanished, 0.0, jnp.sqrt(jnp.where(vanished, 1.0, positive)))
 

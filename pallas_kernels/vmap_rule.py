@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 
 def fold_vmap(run: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
-    """`run(rows, weights)`, where `vmap` over rows alone makes its axis more rows of one call.
+    """Wrap `run(rows, weights)` so that `vmap` over rows alone becomes one call with more rows.
 
     Args:
       run: a function of two trees of arrays, whose results have the rows' leading axis.

@@ -24,9 +24,14 @@ _STEP_MB = 250
 """What a file's tests may add before memory is given back between them."""
 
 _PEAKS = "peaks_mb"
+_M_MMAP_THRESHOLD = -3  # malloc.h
 _RU_MAXRSS_UNIT = 1 if sys.platform == "darwin" else 1024
 _peaks: list[tuple[int, int]] = []
 _resident_mb = LIMIT_MB // 2
+
+if sys.platform == "linux":
+    # Arrays from 1 MB on go back when they are freed; glibc's own bound rises to 32 MB as they are
+    ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 20)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

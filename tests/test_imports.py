@@ -13,9 +13,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
-ROOMS = ("jaxwna16", "loaders", "pallas_kernels")
-FILES = [path for room in ROOMS for path in sorted((ROOT / room).rglob("*.py"))]
+from tests.imports import FILES, GRAPH, PACKAGES, ROOT, list_imports
+
 # what a room may import beside the standard library, itself and the rooms to its right
 FOREIGN = {
     "pallas_kernels": {"jax", "numpy"},
@@ -83,20 +82,8 @@ MOST_ROOMS = 9
 LARGE_WINGS = {"jaxwna16/bench", "jaxwna16/cli"}
 
 
-def _list_imports(path: Path) -> set[str]:
-    """Every module that a file names in an import, wherever in the file it stands."""
-    names: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: relative import"
-            names |= {f"{node.module}.{alias.name}" for alias in node.names}
-    return names
-
-
 def _list_packages(path: Path) -> set[str]:
-    names = {name.partition(".")[0] for name in _list_imports(path)}
+    names = {name.partition(".")[0] for name in list_imports(path)}
     return names - sys.stdlib_module_names - {"__future__"}
 
 
@@ -104,34 +91,11 @@ def _list_packages(path: Path) -> set[str]:
 def test_imports_go_one_way_only(path):
     room = path.relative_to(ROOT).parts[0]
     packages = _list_packages(path)
-    to_the_left = set(ROOMS[: ROOMS.index(room)])
+    to_the_left = set(PACKAGES[: PACKAGES.index(room)])
     assert not packages & (to_the_left | {"tests", "examples", "benchmarks"})
     assert not packages & {"torch", "transformers", "compressed_tensors", "tensorflow"}
     if room in FOREIGN:
-        assert packages <= FOREIGN[room] | set(ROOMS)
-
-
-def _name_module(path: Path) -> str:
-    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
-
-
-def _resolve(name: str, modules: Mapping[str, object]) -> str | None:
-    """The module that an imported name is or stands in."""
-    while name not in modules:
-        name, _, last = name.rpartition(".")
-        if not last:
-            return None
-    return name
-
-
-def _read_graph() -> dict[str, set[str]]:
-    """Each of our modules -> those it imports, also inside functions and for type checkers."""
-    modules = {_name_module(path): path for path in FILES}
-    found = {name: {_resolve(n, modules) for n in _list_imports(p)} for name, p in modules.items()}
-    return {name: {n for n in names if n not in (None, name)} for name, names in found.items()}
-
-
-GRAPH = _read_graph()
+        assert packages <= FOREIGN[room] | set(PACKAGES)
 
 
 def _read_levels(folder: str) -> dict[str, int]:
@@ -216,7 +180,7 @@ def test_wings_have_few_rooms_and_rooms_few_lines():
             rooms[folder] = rooms.get(folder, 0) + 1
     crowded = {folder for folder, count in rooms.items() if count > MOST_ROOMS}
     assert crowded <= LARGE_WINGS
-    folders = (*ROOMS, "tests", "examples", "benchmarks")
+    folders = (*PACKAGES, "tests", "examples", "benchmarks")
     texts = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
     lines = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in texts}
     assert not [f"{path}: {count}" for path, count in lines.items() if count > MOST_LINES]
@@ -226,7 +190,7 @@ def test_pallas_triton_is_imported_in_one_folder():
     def imports_it(path: Path) -> bool:
         return any(
             name.startswith("jax.experimental.pallas.triton") or "jax_triton" in name
-            for name in _list_imports(path)
+            for name in list_imports(path)
         )
 
     folders = {path.relative_to(ROOT).parent for path in FILES if imports_it(path)}

@@ -165,10 +165,10 @@ class Case:
     # How it is computed
 
     def name_schedule(self, backend: str | None) -> str:
-        """What runs it here: the tiles in words, or the backend that has none.
+        """What runs it here: the tiles in words, or the backend's name if it has none.
 
         Raises:
-          Wna16Error: if nothing does.
+          Wna16Error: if nothing can run it.
         """
         facts = {"tokens": self.tokens, "scale_dtype": self.dtype}
         choice = explain(self.spec, self.dtype, backend=backend, **facts)
@@ -179,7 +179,7 @@ class Case:
         return list_candidates(self.spec, self.tokens, self.dtype, self.dtype, device)
 
     def list_more(self, rule: Any, seconds: Sequence[tuple[Any, float]]) -> Sequence[Schedule]:
-        """What the tuner times besides, when it knows the times of the candidates: nothing."""
+        """More candidates, chosen by the times of the first ones: none for a linear layer."""
         del rule, seconds
         return []
 
@@ -242,7 +242,7 @@ def plan_cases(
     symmetric: Iterable[bool],
     dtype: str,
 ) -> list[Case]:
-    """Every combination, those of one weight together.
+    """Every combination; cases of one weight follow each other.
 
     Raises:
       SpecError: if the group size does not divide a K.

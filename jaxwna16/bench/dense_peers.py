@@ -1,4 +1,4 @@
-"""Other projects' kernels for a linear layer, in PyTorch: each makes its product of a source."""
+"""Other projects' kernels for a linear layer, in PyTorch: each builds its product from a source."""
 
 from __future__ import annotations
 

@@ -9,11 +9,11 @@ replay the kernels as a CUDA graph, as it does in a model; it is told to keep th
 no two products overlap.
 
 *Graph-free*: the same chain without CUDA graphs. A graph launches its kernels faster, but XLA must
-change every node when buffers take turns: which of the two the host holds up less depends on the
+change every node when buffers take turns. Which of the two waits less for the host depends on the
 machine.
 
-*Single*: a program of one product, called again and again without waiting. Here the host's work
-for a call counts, where it takes longer than the product. No CUDA graph.
+*Single*: a program of one product, called again and again without waiting, without a CUDA graph.
+Here the host's work for a call counts, if it takes longer than the product.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class Grouping(Engine):
         return case.group(inputs, self.backend)
 
 
-# Among Triton's fusions XLA would search for seconds for each shape: the float product is cuBLAS's.
+# cuBLAS computes float products: XLA would search its Triton fusions for seconds for each shape.
 FLOAT = Engine("bf16", packed=False, options=_CUBLAS)
 EXPAND = Engine("xla", packed=True, backend="xla", options=_CUBLAS)
 
@@ -94,7 +94,7 @@ def make_weights(engine: Engine, case: AnyCase, effort: Effort) -> list[Weight]:
 
 
 def count_copies(case: AnyCase, packed: bool, effort: Effort) -> int:
-    """How many: what products read in one turn exceeds the cache, within `effort.most_bytes`."""
+    """How many: one turn reads more than the cache holds, within `effort.most_bytes`."""
     wanted = max(2, math.ceil(effort.cold_bytes / case.count_least_bytes(packed)))
     size = count_bytes(case.describe_weight(packed))
     return min(wanted, _MOST_COPIES, max(1, effort.most_bytes // size))
@@ -106,7 +106,7 @@ class Program:
 
     Attributes:
       engine, case: what it computes.
-      run: takes the inputs, then the weights, one of each a product.
+      run: takes the inputs, then the weights: one of each for every product.
       products: how many it computes.
     """
 

@@ -38,7 +38,7 @@ def describe_machine() -> dict[str, Any]:
 
 
 def find_commit() -> str | None:
-    """The commit of this source by git; where git does not know it, what $JAXWNA16_COMMIT says."""
+    """The commit of this source: git's, or $JAXWNA16_COMMIT where git does not know it."""
     known = _run_git("rev-parse", "HEAD") if _is_ours() else None
     return known or os.environ.get("JAXWNA16_COMMIT")
 

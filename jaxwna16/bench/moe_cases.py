@@ -1,7 +1,7 @@
 """Cases of a Mixture-of-Experts: both products, from x to the sum over the chosen experts.
 
-Each token chooses `top_k` different experts at random, from a fixed seed, and the others draw the
-same. Only the weights of experts that some token has chosen must be read, so bytes are counted for
+Each token chooses `top_k` different experts at random, from a fixed seed. Peers use the same draws.
+Only the weights of experts that some token has chosen must be read, so bytes are counted for
 exactly those.
 """
 
@@ -130,7 +130,7 @@ class MoeCase:
     def activation_bytes(self) -> int:
         """Bytes of x, ids, routing weights and the result.
 
-        Not those of what lies between the products, which need not be in memory.
+        Values between the products are not counted: they need not be in memory.
         """
         return 2 * self.result_bytes + 8 * self.tokens * self.experts.top_k
 
@@ -267,7 +267,7 @@ class MoeCase:
         return list_moe_candidates(**self._facts, device=device)
 
     def list_more(self, rule: Any, seconds: Sequence[tuple[Any, float]]) -> Sequence[MoeTiles]:
-        """What the tuner times besides: the fastest of both products together."""
+        """More candidates, chosen by the times of the first ones: the best of both products."""
         return combine(rule, seconds)
 
     def describe_schedule(self, schedule: Any) -> str:
@@ -297,7 +297,7 @@ def plan_moe_cases(
     symmetric: Iterable[bool],
     dtype: str,
 ) -> list[MoeCase]:
-    """Every combination, those of one weight together.
+    """Every combination; cases of one weight follow each other.
 
     Raises:
       SpecError: if the group size does not divide H or I.

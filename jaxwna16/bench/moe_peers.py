@@ -1,7 +1,7 @@
 """Other projects' kernels for the experts of a Mixture-of-Experts.
 
-None of them finds here which token meets which expert: that is prepared and not timed, to their
-advantage. Those in PyTorch take its own kernels for the activation and the sum over the experts.
+The tokens of each expert are found beforehand, and that is not timed, to the peers' advantage.
+Peers in PyTorch use its own kernels for the activation and the sum over the experts.
 """
 
 from __future__ import annotations

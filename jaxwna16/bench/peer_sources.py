@@ -26,7 +26,7 @@ class Product(NamedTuple):
     Attributes:
       multiply: takes (inputs, weight) and queues one product.
       weight: a tree of tensors and modules; it is copied, so that copies can take turns.
-      prepare: is given inputs of the source and makes of them those of `multiply`; not timed.
+      prepare: turns inputs of the source into inputs of `multiply`; not timed.
     """
 
     multiply: Callable[[Any, Any], Any]
@@ -41,7 +41,7 @@ class Source:
     Attributes:
       codes: uint8 [N, K].
       scale: [N, G].
-      zero: float [N, G]; without a sign, so 2^(bits-1) where it is symmetric.
+      zero: float [N, G], unsigned like the codes: 2^(bits-1) if symmetric.
     """
 
     torch: Any

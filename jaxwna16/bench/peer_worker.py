@@ -1,6 +1,6 @@
 """The process that times one peer: python -m jaxwna16.bench.peer_worker, orders on stdin.
 
-Prints lines that begin with `MARK` and go on in JSON: {"absent": why}, or {"version": v} and then
+Prints lines of `MARK` followed by JSON: {"absent": why}, or {"version": v} and then
 {"case": i, "chained": timing, "relative_error": e} or {"case": i, "error": what} for each case.
 
 The products of a peer in PyTorch are queued in one CUDA graph, one after the other, with inputs and
@@ -46,7 +46,7 @@ from pallas_kernels.format.spec import QuantSpec
 MARK = "@peer "
 
 WRONG = 0.3
-"""A relative error above rounding weights to 4 bits twice, and below that of unrelated numbers."""
+"""Above the relative error of rounding weights to 4 bits twice, below that of unrelated numbers."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,10 +54,10 @@ class Peer:
     """Where a peer is, and how it is run.
 
     Attributes:
-      module: what it needs beside PyTorch.
-      package: what has that.
+      module: the module that it needs beside PyTorch.
+      package: the package with that module.
       build: makes its product in PyTorch from a source and a dtype.
-      engine: instead, of a peer in JAX.
+      engine: of a peer in JAX, instead of `build`.
       packed: whether its weights are packed, or floats.
     """
 
@@ -116,7 +116,7 @@ def _say(message: dict[str, Any]) -> None:
 def serve(
     peer: Peer, cases: list[AnyCase], effort: Effort, say: Callable[[dict[str, Any]], None]
 ) -> None:
-    """Time one peer on every case; what fails is said, and the next case goes on."""
+    """Time one peer on every case; report a failure and go on with the next case."""
     try:
         modules: list[Any] = [importlib.import_module(module) for module in peer.needs]
         if not peer.engine and not modules[0].cuda.is_available():
@@ -150,7 +150,7 @@ class _Bench:
         self._held: tuple[Any, Any] | None = None
 
     def time(self, case: AnyCase) -> dict[str, Any]:
-        """What is said of a case."""
+        """The report on a case."""
         if self._held is None or self._held[0] != case.weight:
             self._held = None  # frees the last weight first
             self._held = case.weight, self.make(case)

@@ -1,8 +1,8 @@
 """Other projects' kernels for the same cases, on the same machine, in the same run.
 
-Each runs in a process of its own (`jaxwna16.bench.peer_worker`), so that one that crashes, hangs or
-breaks its CUDA context costs its own figures only. One that is not installed is named with the
-reason.
+Each runs in a process of its own (`jaxwna16.bench.peer_worker`). So a peer that crashes, hangs or
+breaks its CUDA context loses only its own figures. A peer that is not installed is reported with
+the reason.
 """
 
 from __future__ import annotations
@@ -35,13 +35,14 @@ def time_peers(
     *,
     worker: Sequence[str] = _WORKER,
 ) -> Iterator[dict[str, Any]]:
-    """Time every peer on the cases, write what it needed into the rows, and say how each fared.
+    """Time every peer on the cases, write the times into the rows, and report on each peer.
 
     Args:
-      cases: what is timed, of one kind; of many, a few shapes and numbers of tokens are chosen.
+      cases: what is timed, all of one kind. If there are many, a few shapes and numbers of tokens
+        are chosen.
       rows: those of the cases, in the same order.
       effort: as for our own figures.
-      deadline: the peers that are installed and left share the time that is left.
+      deadline: the remaining time is shared by the installed peers that are not yet timed.
       report: is told what happens.
       worker: the command of the process that times one peer.
 
@@ -68,7 +69,7 @@ def time_peers(
 
 
 def _choose(cases: Sequence[AnyCase]) -> list[int]:
-    """All of a few cases; of many, those with the first shapes that are compared everywhere."""
+    """All cases if they are few, else those of the first shapes at a few numbers of tokens."""
     if len(cases) <= _ENOUGH:
         return list(range(len(cases)))
     first = {}  # the first weight of each shape
@@ -85,7 +86,7 @@ def _choose(cases: Sequence[AnyCase]) -> list[int]:
 def _run_worker(
     worker: Sequence[str], name: str, cases: Sequence[AnyCase], effort: Effort, seconds: float
 ) -> tuple[dict[str, Any], dict[int, dict[str, Any]]]:
-    """Let a process time one peer; what it has printed counts, also when it does not end well."""
+    """Let a process time one peer; what it has printed counts even if it fails later."""
     order = {
         "kind": cases[0].kind,
         "peer": name,

@@ -136,7 +136,7 @@ def _word_title(rows: list[Row]) -> str:
 
 
 def _mark_turn(axis: Any, rows: list[Row], limits: dict[str, Any]) -> None:
-    """A line where reading the weight stops being the limit, and computing begins to be it."""
+    """A line where the limit changes from reading the weight to computing."""
     compute_bound = [
         row["flops"] / limits["flops_per_second"] > row["bytes"] / limits["bytes_per_second"]
         for row in rows
@@ -160,7 +160,7 @@ def _mark_turn(axis: Any, rows: list[Row], limits: dict[str, Any]) -> None:
 
 
 def _annotate_share(axis: Any, row: Row, shift: tuple[int, int], side: str) -> None:
-    """How much of the limit ours reaches, beside its point."""
+    """Write beside a point of ours how much of the limit it reaches."""
     seconds = find_median(row, OURS)
     if seconds:
         axis.annotate(

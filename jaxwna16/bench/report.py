@@ -12,9 +12,9 @@ from jaxwna16.bench.targets import NONE, judge_targets, word_measured
 Cells = list[list[str]]
 
 LEGEND = (
-    "chained: one product of a chain in one compiled program, weights cold, the faster of with and "
-    "without CUDA graphs; single: one call of a program of one product, the calls queued without "
-    "waiting, no CUDA graph. Both are medians. "
+    "chained: one product of a chain in one compiled program, weights cold, with or without CUDA "
+    "graphs, whichever is faster; single: one call of a program of one product, the calls queued "
+    "without waiting, no CUDA graph. Both are medians. "
     "± is half the distance from the fastest to the slowest batch. GB/s counts packed "
     "integers, scales, zero points, x and the result once; shares are of this run's copy bandwidth "
     "and bf16 product rate. Columns ending in x say how many times as fast ours is."
@@ -24,8 +24,8 @@ LEGEND = (
 MOE_LEGEND = (
     "Experts: one product is gate and up, activation, down and the sum over the chosen experts, "
     "without the router. touched: experts that some token has chosen; GB/s counts their weights. "
-    "grouping: to find which token meets which expert, in a chain of its own, and its share of the "
-    "whole."
+    "grouping: the time to find the tokens of each expert, in a chain of its own, and its share of "
+    "the whole."
 )
 
 
@@ -135,7 +135,7 @@ def tabulate_tuned(tuned: Sequence[dict[str, Any]]) -> Cells:
                 _word_time(found["rule_seconds"]),
                 _word_time(found["best_seconds"]),
                 _word_gain(found),
-                found["best"] or "none of them works",
+                found["best"] or "none works",
             ]
             for found in tuned
         ),
@@ -149,7 +149,7 @@ def _word_gain(found: dict[str, Any]) -> str:
 
 
 def list_problems(report: dict[str, Any]) -> list[str]:
-    """Whatever went wrong, a line each; the same trouble of several cases is counted."""
+    """All problems, one a line; a problem of several cases is listed once, with their number."""
     counted: dict[str, int] = {}
     for row in report["rows"]:
         for name, found in (row["engines"] | row["parts"] | row["peers"]).items():
@@ -201,7 +201,7 @@ def write_markdown(report: dict[str, Any]) -> str:
 
 
 def _format_table(cells: Cells, words: int = 0) -> str:
-    """Markdown; numbers to the right, save in a table of words."""
+    """Markdown; numbers are aligned to the right, except in a table of words."""
     header, *lines = ([text.replace("|", "\\|") for text in row] for row in cells)
     rule = ["---" if words or place == 0 else "---:" for place in range(len(header))]
     return "\n".join(f"| {' | '.join(row)} |" for row in [header, rule, *lines])

@@ -47,7 +47,7 @@ Row = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Deadline:
-    """When to begin nothing more."""
+    """The time after which nothing more is started."""
 
     seconds: float
     clock: Clock = time.monotonic
@@ -183,7 +183,7 @@ class Bench:
                 row["engines"][FLOAT.name] = self._floats[case.float_key]
 
     def _choose_effort(self, engine: Engine, case: AnyCase) -> Effort:
-        """Less for a loop in XLA that is there to compare with: it takes milliseconds."""
+        """Less effort for loops in XLA that only serve as a comparison: they take milliseconds."""
         if not case.is_looped or engine.name not in (FLOAT.name, EXPAND.name):
             return self.effort
         layers, batches = min(4, self.effort.layers), min(3, self.effort.batches)
@@ -192,7 +192,7 @@ class Bench:
     def _is_grouped(self, case: AnyCase) -> bool:
         try:
             return isinstance(case, MoeCase) and case.is_grouped(self.backend)
-        except Wna16Error:  # which its schedule names
+        except Wna16Error:  # reported in place of the schedule
             return False
 
     def _name_schedule(self, case: AnyCase) -> str:
@@ -225,8 +225,8 @@ def add_shares(rows: Iterable[Row], limits: Limits) -> None:
     """Add to each row what its chained time means: rates, shares of the limits, ratios.
 
     `limit_seconds` is the larger of the times that moving the bytes and computing would take at
-    this device's limits; no kernel can be faster, save for what it finds in a cache. The `share` of
-    a part is its time, alone in a chain of its own, over that of the whole.
+    this device's limits; no kernel can be faster, except for data that it finds in a cache. The
+    `share` of a part is its time, alone in a chain of its own, over that of the whole.
     """
     for row in rows:
         memory = row["bytes"] / limits.bytes_per_second
@@ -251,6 +251,6 @@ def add_shares(rows: Iterable[Row], limits: Limits) -> None:
 
 
 def count_failures(rows: Iterable[Row]) -> int:
-    """How many cases of ours failed; one that there was no time for did not."""
+    """How many of our cases failed; a case for which no time was left is not a failure."""
     errors = [row["engines"].get(OURS, {}).get("error") for row in rows]
     return sum(error is not None and error != OUT_OF_TIME for error in errors)

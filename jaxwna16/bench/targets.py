@@ -30,7 +30,7 @@ class Target:
       unit: "%" for a share, "x" for a ratio, "points" for a difference of shares, else its name.
       pick: the row whose peers are shown beside it.
       others: what other projects publish.
-      kind: of the rows that say something about it.
+      kind: the kind of cases that it is measured on.
     """
 
     case: str
@@ -46,7 +46,7 @@ class Target:
 def find_row(
     rows: Sequence[Row], place: Place, bits: int = 4, symmetric: bool = False
 ) -> Row | None:
-    """The row of a place; groups of any size, the first that there is."""
+    """The first row of a place, whatever its group size."""
     wanted = (*place, bits, symmetric)
     keys = ("in_features", "out_features", "tokens", "bits", "symmetric")
     return next((row for row in rows if tuple(row.get(key) for key in keys) == wanted), None)
@@ -230,7 +230,7 @@ TARGETS = (
 def judge_targets(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """Every target with what was measured, and the microseconds of ours and the peers beside it.
 
-    Only the targets of the kinds of cases that there are, all if there are none.
+    Only targets for the kinds of cases in the rows; all targets if there are no rows.
     """
     kinds = {_kind_of(row) for row in rows} or {target.kind for target in TARGETS}
     table = []

@@ -26,7 +26,7 @@ class Effort:
       chain_bytes: likewise, where their results would take more memory than this.
       cold_bytes: copies of a weight take turns; together they are at least this large, several
         times the last level cache, so that each product reads its weight from memory.
-      most_bytes: together they are no larger than this, save one that is larger by itself.
+      most_bytes: together they are no larger than this, unless a single one is larger.
       limit_bytes: what is copied to measure the bandwidth.
       limit_size: side of the square product that measures the rate.
     """

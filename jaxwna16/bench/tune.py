@@ -1,7 +1,7 @@
 """Find the fastest tiles for this GPU, and write them into its table.
 
-Every candidate is compiled by itself, its products are compared with those of the XLA path, and
-only one that agrees is timed. All candidates are timed shortly, the fastest few then at length. The
+Every candidate is compiled by itself. Its products are compared with those of the XLA path, and it
+is timed only if they agree. All candidates are timed briefly, then the fastest few at length. The
 rule's own choice stays unless another is faster by more than the noise.
 """
 
@@ -102,9 +102,9 @@ class Tuned:
 def plan_tuning(cases: Iterable[AnyCase]) -> list[AnyCase]:
     """One case for each entry of a table, first the weights and numbers of tokens that matter most.
 
-    Each weight is two numbers of tokens behind the one before, so that whenever time is over the
-    first have most, and none has all while another has nothing. A table has buckets of tokens, and
-    does not tell symmetric weights from others.
+    Each weight is two numbers of tokens behind the one before. So whenever the time is over, the
+    first weights have most of theirs, and none is complete while another has nothing. A table has
+    buckets of tokens, and does not tell symmetric weights from others.
     """
     found: dict[Any, AnyCase] = {}
     for case in cases:
@@ -162,7 +162,7 @@ class Workbench:
         self._weights: dict[Any, list[Weight]] = {}
 
     def __call__(self, case: AnyCase, candidates: Sequence[AnySchedule]) -> list[Trial]:
-        """Time the candidates; those that the time does not suffice for are trials that failed."""
+        """Time the candidates; those for which no time is left are failed trials."""
         weights = self._make_weights(case)
         inputs = case.draw_inputs(0)
         wide = jax.tree.map(lambda a: a.astype(jnp.float32) if a.dtype == case.dtype else a, inputs)
@@ -180,7 +180,7 @@ class Workbench:
         for trial in dict.fromkeys([*timed[:_FINALISTS], *first]):
             program = programs[trial.schedule]
             trials[trial.schedule] = self._try(trial.schedule, program, weights, LONG)
-        # what was timed shortly only is slower than the finalists, or it would be one
+        # a candidate that was only timed briefly is slower than the finalists
         return [trials[schedule] for schedule in candidates]
 
     def _make_weights(self, case: AnyCase) -> list[Weight]:
@@ -221,7 +221,7 @@ class Workbench:
         inputs: Inputs = None,
         expected: jax.Array | None = None,
     ) -> Trial:
-        """Time a program; first, if inputs are given, see whether its products are right."""
+        """Time a program; if inputs are given, check its products first."""
         try:
             if expected is not None:
                 count = program.products
@@ -250,13 +250,13 @@ def find_disagreement(results: Sequence[jax.Array], expected: jax.Array) -> str 
 
 
 def write_winners(tuned: Iterable[Tuned], device: Device, path: Path, made: dict[str, str]) -> int:
-    """Put the best of each case into the table at `path`, beside what it holds already.
+    """Put the best of each case into the table at `path`; its other entries stay.
 
     Args:
       tuned: the outcomes; a case without a best leaves the table's entry as it is.
       device: the GPU it was tuned on.
       path: the table; it may not exist yet.
-      made: by what and when, for people.
+      made: with what and when, for people.
 
     Returns:
       How many entries the table has.

@@ -42,7 +42,7 @@ def convert_checkpoint(
     """Write a copy of a checkpoint that `load_checkpoint` reads without repacking.
 
     It gives the same arrays, specs and config. It is for this library alone, and for one version of
-    the tile layout; it is refused once the source has changed, for as long as that is at its place.
+    the tile layout. It is refused if the source is still at its place and has changed.
 
     Args:
       source: a checkpoint that `load_checkpoint` reads.

@@ -37,20 +37,20 @@ def dequantize_checkpoint(
 ) -> None:
     """Write a checkpoint's weights as floats, the same bits as compressed-tensors' `decompress`.
 
-    Those of AutoAWQ and GPTQ are what these compute, `(u - z) * s` in the dtype of s.
+    For AutoAWQ and GPTQ they are what these tools compute, `(u - z) * s` in the dtype of s.
 
     Args:
       source: a checkpoint that `load_checkpoint` reads.
       destination: the folder to make; it must not exist.
       dtype: float dtype that every float tensor is cast to at the end; None is the scales' dtype
-        for the weights and its own for every other tensor.
+        for the weights and its own forevery other tensor.
       progress: True, False, or None for a bar on a terminal only.
       follow_links: as in `load_checkpoint`.
 
     Raises:
       CheckpointError: listing every fault of the source, bad scales included; naming a tensor with
         values too large for `dtype`; or if the destination exists, or the source changes meanwhile.
-      InputError: if nothing in it is quantized, or `dtype` is none of these.
+      InputError: if nothing in it is quantized, or `dtype` is not such a dtype.
 
     Example:
       ```python

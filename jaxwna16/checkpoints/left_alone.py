@@ -1,7 +1,7 @@
 """Which weights `quantize` leaves as they are, and how config.json says so to every tool.
 
-Left alone by default is what is small and decides much (heads, routers, gates of shared experts, of
-delta nets), and what stands beside a language model and cannot be packed by all tools, or is not
+By default these are small weights that decide much (heads, routers, gates of shared experts and of
+delta nets), and parts beside the language model that not every tool can pack, or that are not
 loaded: towers, projectors, layers that predict several tokens at once.
 """
 
@@ -99,9 +99,9 @@ def find_left_alone(
 def list_ignored(entries: Iterable[str], kept: Iterable[str]) -> list[str]:
     """What `ignore` of quantization_config must say.
 
-    Patterns that allow anything before a name, as all of the default, hold in every tool, so they
-    stand for what they match. All else is there by its path, too: tools that call a part of the
-    model in another way translate paths, but no patterns.
+    A pattern that allows anything before a name, as all default ones do, works in every tool, so it
+    stands for what it matches. All other weights are listed by their paths, too: tools with other
+    names for a part of the model translate paths, but not patterns.
 
     Args:
       entries: those that name modules.
@@ -143,10 +143,10 @@ def _list_entries(name: str, entries: Iterable[str]) -> list[str]:
 
 
 def _compile(entry: str) -> Callable[[str], Any]:
-    """What is true of the paths that an entry of `ignore` names.
+    """A test for the paths that an entry of `ignore` names.
 
     Raises:
-      ValueError: if its pattern is none.
+      ValueError: if its pattern is not a regular expression.
     """
     if not entry.startswith("re:"):
         return entry.__eq__
@@ -154,5 +154,5 @@ def _compile(entry: str) -> Callable[[str], Any]:
 
 
 def _is_embedding(path: str, config: Mapping[str, Any]) -> bool:
-    """Whether rows are looked up in it, also if it is a product, as the head, elsewhere."""
+    """Whether its rows are looked up, even if it is also the head, which multiplies."""
     return are_tied(config) is True if path == HEAD else "Embedding" in name_classes(path)

@@ -56,7 +56,7 @@ class Checkpoint:
         A packed linear layer is `QuantDense.from_weights(c.find(path), c.specs[path])`.
 
         Raises:
-          InputError: if there is nothing; it says what there is beside it.
+          InputError: if there is nothing at the path; it says what is there instead.
         """
         node: Any = self.params
         names = path.split(".")
@@ -79,7 +79,7 @@ def load_checkpoint(
 ) -> Checkpoint:
     """Load a checkpoint: compressed-tensors `pack-quantized`, AutoAWQ, GPTQ, or not quantized.
 
-    A copy that `convert_checkpoint` made of one gives the same, sooner.
+    A copy made by `convert_checkpoint` gives the same arrays, and loads faster.
 
     Args:
       path_or_hub_id: a folder, or the name of a repository on the Hugging Face hub (downloaded with
@@ -96,8 +96,8 @@ def load_checkpoint(
 
     Raises:
       CheckpointError: listing every fault of the files, the config and the modules.
-      InputError: if there is no such folder and the name cannot be fetched, or `dtype` is another
-        than float32, bfloat16 and float16; or in a process that is a fork of one with a checkpoint.
+      InputError: if there is no such folder and the name cannot be fetched, or `dtype` is not
+        float32, bfloat16 or float16; or in a process that is a fork of one with a checkpoint.
 
     Example:
       ```python

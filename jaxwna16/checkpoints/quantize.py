@@ -54,8 +54,8 @@ def quantize_checkpoint(
     """Round the linear weights of a Hugging Face folder to the nearest integers.
 
     Writes a compressed-tensors `pack-quantized` checkpoint, which compressed-tensors, transformers
-    and vLLM read. Linear weights are the 2-D tensors named `*.weight`, and experts also where they
-    are stacked, but for embeddings, a head tied to one, and what is left alone. By default that is
+    and vLLM read. Linear weights are the 2-D tensors named `*.weight` and stacked experts, except
+    embeddings, a head tied to one, and weights that are left alone. By default these are
     (`jaxwna16.checkpoints.left_alone`): heads, routers, the gates of shared experts and of delta
     nets, towers for images and sound with their projectors, and layers that predict several tokens
     at once. Scales have the dtype of the weights.
@@ -78,8 +78,8 @@ def quantize_checkpoint(
         not divide; naming a tensor with values too large for `dtype`; or if the destination exists,
         or the source changes meanwhile.
       InputError: if an argument is out of range, an entry of `ignore` names nothing, nothing would
-        be quantized, or not all the experts that are one array; or if `load_model` takes the source
-        and would not take the result.
+        be quantized, or only some experts of one array; or if `load_model` can load the source, but
+        could not load the result.
 
     Example:
       ```python

@@ -39,7 +39,10 @@ def check_experts(plan: Plan, linears: Collection[str]) -> None:
         if chosen not in (0, len(weights)):
             reasons.append(f"{path}: {chosen} of its {len(weights)} matrices")
     if reasons:
-        summary = f"{plan.folder}: experts are quantized all or none: mend `ignore`, which leaves"
+        summary = (
+            f"{plan.folder}: the experts of a layer must all be quantized, or none: change "
+            "`ignore`, with which only these would be"
+        )
         raise InputError(summary, reasons)
 
 
@@ -108,7 +111,7 @@ def check_model(plan: Plan, specs: Mapping[str, QuantSpec]) -> None:
     try:
         plan_model(_preview(plan, specs))
     except ModelError as error:
-        summary = f"{plan.folder}: load_model would not take the result: mend `ignore`"
+        summary = f"{plan.folder}: load_model could not load the result: change `ignore`"
         raise InputError(summary, error.reasons) from None
 
 

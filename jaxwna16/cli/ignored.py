@@ -12,6 +12,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from loaders.errors import cut_text
 from loaders.modules.experts import split_name
 from loaders.plan import Plan
 from loaders.schemes.module_names import star_numbers
@@ -21,6 +22,7 @@ from loaders.schemes.quantization_config import parse_quantization
 _SLICE = re.compile(r"\[[0-9]+\]$")
 _WORD = re.compile(r"[A-Za-z_]\w{3,}")
 _PATTERN = "re:"
+_MOST_ROWS, _MOST_CHARACTERS = 200, 500
 _ALIKE = 0.85  # shared_experts and shared_expert are 0.96 alike, q_proj and k_proj 0.83
 
 
@@ -41,12 +43,13 @@ def count_ignored(plan: Plan) -> list[dict[str, Any]]:
     for name in matched:
         families[name if name.startswith(_PATTERN) else star_numbers(name)].append(name)
     rows = []
-    for entry, names in families.items():
+    for entry, names in list(families.items())[:_MOST_ROWS]:
         found = {module for name in names for module in matched[name]}
-        near, count = ("", 0) if found else find_near(entry, packed)
+        is_long = len(entry) > _MOST_CHARACTERS
+        near, count = ("", 0) if found or is_long else find_near(entry, packed)
         rows.append(
             {
-                "entry": entry,
+                "entry": cut_text(entry),
                 "entries": len(names),
                 "modules": len(found),
                 "of": sum(alike[path] for path in set(map(star_numbers, found))),
@@ -54,7 +57,16 @@ def count_ignored(plan: Plan) -> list[dict[str, Any]]:
                 "near_modules": count,
             }
         )
-    return rows
+    return rows + _add_up_rest(list(families.values())[_MOST_ROWS:])
+
+
+def _add_up_rest(families: Sequence[list[str]]) -> list[dict[str, Any]]:
+    """One row for entries that are too many to be looked at one by one."""
+    if not families:
+        return []
+    entries = sum(map(len, families))
+    numbers = {"entries": entries, "modules": 0, "of": 0, "near": "", "near_modules": 0}
+    return [{"entry": f"… and {len(families):,} more names", **numbers}]
 
 
 def word_near(rows: Sequence[dict[str, Any]]) -> list[str]:

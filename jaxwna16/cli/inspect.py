@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from loaders.plan import Plan
 
 _BF16_BYTES = 2
-_LISTED = 3
+_LISTED, _LINES = 3, 100
+_MOST_ROWS = 2000
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -163,7 +164,8 @@ def _make_table(report: dict[str, Any]) -> Table:
 
     table = make_table("", "module", "shape", "kind", "size", numbers=("", "size"))
     rows = [row for name in ("quantized", "plain", "unplanned") for row in report[name]]
-    for row in sorted(rows, key=lambda row: bool(row["skipped"])):
+    rows = sorted(rows, key=lambda row: bool(row["skipped"]))
+    for row in rows[:_MOST_ROWS]:
         if "modules" in row:
             shape = (row["out_features"], row["in_features"])
             table.add_row(*_make_cells(row["modules"], shape, _name_scheme(row), row))
@@ -176,8 +178,12 @@ def _make_table(report: dict[str, Any]) -> Table:
 def _list_facts(report: dict[str, Any]) -> list[tuple[str, str]]:
     from jaxwna16.cli.backends import word_choices
     from jaxwna16.cli.screen import count
+    from loaders.errors import list_first
 
     facts = list(_word_sizes(report["totals"], report["quantized"]))
+    listed = sum(len(report[name]) for name in ("quantized", "plain", "unplanned"))
+    if listed > _MOST_ROWS:
+        facts.append(("table", f"{listed - _MOST_ROWS:,} more rows, which --json has"))
     if report["converted_from"] is not None:
         facts.append(("converted", f"from {report['converted_from']}"))
     dtype = report["load_model"]["dtype"]
@@ -193,7 +199,7 @@ def _list_facts(report: dict[str, Any]) -> list[tuple[str, str]]:
     facts += [("skipped", _word_skipped(entry)) for entry in report["skipped"]]
     if tensors := sum(row["count"] for row in report["unplanned"]):
         facts.append(("faulty", f"{count(tensors, 'tensor')} in the table, see the errors"))
-    facts += [("absent", line) for line in _word_absent(report["absent"])]
+    facts += [("absent", line) for line in list_first(_word_absent(report["absent"]), _LINES)]
     return facts + [("warning", warning) for warning in report["warnings"]]
 
 

@@ -1,7 +1,8 @@
 """Several checkpoints of one vocabulary side by side: size, perplexity, distance from the first.
 
 At most two models are in memory: the first, which stays, and the one that is compared with it. The
-first's logits are computed again for each of the others, as they take far more memory than it.
+logits of the first are computed again for each of the others: keeping them would take far more
+memory than the model does.
 """
 
 from __future__ import annotations
@@ -57,8 +58,8 @@ class Compared:
       bytes: of all tensors in its files.
       dtype: of activations.
       load_seconds: loading it took.
-      perplexity, nll: as `Perplexity` has them.
-      kl_divergence, top1_agreement: from the first checkpoint, as `Divergence` has them.
+      perplexity, nll: as in `Perplexity`.
+      kl_divergence, top1_agreement: from the first checkpoint, as in `Divergence`.
       tokens_per_second: of the scoring, by this model alone.
     """
 
@@ -88,8 +89,8 @@ def measure_divergence(
 ) -> Divergence:
     """Measure how far a model's predictions of a text are from those of another.
 
-    Both models' logits of one batch of windows are made, and reduced to two numbers per token,
-    inside one jitted function, in float32. Windows and arguments are those of `measure_perplexity`.
+    One jitted function computes both models' logits for a batch of windows, and reduces them to two
+    numbers per token, in float32. Windows and arguments are those of `measure_perplexity`.
 
     Raises:
       InputError: if the text is shorter than a window, or a number is out of range.
@@ -151,7 +152,7 @@ def open_plans(
 
     Args:
       names: folders, or names on the Hugging Face hub.
-      text: what they are to be compared on; all must make the same tokens of it.
+      text: the text to compare them on; all must tokenize it alike.
       follow_links: as in `load_checkpoint`.
 
     Raises:
@@ -181,7 +182,8 @@ def open_plans(
     ]
     if faults:
         raise InputError(
-            f"only checkpoints of one vocabulary can be compared, that of {plans[0].folder}", faults
+            f"only checkpoints with the vocabulary of {plans[0].folder} can be compared with it",
+            faults,
         )
     return plans
 
@@ -198,7 +200,7 @@ def compare_checkpoints(
     batch: int = 1,
     progress: bool | None = False,
 ) -> Iterator[Compared]:
-    """Load and measure one checkpoint after the other; the first is what the others are held to.
+    """Load and measure one checkpoint after the other; the others are compared with the first.
 
     Args:
       plans: from `open_plans`.

@@ -23,8 +23,8 @@ def check_target(path: str) -> None:
     """Check before the work is done that its plot can be drawn and written.
 
     Raises:
-      InputError: if matplotlib is not installed, the ending is no format's, there is no folder, or
-        it cannot be written.
+      InputError: if matplotlib is not installed, the ending is not that of a format, the folder is
+        missing, or the file cannot be written.
     """
     import_extra("matplotlib", "plot")
     target = Path(path)
@@ -39,7 +39,7 @@ def check_target(path: str) -> None:
 
 
 def draw(rows: Sequence[Mapping[str, Any]], path: str | Path, title: str = "") -> None:
-    """Draw rows of a comparison (docs/cli.md); the first is a line that the others are held to.
+    """Draw rows of a comparison (docs/cli.md); the first is a line to compare the others with.
 
     Raises:
       InputError: if matplotlib is not installed, or the file cannot be written.
@@ -62,7 +62,7 @@ def draw(rows: Sequence[Mapping[str, Any]], path: str | Path, title: str = "") -
 
 
 def _draw_panel(axis: Any, rows: Sequence[Mapping[str, Any]], key: str, label: str) -> None:
-    """Points for what has about the smallest one's size, lines for the first and what is larger."""
+    """Points for checkpoints near the smallest one's size, lines for the first and larger ones."""
     others = [row for row in rows[1:] if row[key]]
     limit = _NEAR * min((row["bytes"] for row in others), default=0)
     near = [row for row in others if row["bytes"] <= limit]

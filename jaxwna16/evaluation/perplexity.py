@@ -56,12 +56,12 @@ def measure_perplexity(
     batch: int = 1,
     progress: bool | None = False,
 ) -> Perplexity:
-    """Measure how well a model predicts a text, cut into windows, each of which is read by itself.
+    """Measure how well a model predicts a text. It reads the text in windows, each by itself.
 
-    With a stride below the window, windows overlap, and every token of the text but its first is
+    With a stride below the window, windows overlap, and every token of the text except the first is
     scored once, with at least window - stride tokens before it (where the text has them). The last
-    window ends where the text does. Without one, windows follow each other: the first token of each
-    is only context, and tokens behind the last whole window are left out.
+    window ends where the text does. Without a stride, windows follow each other: the first token of
+    each is only context, and tokens behind the last whole window are left out.
 
     The negative log-likelihood is computed in float32 inside the jitted function, which returns
     one number per token and no logits, and is summed in float64.
@@ -112,10 +112,12 @@ def measure_perplexity(
 
 @dataclasses.dataclass(frozen=True)
 class TextPerplexity:
-    """Perplexity by what does not depend on the tokenizer, as lm-evaluation-harness defines it.
+    """Perplexity by word and by byte, which do not depend on the tokenizer.
+
+    The definitions are those of lm-evaluation-harness.
 
     Attributes:
-      words: how many there are; what stands between white space, `re.split(r"\\s+", text)`.
+      words: how many there are: the parts between white space, `re.split(r"\\s+", text)`.
       bytes: of the text in UTF-8.
       word_perplexity: exp(-loglikelihood / words).
       byte_perplexity: exp(-loglikelihood / bytes).

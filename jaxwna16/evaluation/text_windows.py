@@ -16,8 +16,8 @@ class Windows(NamedTuple):
 
     Attributes:
       tokens: int32 [N, S]; the first token of a window is never scored.
-      scored: int32 [N], how many of a window's last tokens are scored: those that no window before
-        it has scored.
+      scored: int32 [N], how many of a window's last tokens are scored: those that no earlier window
+        has scored.
     """
 
     tokens: np.ndarray
@@ -88,10 +88,10 @@ def check_batch(batch: int, windows: Windows) -> int:
 
 
 def check_finite(found: np.ndarray, windows: Windows, what: str) -> None:
-    """Refuse numbers [N, S - 1] of which one is not finite, whether its token is scored or not.
+    """Check that all numbers [N, S - 1] are finite, also those of tokens that are not scored.
 
     Raises:
-      ModelError: naming the first token of which the number is not finite.
+      ModelError: naming the first token whose number is not finite.
     """
     bad = np.argwhere(~np.isfinite(found))
     if len(bad):

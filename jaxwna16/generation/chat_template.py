@@ -93,7 +93,7 @@ def _name_roles(variables: Mapping[str, Any]) -> str:
 def copy_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Copy messages into fresh dicts of JSON values; keys whose value is None are left out.
 
-    Reasoning, which has three names, gets the two that templates read beside its own.
+    Reasoning may have one of three names. It also gets the two names that templates read.
 
     Raises:
       InputError: if there is no message, or one is not a dict of JSON values with a role.

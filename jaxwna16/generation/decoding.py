@@ -1,7 +1,6 @@
 """The jitted programs of generation: a piece of the prompts, the first tokens, the decode loop.
 
-What a model keeps of the tokens before is its own business: here it is a pytree that goes from one
-call to the next.
+A model's cache is a pytree of any structure, which goes from one call to the next.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ NO_TOKEN = -1
 
 
 class Options(NamedTuple):
-    """What steers the choice of tokens; all arrays, so nothing here is traced anew."""
+    """Options of sampling, as arrays: other values do not trace the programs anew."""
 
     key: Array
     temperature: Array
@@ -38,7 +37,7 @@ class Options(NamedTuple):
 class Scores(NamedTuple):
     """Log-probabilities, float32, of T tokens a row, and of the n likeliest in place of each.
 
-    They are of the model's own distribution, whatever the options made of it.
+    They are of the model's own distribution, before the options change it.
 
     Attributes:
       chosen: [B, T].

@@ -64,8 +64,8 @@ def generate(
       seed: of the draws; the same seed gives the same texts.
       stop: strings; a text ends before the first of them that is complete, wherever its tokens
         begin and end. One that is a token of the vocabulary by itself ("<|im_end|>") ends it, too.
-      logprobs: as in `generate_tokens`: None, or for how many of the likeliest tokens the
-        log-probabilities are wanted, beside those of the chosen ones (`result.logprobs`).
+      logprobs: as in `generate_tokens`: None for no scores, or how many of the likeliest tokens to
+        score beside the chosen one (`result.logprobs`).
       prefill_chunk: as in `generate_tokens`: tokens of each prompt that are run at once.
       stream: called with the new text of each prompt as soon as it is decided, about ten times a
         second or for every token. Joined, it is the prompt's text: what may become a stop string
@@ -85,17 +85,17 @@ def generate(
     prompts, stop = _list_items(prompts), _list_items(stop)
     if strays := [prompt for prompt in prompts if not isinstance(prompt, str)]:
         raise InputError(
-            f"prompts: expected texts, got {strays[0]!r:.60}: for tokens there is generate_tokens, "
-            "for messages tokenizer.encode_chat, which makes tokens of them"
+            f"prompts: expected texts, got {strays[0]!r:.60}: use generate_tokens for tokens, and "
+            "tokenizer.encode_chat to turn messages into tokens"
         )
     if empty := [i for i, prompt in enumerate(prompts) if not prompt]:
         raise InputError(f"prompts {empty} are empty: give each at least one character")
     if tokenizer is None:
         if model.folder is None:
             raise InputError(
-                "the model knows no checkpoint folder, since it was not loaded from one or is what "
-                "nnx.merge, jax.device_put or a jitted function made of such a model: pass "
-                "tokenizer=, or set model.folder"
+                "the model has no checkpoint folder: it was not loaded from one, or nnx.merge, "
+                "jax.device_put or a jitted function made it from such a model; pass tokenizer=, "
+                "or set model.folder"
             )
         tokenizer = Tokenizer.from_folder(model.folder, follow_links=model.follow_links)
     if chat:

@@ -1,4 +1,4 @@
-"""What generation_config.json asks for and we do not do: named, as texts are others without it."""
+"""Settings of generation_config.json that are not applied: they are named, as they change texts."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ _IDLE: dict[str, tuple[Any, ...]] = {
     "token_healing": (False,),
     "watermarking_config": (),
 }
-"""Settings that change what transformers generates greedily, with the values that do not; null and
-what is empty are such everywhere. Those of draws are arguments of `generate`."""
+"""Settings that change greedy texts of transformers, with the values that change nothing; null and
+empty values never do. Settings of sampling are arguments of `generate`."""
 
 
 def describe_unapplied(folder: Path, *, follow_links: bool = False) -> tuple[str, ...]:

@@ -23,9 +23,9 @@ def load_model(
 ) -> CausalLM:
     """Load a language model of one of `families.MODEL_TYPES`, with packed weights or without.
 
-    What some checkpoints hold beside it (a vision tower, layers that predict several tokens at
-    once) is left out by the rules in `jaxwna16.models.filling.skipped`; the model's `warnings` list
-    it, and what generation_config.json asks for and `generate` does not do.
+    Other parts of a checkpoint (a vision tower, layers that predict several tokens at once) are
+    left out by the rules in `jaxwna16.models.filling.skipped`. The model's `warnings` list them,
+    and the settings of generation_config.json that `generate` does not apply.
 
     Args:
       path_or_hub_id: a checkpoint folder, or a name on the Hugging Face hub.
@@ -39,12 +39,12 @@ def load_model(
       An NNX module: `model(tokens)` maps int32 [B, S] to float32 logits [B, S, V].
 
     Raises:
-      CheckpointError: listing every fault of the checkpoint; a head that differs from the embedding
-        which it is tied to is one, and a generation_config.json that is not a JSON object.
+      CheckpointError: listing every fault of the checkpoint. A tied head that differs from the
+        embedding is one, and so is a generation_config.json that is not a JSON object.
       ModelError: if the architecture is not supported, or listing every tensor that is missing,
         unexpected or of another shape.
-      InputError: if `dtype` is another than float32, bfloat16 and float16.
-      BackendError: if the backend is none, or not for this dtype.
+      InputError: if `dtype` is not float32, bfloat16 or float16.
+      BackendError: if there is no such backend, or it does not support this dtype.
 
     Example:
       ```python

@@ -40,8 +40,8 @@ def sample(logits: Array, key: Array, temperature: Array, top_k: Array, top_p: A
 def are_sound(logits: Array) -> Array:
     """Whether each row of logits [B, V] is a distribution; bool [B].
 
-    It is none if a logit is NaN or +inf, or if all are -inf. A part may be -inf: such tokens have
-    the probability 0.
+    It is not if a logit is NaN or +inf, or if all are -inf. Some may be -inf: such tokens have the
+    probability 0.
     """
     # comparisons, and not a maximum: they are False for NaN on every platform
     return (logits < jnp.inf).all(axis=-1) & (logits > -jnp.inf).any(axis=-1)

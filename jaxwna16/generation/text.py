@@ -76,11 +76,11 @@ class Tokenizer:
         """Read tokenizer.json and, where they exist, the files beside it.
 
         As in transformers, chat_template.jinja goes before the `chat_template` of
-        tokenizer_config.json, special_tokens_map.json counts only if that config has no
-        `added_tokens_decoder`, and truncation and padding in tokenizer.json are switched off,
-        and what these files name a special token is one. Unlike there, one that is not in the
-        vocabulary is not added to it: the model has no embedding of it. Nor is a `dropout` of
-        merges applied, with which the same text would be other ids each time.
+        tokenizer_config.json, and special_tokens_map.json counts only if that config has no
+        `added_tokens_decoder`. Truncation and padding in tokenizer.json are switched off. A token
+        that one of these files names as special is special. Unlike in transformers, a special token
+        outside the vocabulary is not added to it: the model has no embedding of it. Nor is a
+        `dropout` of merges applied, with which the same text would be other ids each time.
 
         Args:
           path: the folder.

@@ -38,7 +38,7 @@ STREAM_SECONDS = 0.1
 
 PREFILL_CHUNK = 512
 PREFILL_TOKENS = 8192
-"""Tokens of a row, and of all rows together, in a piece of the prompts if nobody says."""
+"""Default size of a piece of the prompts: tokens of a row, and of all rows together."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -108,9 +108,10 @@ def generate_tokens(
     """Continue each prompt.
 
     Rows are independent: a row's logits do not depend on its neighbours, and with the same seed and
-    the same place in the batch neither do its draws. Nor do they depend on `prefill_chunk` or on
-    `stream`, but for the rounding of sums in another order. A row whose logits are no distribution
-    ends before that token, with the finish reason "nan" and a `NanWarning`; the others go on.
+    the same place in the batch neither do its draws. Nor do they depend on `prefill_chunk` or
+    `stream`, except that sums in another order round differently. A row whose logits are no
+    distribution ends before that token, with the finish reason "nan" and a `NanWarning`; the others
+    go on.
 
     Args:
       prompts: tokens of each: lists, or arrays of NumPy or JAX, also one array [B, S] for all.
@@ -270,7 +271,7 @@ def _finish_rows(
 
 
 _make_cache = jax.jit(CausalLM.make_cache, static_argnums=(1, 2))
-"""Under `jit`, since zeros made one by one are numbers that go to the device in silence."""
+"""Under `jit`, since zeros made one by one would be implicit transfers to the device."""
 
 
 def _send(number: int) -> jax.Array:
@@ -278,7 +279,7 @@ def _send(number: int) -> jax.Array:
 
 
 def _choose_chunk(longest: int, batch: int, prefill_chunk: int | None) -> int:
-    """Tokens of a row in a piece; pieces are about as long as each other if nobody says."""
+    """Tokens of a row in a piece; by default all pieces are about equally long."""
     if prefill_chunk is not None:
         return min(prefill_chunk, round_up(longest))
     limit = max(16, min(PREFILL_CHUNK, PREFILL_TOKENS // batch))

@@ -21,7 +21,7 @@ _LEAVES = ("packed", "scale", "zero_point", "bias", "perm")
 
 
 class QuantParam(nnx.Variable):
-    """An integer leaf of a packed weight: no `nnx.Param`, so optimizers and `nnx.grad` skip it.
+    """An integer leaf of a packed weight. It is no `nnx.Param`: optimizers and `nnx.grad` skip it.
 
     Example:
       ```python
@@ -79,8 +79,8 @@ class QuantDense(nnx.Module):
         Args:
           spec: bits, groups, symmetry and sizes of the weight.
           use_bias: whether there is a bias [N].
-          act_order: whether the weight's input features were reordered: the layer has a `perm` and
-            takes x as x[..., perm].
+          act_order: whether the weight's input features were reordered. The layer then has a `perm`
+            and uses x[..., perm].
           scale_dtype: dtype of the scales: float16, bfloat16 or float32.
           bias_dtype: dtype of the bias; None is `dtype`, or `scale_dtype` where that is None.
           dtype: dtype that x is cast to, and of the result; None leaves x as it is.
@@ -88,7 +88,7 @@ class QuantDense(nnx.Module):
           prefer: "speed" or "memory", see `quant_matmul`.
           kernel_metadata: metadata of `packed`, `scale` and `zero_point`, for instance sharding
             names.
-          rngs: not used; taken so that the layer can stand where `nnx.Linear` stood.
+          rngs: not used; accepted so that the layer can replace an `nnx.Linear`.
 
         Raises:
           SpecError, BackendError: if the values are impossible.
@@ -150,7 +150,7 @@ def check_options(
     for name, value in (("dtype", dtype), ("bias_dtype", bias_dtype)):
         if value is not None:
             check_float_dtype(name, value)
-    # without a dtype every backend may do: the call knows that of x
+    # without a dtype any backend may be possible: only the call knows the dtype of x
     check_backend(backend, jnp.dtype(jnp.bfloat16 if dtype is None else dtype))
     check_prefer(prefer)
 
@@ -168,7 +168,7 @@ def make_start(name: str, leaf: jax.ShapeDtypeStruct) -> jax.Array:
 
 
 def cast_input(x: jax.Array, dtype: Any) -> jax.Array:
-    """x as an array in `dtype`; in its own where that is None."""
+    """x as an array in `dtype`, or in its own dtype if that is None."""
     x = convert_array("x", x)
     return x if dtype is None else x.astype(dtype)
 

@@ -33,8 +33,8 @@ Layer = Callable[[jax.Array], jax.Array]
 def project(x: jax.Array, layers: Sequence[Layer]) -> tuple[jax.Array, ...]:
     """Compute `layer(x)` for each layer.
 
-    All `QuantDense` of one dtype, backend and prefer are one `quant_matmul_many`, whatever their
-    specs. Other layers, a subclass of `QuantDense` among them, are called by themselves.
+    All `QuantDense` layers with the same dtype, backend and prefer run as one `quant_matmul_many`,
+    whatever their specs. Other layers, also subclasses of `QuantDense`, are called one by one.
 
     Args:
       x: [..., K].
@@ -81,12 +81,13 @@ def project(x: jax.Array, layers: Sequence[Layer]) -> tuple[jax.Array, ...]:
 def gated(x: jax.Array, gate: Layer, up: Layer) -> jax.Array:
     """Compute silu(gate(x)) * up(x).
 
-    Two `QuantDense` of one dtype, backend and prefer are one `quant_matmul_gated`, which in 16-bit
-    dtypes rounds less often: in most cases once, at the end. Other layers are called by themselves.
+    Two `QuantDense` layers with the same dtype, backend and prefer run as one `quant_matmul_gated`.
+    In 16-bit dtypes it rounds less often: in most cases once, at the end. Other layers are called
+    one by one.
 
     Args:
       x: [..., K].
-      gate, up: functions of x with results of one shape.
+      gate, up: functions of x with results of the same shape.
 
     Returns:
       [..., N].

@@ -19,15 +19,15 @@ from pallas_kernels.matmul import quant_matmul
 class QuantDense(nn.Module):
     """y = x @ W.T + bias with a packed W[N, K].
 
-    All leaves stand in the collection "params" under the names of the leaf dict, so the tree of a
-    checkpoint serves as it is: `model.apply({"params": checkpoint.params}, x)`. `init` makes zeros,
-    and a `perm` that reorders nothing.
+    All leaves are in the collection "params" under the names of the leaf dict, so the tree of a
+    checkpoint can be used directly: `model.apply({"params": checkpoint.params}, x)`. `init` makes
+    zeros, and a `perm` that reorders nothing.
 
     Attributes:
       spec: bits, groups, symmetry and sizes of the weight.
       use_bias: whether there is a bias [N].
-      act_order: whether the weight's input features were reordered: there is a `perm` int32 [K],
-        and x is taken as x[..., perm].
+      act_order: whether the weight's input features were reordered. The layer then has a `perm`
+        int32 [K] and uses x[..., perm].
       scale_dtype: dtype of the scales that `init` makes; loaded ones keep their own.
       bias_dtype: dtype of the bias that `init` makes; None is `dtype`, or `scale_dtype`.
       dtype: dtype that x is cast to, and of the result; None leaves x as it is.

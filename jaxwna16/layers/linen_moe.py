@@ -45,9 +45,9 @@ class ExpertStack(nn.Module):
 class QuantMoE(nn.Module):
     """y = sum of the chosen experts' act(x @ Wg.T) * (x @ Wu.T) @ Wd.T, weighed by a router.
 
-    All leaves stand in the collection "params" under "w13" and "w2" with the names of the leaf
-    dict, so the tree of a checkpoint serves as it is. Attributes are the arguments of
-    `jaxwna16.QuantMoE`; `scale_dtype` and `bias_dtype` are those that `init` makes.
+    All leaves are in the collection "params" under "w13" and "w2" with the names of the leaf dict,
+    so the tree of a checkpoint can be used directly. Attributes are the arguments of
+    `jaxwna16.QuantMoE`; `scale_dtype` and `bias_dtype` are used by `init` alone.
 
     Raises:
       SpecError, BackendError: if the values are impossible.

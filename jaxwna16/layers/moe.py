@@ -157,7 +157,7 @@ class QuantMoE(nnx.Module):
           backend: None, "triton" or "xla", see `quant_matmul`.
           kernel_metadata: metadata of `packed`, `scale` and `zero_point`, for instance sharding
             names.
-          rngs: not used; taken so that the layer can stand where another stood.
+          rngs: not used; accepted so that the layer can replace another one.
 
         Raises:
           SpecError, BackendError: if the values are impossible.
@@ -226,9 +226,9 @@ class QuantMoE(nnx.Module):
           x: [..., H].
           router_logits: [..., number of all experts].
           correction_bias: of the choice, see `route`.
-          shared: [..., H], what shared experts made of x; it is added.
+          shared: [..., H], the result of shared experts; it is added.
           shared_gate: logits [..., 1]; their sigmoid multiplies `shared`.
-          expert_offset: number of this layer's first expert, where it holds a part of them.
+          expert_offset: id of this layer's first expert, if it holds only a part of them.
 
         Raises:
           SpecError, BackendError, TableError: as `route` and `quant_moe`.
@@ -255,7 +255,7 @@ def check_expert_options(
     scale_dtype: Any,
     bias_dtype: Any,
 ) -> None:
-    """Raise a SpecError or BackendError if no layer can have these; dtypes as `check_options`."""
+    """Raise a SpecError or BackendError if these are impossible; dtypes as `check_options`."""
     dtypes = options.dtype, scale_dtype, bias_dtype
     for name, spec in (("spec13", spec13), ("spec2", spec2)):
         if not isinstance(spec, QuantSpec):
@@ -271,7 +271,7 @@ def check_expert_options(
     wanted = spec2.in_features * (2 if options.gated else 1), spec2.out_features
     if (spec13.out_features, spec13.in_features) != wanted:
         raise SpecError(
-            f"spec13 must have [N, K] = {list(wanted)} beside this spec2, "
+            f"spec13 must have [N, K] = {list(wanted)} to fit spec2, "
             f"got {[spec13.out_features, spec13.in_features]}"
         )
 
@@ -280,7 +280,7 @@ def check_stacks(
     stacks: tuple[Mapping[str, jax.Array], Mapping[str, jax.Array]],
     specs: tuple[QuantSpec, QuantSpec],
 ) -> int:
-    """Count the experts; raise a SpecError if w13 and w2 are no stacks of as many."""
+    """Count the experts; raise a SpecError unless w13 and w2 are stacks of equally many."""
     packed = stacks[0].get("packed") if isinstance(stacks[0], Mapping) else None
     experts = (*getattr(packed, "shape", ()), 0)[0]
     for name, weights, spec in zip(("w13", "w2"), stacks, specs, strict=True):
@@ -315,8 +315,8 @@ def run_experts(
     found = router_logits.shape
     if len(found) != x.ndim or found[:-1] != lead or found[-1] < held:
         raise SpecError(
-            f"router_logits must be [..., E] with [...] = {list(lead)} as x has it, and E at least "
-            f"the {held} experts of this layer, got {list(found)}"
+            f"router_logits must be {[*lead, 'E']}, with E of at least the {held} experts of this "
+            f"layer, got {list(found)}"
         )
     routing = dataclasses.asdict(options.routing)
     ids, factors = route(router_logits, correction_bias=correction_bias, **routing)
@@ -338,7 +338,7 @@ def run_experts(
 
 
 def weigh_shared(shared: jax.Array | None, gate: jax.Array | None) -> jax.Array | None:
-    """`shared` times the sigmoid of its gate's logits, float32; as it is without a gate."""
+    """`shared` times the sigmoid of its gate's logits, float32; unchanged without a gate."""
     if shared is None or gate is None:
         if gate is not None:
             raise SpecError("shared_gate is given without shared")

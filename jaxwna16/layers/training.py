@@ -12,7 +12,7 @@ from jaxwna16.errors import InputError
 
 
 def split_params(params: Any, wrt: Callable[[str], bool] | None = None) -> tuple[Any, Any]:
-    """Split a tree into what is trained and the rest; `merge_params` puts it together again.
+    """Split a tree into the trained leaves and the rest; `merge_params` joins them again.
 
     By default all floats are trained, as `wrt=nnx.Param` does in NNX: norms, biases and embeddings,
     and the scales of packed weights too. Integers never are.
@@ -23,7 +23,7 @@ def split_params(params: Any, wrt: Callable[[str], bool] | None = None) -> tuple
         whether it is trained; None is all of them.
 
     Returns:
-      (trainable, rest), each of the structure of `params`, with None where the other has a leaf.
+      (trainable, rest), both with the structure of `params`, and None where the other has a leaf.
 
     Example:
       ```python
@@ -44,7 +44,7 @@ def split_params(params: Any, wrt: Callable[[str], bool] | None = None) -> tuple
 
 
 def merge_params(trainable: Any, rest: Any) -> Any:
-    """The tree that `split_params` split; the leaves of either part may be new.
+    """Join the two trees that `split_params` returned; their leaves may have changed.
 
     Raises:
       InputError: if the two are not parts of one tree.
@@ -66,5 +66,7 @@ def merge_params(trainable: Any, rest: Any) -> Any:
 
     is_none = lambda leaf: leaf is None  # noqa: E731
     if len({jax.tree.structure(tree, is_leaf=is_none) for tree in (trainable, rest)}) > 1:
-        raise InputError("the two trees differ in structure: give both as split_params made them")
+        raise InputError(
+            "the two trees differ in structure: give both as split_params returned them"
+        )
     return jax.tree.map_with_path(pick, trainable, rest, is_leaf=is_none)

@@ -37,9 +37,9 @@ class Decoder(Protocol):
 
 
 class Beside(Generic[T]):
-    """An attribute that lies beside its object, where NNX does not take it for a part of the graph.
+    """An attribute stored outside its object, so that NNX does not see it as a part of the graph.
 
-    Objects are told apart by identity. What is made of one, a copy too, has the default.
+    Objects are told apart by identity. What is made from one, even a copy, has the default.
     """
 
     def __init__(self, default: T):
@@ -58,7 +58,7 @@ class CausalLM(nnx.Module):
 
     Constructed under `nnx.eval_shape` it holds shapes and no arrays; `fill_model` fills it. It is
     a pytree, so `jax.jit` takes it as an argument. Attribute paths are the checkpoint's own tensor
-    names, but for those that the family's name map changes (`jaxwna16.models.families`).
+    names, except those that the family's name map changes (`jaxwna16.models.families`).
 
     Attributes:
       config: what it was constructed from.
@@ -68,17 +68,17 @@ class CausalLM(nnx.Module):
         So what `nnx.merge`, `jax.device_put` or a jitted function makes of a model has neither,
         until it is given them.
       follow_links: whether files of it are read also where they are links that leave it.
-      warnings: remarks about that checkpoint, what was left out by rule among them.
+      warnings: remarks about that checkpoint, including what was left out by rule.
 
     Args:
       decoder: makes the decoder of a configuration.
       specs: module path ("lm_head", "model.layers.0.mlp.up_proj") -> spec of its packed weight. Of
         experts, `w13` (gate and up) and `w2` are such modules: "model.layers.0.mlp.experts.w13".
-        Modules that are no linears (embeddings, routers) hold floats, also where they have one, and
-        so do experts of which one product has none.
+        Modules that are not linear layers (embeddings, routers) hold floats even if they have a
+        spec. So do experts if one of their two products has none.
       reordered: paths of those whose input features were reordered (act-order).
       dtype: see the attribute.
-      backend: of the quantized linears: None is the best available, a name that one or an error.
+      backend: of the quantized linears; None is the best available, "triton" or "xla" forces one.
 
     Raises:
       ModelError: listing specs that no module has, or that contradict the linear's shape.
@@ -100,7 +100,7 @@ class CausalLM(nnx.Module):
     ):
         self.config = config
         self.dtype = jnp.dtype(dtype)
-        # the names that were ever set are in the graph, so they are to be those of every model
+        # NNX keeps every name that was ever set in the graph, so all models must set the same
         self.folder, self.follow_links, self.warnings = None, False, ()
         linears = Linears(specs or {}, self.dtype, backend, reordered)
         self.model = decoder(config, linears)
@@ -180,5 +180,5 @@ def _read_tokens(value: Any, vocab_size: int) -> Array:
 
 @jax.jit
 def run_layer(layer: Callable[..., Any], *arguments: Any) -> Any:
-    """`layer(*arguments)`, so that layers of one shape are traced once and not once each."""
+    """`layer(*arguments)`, jitted so that layers of one shape are traced once, not once each."""
     return layer(*arguments)

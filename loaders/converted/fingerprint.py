@@ -1,9 +1,10 @@
 """The fingerprint of a checkpoint: what its files were when a converted copy was made of them.
 
-While the files are where they were, a copy is good only for as long as they are what they were:
-else somebody who mends or replaces a checkpoint would go on computing with the old one. Compared
-are config.json, the index, and of each shard size, header and time of change. Only if nothing but
-the time is another are the contents of a shard read. Files that are gone say nothing.
+If the source is still at its place, a copy is valid only as long as the source has not changed.
+Otherwise somebody who corrects or replaces a checkpoint would go on computing with the old one.
+config.json, the index, and the size, header and time of change of each shard are compared. The
+contents of a shard are read only if nothing but its time has changed. Files that are gone are not
+compared.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ def take_fingerprint(
     Args:
       folder: of the checkpoint.
       names: from `list_files`.
-      report: called with the number of bytes read, for every piece.
+      report: called with the number of bytes read, forevery piece.
 
     Raises:
       OSError: if one cannot be read.
@@ -100,7 +101,7 @@ def check_source(source: Fingerprint, manifest: str) -> tuple[list[Fault], list[
         elif touched and taken.header_sha256:
             warnings.append(
                 f"{folder / name} was touched since it was converted: its contents are the same, "
-                f"but were read to know that ({_AGAIN} to save the time)"
+                f"but had to be read to find out ({_AGAIN} to save the time)"
             )
     for name in (SINGLE, INDEX):
         if name not in source.files and os.path.lexists(folder / name):
@@ -121,10 +122,10 @@ def _find_change(file: io.FileIO, taken: FilePrint) -> str:
         return f"it has {found.st_size} bytes, it had {taken.size}"
     if taken.header_sha256:
         if _hash_header(file) != taken.header_sha256:
-            return "its header is another one"
+            return "its header differs"
         if found.st_mtime_ns == taken.mtime_ns:
             return ""
-    return "" if _hash(file, lambda _: None) == taken.sha256 else "its contents are others"
+    return "" if _hash(file, lambda _: None) == taken.sha256 else "its contents differ"
 
 
 def _hash_header(file: io.FileIO) -> str:

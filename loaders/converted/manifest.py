@@ -267,7 +267,7 @@ def _parse_leaf(entry: Mapping[str, Any]) -> Leaf:
 
 
 def _check_names(leaves: Mapping[str, Leaf]) -> Iterator[Fault]:
-    """Leaves that would stand in the place of a part of the tree."""
+    """The faults of leaves whose names are also paths of other leaves."""
     for name in leaves:
         path = name
         while path := path.rpartition(".")[0]:

@@ -51,7 +51,7 @@ def read_config(folder: Path, *, follow_links: bool = False) -> dict[str, Any]:
     """
     if not os.path.isdir(folder):
         raise CheckpointError(
-            folder, [Fault("this is not a folder", way_out="name a checkpoint folder")]
+            folder, [Fault("this is not a folder", way_out="give the path of a checkpoint folder")]
         )
     return read_json(folder, CONFIG, follow_links=follow_links)
 
@@ -110,13 +110,13 @@ def scan_tensors(folder: Path, *, follow_links: bool = False) -> Scan:
             for name in sorted(expected - header.keys())
         ]
         faults += [
-            Fault(f"stands in {shard}, but not in the index for it", shard, name, _AGAIN)
+            Fault(f"is in {shard}, but not in the index for it", shard, name, _AGAIN)
             for name in sorted(header.keys() - expected)
         ]
         tensors |= header
     if SINGLE not in names and os.path.lexists(folder / SINGLE):
         # transformers reads the one file, vLLM the shards
-        what = f"{SINGLE} is there too, which the index does not name: one is of another model"
+        what = f"{SINGLE} is there too, but the index does not name it: they are two models"
         way_out = f"remove {INDEX} if {SINGLE} is the model, else {SINGLE}"
         faults.insert(0, Fault(what, INDEX, way_out=way_out))
     absent = {name: shard for name, shard in weight_map.items() if name not in tensors}

@@ -19,8 +19,8 @@ _V2 = ("memory.max", "memory.current", "")
 def require_memory(folder: Path, arrays: int, beside: int) -> None:
     """Refuse a checkpoint whose arrays alone are larger than the memory that they go to.
 
-    That is the memory of JAX's default device. What reading takes beside them decides nothing: it
-    is an upper bound, and a checkpoint that might just fit is not refused.
+    That is the memory of JAX's default device. The memory for reading does not count: it is an
+    upper bound, and a checkpoint that might just fit is not refused.
 
     Args:
       folder: the checkpoint.

@@ -1,8 +1,8 @@
 """A new checkpoint folder: safetensors shards and the small files beside them.
 
-Everything goes into a hidden folder beside the destination, which gets its name at the very end,
-when all is on the disk: a crash or a kill never leaves half a checkpoint under the final name. What
-it leaves is under the hidden name, where the next call finds and removes it. Memory: one shard.
+Everything goes into a hidden folder beside the destination. The folder gets its final name at the
+very end, when all is on the disk, so a crash or a kill never leaves half a checkpoint under that
+name. What it leaves has the hidden name; the next call removes it. Memory: one shard.
 """
 
 from __future__ import annotations

@@ -91,7 +91,7 @@ class TensorInfo:
 
 
 def open_file(path: Path) -> io.FileIO:
-    """Open a regular file; a pipe or a device, which could block for ever, is never read.
+    """Open a regular file; a pipe or a device, which could block forever, is never read.
 
     Raises:
       OSError: if there is no file that can be read.
@@ -237,14 +237,14 @@ def refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Make a JSON object as json's `object_pairs_hook`, which by itself keeps the last of a key.
 
     Raises:
-      ValueError: naming the keys that stand twice.
+      ValueError: naming the duplicate keys.
     """
     table = dict(pairs)
     if len(table) != len(pairs):
         counts = Counter(name for name, _ in pairs)
         twice = sorted(name for name, count in counts.items() if count > 1)
         more = f" and {len(twice) - 8} more" if len(twice) > 8 else ""
-        raise ValueError(f"keys that stand twice: {', '.join(twice[:8])}{more}")
+        raise ValueError(f"duplicate keys: {', '.join(twice[:8])}{more}")
     return table
 
 

@@ -108,7 +108,7 @@ def plan_transposed(
     folder, file = (info := next(iter(found.values()))).file.parent, info.file.name
     if not isinstance(scheme, TransposedScheme):
         what = "the module is packed, but quantization_config says that it is not converted"
-        way_out = "mend lm_head, modules_to_not_convert, dynamic or extra_config in config.json"
+        way_out = "correct lm_head, modules_to_not_convert, dynamic or extra_config in config.json"
         raise CheckpointError(folder, [Fault(what, file, path, way_out)])
     packed, required = found.get("weight_packed"), ["weight_packed", "weight_scale"]
     if scheme.words == GPTQ or not scheme.symmetric:

@@ -12,9 +12,9 @@ along N, eight values to a word; the value at bits 4 i of it is that of output f
 have no sign: w = (u - z) * s.
 
 Of a zero point z the file holds z, or z - 1 where the format is "gptq" (auto_gptq 0.7.1,
-`nn_modules/qlinear/qlinear_cuda.py`). GPTQModel takes the 1 from whole words, so that a z of 0
-borrows from the next one (`utils/model.py`, `convert_gptq_v2_to_v1_format_module`), but for 3 bits
-from each value, modulo 8; adding it back in the same way gives z, whatever it is.
+`nn_modules/qlinear/qlinear_cuda.py`). GPTQModel subtracts the 1 from whole words, so that a z of 0
+borrows from the next one (`utils/model.py`, `convert_gptq_v2_to_v1_format_module`). At 3 bits it
+subtracts from each value, modulo 8. Adding the 1 back in the same way always gives z.
 
 As in `pallas_kernels.format.layout`, NumPy arrays are computed with in NumPy and JAX arrays in XLA.
 """

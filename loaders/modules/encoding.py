@@ -3,7 +3,7 @@
 compressed-tensors packs values of 1, 2, 4 and 8 bits alike in all its versions. Other widths are
 "aligned" up to 0.17 (32 // bits whole values in a word, the rest of it unused) and a dense "stream"
 of bits from 0.18 on. Both fill ceil(length / (32 // bits)) or ceil(length * bits / 32) words, which
-tells them apart but for small layers; then the version decides, and without it nothing does.
+tells them apart except for small layers. There the version decides, and without it nothing does.
 
 Zero points are packed like the weight from 0.9.4 on ("words"); before, they are int8 ("bytes"), and
 up to 0.9.2 they are left out where all of a module are 0 ("zeros").
@@ -13,8 +13,8 @@ zero points are there also where the weight is symmetric, and may be stored as o
 ("less_one…").
 
 What has no kernel of its own is widened exactly: 1, 2 and 3 bits to 4, 5, 6 and 7 to 8. The last
-group of AutoAWQ and GPTQ is short where the group size does not divide K, which no kernel knows:
-groups are divided into smaller ones, all of a size, with the scale of theirs.
+group of AutoAWQ and GPTQ is short if the group size does not divide K, which no kernel supports. So
+groups are divided into smaller ones of equal size, each with the scale of its group.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def choose_encoding(
 ) -> Encoding:
     """Tell how a module's integers are encoded, from the shapes and dtypes of its tensors.
 
-    Where they contradict every encoding, it is any one: checking the tensors then says how.
+    If they fit no encoding, any one is returned: the check of the tensors then reports the faults.
 
     Args:
       path: the module's.

@@ -206,7 +206,7 @@ def _list_missing(path: str, parts: _Parts, experts: int) -> Iterator[Fault]:
         yield Fault(what, tensor=path, way_out="download the checkpoint again")
     if excess := numbers.difference(known):
         what = f"expected the {experts} experts of config.json, found also {write_ranges(excess)}"
-        yield Fault(what, tensor=path, way_out="mend config.json if it is wrong")
+        yield Fault(what, tensor=path, way_out="correct config.json if it is wrong")
     first = ("gate_up",) if "gate_up" in kinds else ("gate", "up") if "gate" in kinds else ("up",)
     name, _ = next(iter(parts.values()))
     spellings = _MIXTRAL if name.endswith(tuple(_MIXTRAL)) else _KINDS
@@ -234,7 +234,7 @@ def _list_unlike(path: str, parts: _Parts) -> Iterator[Fault]:
             alike[_describe(member)][projection].append(expert)
         if len(shapes) > 1:
             found = "; ".join(f"{text} in {_list_experts(where)}" for text, where in alike.items())
-            what = f"the experts of one product must have one shape and bias, found {found}"
+            what = f"the experts of one product must have the same shape and bias, found {found}"
             yield Fault(what, tensor=path, way_out="quantize the model again")
 
 

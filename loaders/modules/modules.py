@@ -82,7 +82,7 @@ def plan_modules(
     faults = []
     if scheme is None:
         what = "the module is packed, but no target of config_groups matches it, or it is ignored"
-        faults.append(Fault(what, file.name, path, "mend quantization_config in config.json"))
+        faults.append(Fault(what, file.name, path, "correct quantization_config in config.json"))
     if scheme is None or "weight_shape" not in found:
         faults += [
             Fault("the tensor is missing", file.name, f"{path}.{role}")
@@ -178,11 +178,12 @@ def _read_stacked_sizes(
 
 
 def _check_joint_zero_points(info: TensorInfo | None, spec: QuantSpec, encoding: Encoding) -> None:
-    """Refuse zero points of gate and up of which nobody can tell how they were packed.
+    """Refuse zero points of gate and up if nobody can tell how they were packed.
 
-    compressed-tensors packs those of [E, 2I, K] together along 2I; a tool that merges packed
-    experts puts the words of I behind those of I. It is the same if I values fill whole words, and
-    shows in the shape if not, but for I values that fill more than half of their last word.
+    compressed-tensors packs those of [E, 2I, K] together along 2I. A tool that merges packed
+    experts puts the words of up behind those of gate. If I values fill whole words, both are the
+    same. If not, the shape tells which it is, unless I values fill more than half of their last
+    word.
     """
     if info is None or encoding.zero_points != "words":
         return
@@ -191,7 +192,7 @@ def _check_joint_zero_points(info: TensorInfo | None, spec: QuantSpec, encoding:
     if apart == together and not encoding.fills_words(half):
         what = (
             f"zero points of {half} gate and {half} up features: packed together or one after the "
-            "other, the words are as many and mean something else"
+            "other, they fill equally many words with different meanings"
         )
         raise _error(info, what, PER_EXPERT)
 

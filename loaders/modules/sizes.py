@@ -29,8 +29,8 @@ def find_sizes(
       unsound: names of files of which nothing but the header is to be read.
 
     Returns:
-      Sizes by path, but for modules without a `weight_shape` or with one too large to be any.
-      Where neither the file nor the headers tell K, it is the largest that the words can hold.
+      Sizes by path, except for modules whose `weight_shape` is missing, or too large to be one. If
+      neither the file nor the headers tell K, it is the largest that the words can hold.
     """
     told: dict[str, np.ndarray] = {}
     asked: dict[str, TensorInfo] = {}

@@ -49,7 +49,7 @@ class QuantizationConfig:
       ignore: names, patterns and classes of what is not quantized.
       version: of the compressed-tensors that wrote the config, or "".
       remarks: what is odd, but no fault.
-      absent: what stands where config.json should say it ("is null"), "" where it says it.
+      absent: how config.json lacks the section ("is null"), "" if it has it.
     """
 
     targets: tuple[tuple[str, Scheme | Refusal | None], ...] = ()

@@ -1,8 +1,7 @@
 """One group of `config_groups`: which scheme its weights have, or why they cannot be read.
 
 The fields and their defaults are those of compressed-tensors' `QuantizationScheme` and
-`QuantizationArgs`; a field that is null is one that is left out, but for `symmetric` and
-`num_bits`.
+`QuantizationArgs`. A null field counts as left out, except `symmetric` and `num_bits`.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ REQUANTIZE = (
     "decompress it with compressed-tensors and `jaxwna16 quantize` it, or quantize the original "
     "model to W4A16 or W8A16"
 )
-MEND = "mend config.json"
+MEND = "correct config.json"
 _SIDES = ("input_activations", "output_activations")
 _GROUP_FIELDS = {"targets", "weights", "format", *_SIDES}
 _WEIGHT_FIELDS = {

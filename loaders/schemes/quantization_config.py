@@ -55,7 +55,7 @@ def parse_quantization(
     (field, raw), *others = places
     parsed, faults = _parse(raw, field)
     remarks = tuple(
-        f"{FILE}: {other} says something else than {field}, and is not read"
+        f"{FILE}: {other} differs from {field}, and is not read"
         for other, its in others
         if its != raw and _parse(its, field)[0] != parsed
     )
@@ -71,7 +71,7 @@ def drop_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def says_quantization(config: Mapping[str, Any]) -> bool:
-    """Whether config.json says anything of quantization, be it that there is none."""
+    """Whether config.json mentions quantization, even if only to say that there is none."""
     return drop_quantization(config) != dict(config)
 
 

@@ -32,9 +32,9 @@ def expand_slabs(
 ) -> Iterator[tuple[slice, jax.Array]]:
     """Compute W as `expand` does, but in the order of the tiles.
 
-    Every axis is one that the packed words have too, so XLA's loops run over contiguous words and
-    vectorise: about 3 times as fast on a CPU as `expand`. A last tile that is not full is a part of
-    its own, since padding inside the loop would undo that.
+    The results have the axes of the packed words, so XLA's loops run over contiguous words and
+    vectorise. On a CPU this is about 3 times as fast as `expand`. If the last tile is not full, it
+    is a part of its own, since padding inside the loop would prevent that.
 
     Yields:
       The slabs covered (of 32 input features each) and their weights, float32
@@ -78,8 +78,8 @@ def _multiply_rounded(q: jax.Array, scale: jax.Array) -> jax.Array:
     scale's dtype. q - zero_point has at most 9 bits, so it is exact there and only the product
     rounds; here the product is exact in float32 and rounded once to the same value. For bfloat16
     that is written out in integers (round to nearest even), since XLA may skip a float32 ->
-    bfloat16 -> float32 round trip, and its `reduce_precision` is slower. A NaN stays one:
-    a bfloat16's payload leaves the lower half free. For float16 XLA keeps the round trip, which
+    bfloat16 -> float32 round trip, and its `reduce_precision` is slower. A NaN stays NaN, since the
+    payload of a bfloat16 leaves the lower half free. For float16 XLA keeps the round trip, which
     handles subnormals.
     """
     if scale.dtype == jnp.float16:
@@ -113,14 +113,14 @@ def dequantize(weights: Mapping[str, jax.Array], spec: QuantSpec, dtype=None) ->
 
     Args:
       weights: leaf dict of one weight (see `pallas_kernels.format.weights`), or of stacked experts.
-      spec: the static facts of one.
-      dtype: dtype of the result; None is the scale's dtype, in which the result equals
+      spec: the spec of one weight.
+      dtype: dtype of the result; None means the scale's dtype. In that dtype the result equals
         compressed-tensors' `decompress` bit for bit (float32 results below 2^-126 are flushed to
         zero, as XLA does on CPU).
 
     Returns:
-      [N, K], for experts [E, N, K], computed in the scale's dtype and then cast to `dtype`; also
-      with "perm" in the order of the input features.
+      [N, K], for experts [E, N, K], computed in the scale's dtype and then cast to `dtype`. Columns
+      are in the original order of the input features, with "perm" too.
 
     Raises:
       SpecError: if the arrays contradict the spec.

@@ -2,8 +2,8 @@
 
 Three forms of the same integers, all without a sign (u = q + 2^(bits-1)):
 
-* words, uint32 [rows, ceil(columns * bits / 32)]: the checkpoint's little-endian bit stream, of
-  values of 1 to 8 bits; a weight has 4 or 8 from then on;
+* words, uint32 [rows, ceil(columns * bits / 32)]: the checkpoint's little-endian bit stream. Its
+  values have 1 to 8 bits; the other two forms have 4 or 8;
 * codes, uint8 [rows, columns]: one integer per element, the form that a person would check;
 * tiles, uint16 [ceil(N/64), ceil(K/tile_k), 64, 32] with tile_k = 32 * planes, planes = 16 / bits:
 
@@ -41,12 +41,12 @@ def codes_from_words(words: Array, bits: int, columns: int, *, aligned: bool = F
       words: the stream of each row.
       bits: of a value, 1 to 8.
       columns: values of a row.
-      aligned: a word holds 32 // bits whole values; else values may begin in one word and end in
-        the next. No difference where `bits` divides 32.
+      aligned: whether a word holds 32 // bits whole values. Otherwise a value may begin in one word
+        and end in the next. Both are the same if `bits` divides 32.
 
     Raises:
-      SpecError: if the row length in words is not what `columns` values fill, or the dtype not
-        uint32.
+      SpecError: if rows have another number of words than `columns` values fill, or the dtype is
+        not uint32.
     """
     aligned = aligned or 32 % bits == 0
     count = -(-columns // (32 // bits)) if aligned else -(-columns * bits // 32)

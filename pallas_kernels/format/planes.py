@@ -1,12 +1,13 @@
 """One plane of 16-bit words -> q - zero_point in 16-bit floats, without any conversion.
 
-A field written into the lowest bits of the significand of a power of two is that power plus the
-field: in bfloat16 0x4300 is 128 with a unit of 1 in the last place, in float16 0x6400 is 1024 with
-a unit of 1, and 0x5400 is 64 with a unit of 1/16, which reads a field four bits further up in
-place. One addition then takes the power and the zero point away together. All of it is exact.
+Write a field into the lowest bits of the significand of a power of two: the result is the power
+plus the field, in units of the last place. In bfloat16, 0x4300 is 128 with a unit of 1. In float16,
+0x6400 is 1024 with a unit of 1, and 0x5400 is 64 with a unit of 1/16, which reads a field four bits
+further up without a shift. One addition then subtracts the power and the zero point together. All
+of it is exact.
 
-Only 7 bits fit below bfloat16's power. For 8 bits, bit 7 is therefore taken apart: flipped, it
-makes the power 256 instead of 128, and the difference of both halves is the signed integer.
+Only 7 bits fit below bfloat16's power. For 8 bits, bit 7 therefore becomes a second number: 128 if
+it is set, 256 if not. The difference of the two numbers is the signed integer.
 
 Each form exists twice, as the same function: in plain array operations, which run anywhere, and as
 the PTX text that NVIDIA GPUs run, two words (one 32-bit register) at a time.
@@ -34,7 +35,7 @@ class Plane:
       shift: right shift of the word before its field is taken.
       field: mask of the field in the shifted word.
       magic: the power of two, as bits of `dtype`.
-      lead: what `u - q` and the power are together, an integer: float(bits) = q + lead.
+      lead: the sum of `u - q` and the power, an integer: float(bits) = q + lead.
       asm: PTX from words $1 and addends $2 (both in pairs) to the sum $0.
     """
 
@@ -48,7 +49,7 @@ class Plane:
 
 
 def describe_plane(bits: int, plane: int, dtype) -> Plane:
-    """The way to read plane `plane` of words with fields of `bits` bits (4 or 8) into `dtype`."""
+    """How to read plane `plane` of words with fields of `bits` bits (4 or 8) into `dtype`."""
     name = jnp.dtype(dtype).name
     if bits == 8:
         return _describe_bytes(plane, name)

@@ -20,7 +20,7 @@ def quantize(w: jax.Array, spec: QuantSpec, *, scale_dtype=jnp.bfloat16) -> dict
 
     The formulas are those of compressed-tensors (`quantization/utils/helpers.py`,
     `calculate_qparams`, and `forward_helpers.py`, `_quantize`) with `scale_dtype` set, in float32.
-    Not under `jax.jit`, `jax.vmap` or `jax.eval_shape`: it looks at the numbers to check them.
+    It checks the numbers, so it does not run under `jax.jit`, `jax.vmap` or `jax.eval_shape`.
     With a = 2^bits - 1 and lo = -2^(bits-1), over each group widened to hold 0:
 
         symmetric:   scale = max |w| / (a / 2),       q = round(w / scale)
@@ -68,7 +68,7 @@ def quantize(w: jax.Array, spec: QuantSpec, *, scale_dtype=jnp.bfloat16) -> dict
         valid = bool(finite)
     except jax.errors.TracerBoolConversionError:
         raise SpecError(
-            "quantize looks at the numbers of w, which a traced array does not have yet: "
+            "quantize checks the values of w, and a traced array has none yet: "
             "call it outside jax.jit, jax.vmap and jax.eval_shape"
         ) from None
     ranges = np.asarray(least), np.asarray(most)
@@ -91,8 +91,8 @@ def _choose_parameters(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Scale in `scale_dtype` and zero point int8 (0 if symmetric), [N, G], of float32 ranges.
 
-    By NumPy: XLA would multiply by the reciprocal of a constant, and may skip the rounding to
-    bfloat16 where a float32 follows ("excess precision"). Either changes integers.
+    NumPy computes them: XLA would multiply by the reciprocal of a constant, and may skip the
+    rounding to bfloat16 before a float32 ("excess precision"). Either changes integers.
     """
     low, steps = -spec.offset, 2**spec.bits - 1
     # what overflows is infinite, which the caller refuses
@@ -119,7 +119,7 @@ def _round(
     low, high = -spec.offset, spec.offset - 1
     groups = _group(w, spec)
     divisor = jnp.broadcast_to(scale.astype(jnp.float32)[:, :, None], groups.shape)
-    # the barrier keeps the division: by a broadcast, XLA would multiply with the reciprocal
+    # the barrier keeps the division: XLA would multiply by the reciprocal of a broadcast
     shifted = (
         groups / lax.optimization_barrier(divisor) + zero_point.astype(jnp.float32)[:, :, None]
     )

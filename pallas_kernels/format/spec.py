@@ -1,4 +1,4 @@
-"""`QuantSpec`: everything about a packed weight that is known before its numbers are."""
+"""`QuantSpec`: the static facts of a packed weight."""
 
 from __future__ import annotations
 
@@ -19,8 +19,7 @@ _BITS = (4, 8)
 class QuantSpec:
     """The static facts of one quantized weight W[N, K] with `W = (q - zero_point) * scale`.
 
-    Frozen and hashable, so it can be a static argument of `jax.jit`; it never stands in a param
-    tree.
+    Frozen and hashable, so it can be a static argument of `jax.jit`. It is never in a param tree.
 
     Attributes:
       bits: width of the integers q, 4 or 8; q lies in [-2^(bits-1), 2^(bits-1) - 1].
@@ -73,8 +72,8 @@ class QuantSpec:
             )
         if self.layout_version != LAYOUT_VERSION:
             raise SpecError(
-                f"arrays in tile layout version {self.layout_version}, this release reads version "
-                f"{LAYOUT_VERSION}: load the original checkpoint again"
+                f"the arrays have tile layout version {self.layout_version}, this release reads "
+                f"version {LAYOUT_VERSION}: load the original checkpoint again"
             )
 
     @property
@@ -94,7 +93,7 @@ class QuantSpec:
 
     @property
     def is_mixed(self) -> bool:
-        """Whether a slab of 32 input features may meet two groups."""
+        """Whether a slab of 32 input features may span two groups."""
         return self.groups > 1 and self.group_size % SLAB_K != 0
 
     @property
@@ -119,5 +118,5 @@ class QuantSpec:
 
     @property
     def offset(self) -> int:
-        """What is added to q to store it without a sign: 2^(bits-1)."""
+        """2^(bits-1), which is added to q to store it without a sign."""
         return 1 << (self.bits - 1)

@@ -4,10 +4,10 @@
     scale       float16 | bfloat16 | float32 `spec.scale_shape` = [G, N padded to 64]
     zero_point  int8 `spec.scale_shape`      signed; absent when symmetric
     bias        float [N]                    optional
-    perm        int32 [K]                    optional (act-order): x is taken as x[..., perm]
+    perm        int32 [K]                    optional (act-order): the product uses x[..., perm]
 
-Padding (rows past N) holds zeros in all of them. Experts are stacked: each leaf then has one more
-axis in front, of size E.
+Padding (rows past N) is zero in every leaf. The leaves of stacked experts have one more axis in
+front, of size E.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ def make_abstract(
     Args:
       spec: the weight.
       scale_dtype: of the scales.
-      bias_dtype: of the bias; None is no bias.
+      bias_dtype: of the bias; None for no bias.
       act_order: whether there is a `perm`.
-      experts: E, of stacked experts; None is one weight.
+      experts: E of stacked experts; None for one weight.
     """
     leaves = {
         "packed": jax.ShapeDtypeStruct(spec.packed_shape, jnp.uint16),

@@ -1,14 +1,14 @@
 """Which token meets which expert, as blocks of rows that share one expert.
 
 A *pair* is one choice of one token: pair t * top_k + j is token t with its j-th expert. Pairs are
-ordered by expert (within one by number), and each expert's are padded to whole blocks, so that a
-block is a small product with one weight:
+ordered by expert (for one expert, by number). The pairs of each expert are padded to whole blocks,
+so that a block is a small product with one weight:
 
     expert:  0 0 0 0 0 | 0 . . . . | 2 2 2 . . | 5 5 5 5 5 | ...      rows of blocks of 5
              block 0     block 1     block 2     block 3
 
-How many blocks there are depends on the ids; arrays have the size of the worst case. A stable sort
-gives them, in n log n of the pairs. (While there are few, a GPU has one kernel that needs none,
+The number of blocks depends on the ids; arrays have the size of the worst case. A stable sort finds
+the blocks, in O(P log P) for P pairs. (For few pairs, a GPU uses one kernel without a sort,
 `pallas_kernels.triton.grouping`.)
 """
 
@@ -43,7 +43,7 @@ def count_blocks(pairs: int, experts: int, block: int) -> int:
 
 
 def find_local(ids: jax.Array, experts: int, offset: jax.Array | int) -> jax.Array:
-    """ids - offset, int32; `experts` where that is no expert of 0 .. experts - 1."""
+    """ids - offset, int32; `experts` where that is not in 0 .. experts - 1."""
     local = ids.astype(jnp.int32) - offset
     return jnp.where((local >= 0) & (local < experts), local, experts)
 
@@ -52,7 +52,7 @@ def group_pairs(local: jax.Array, experts: int, block: int) -> Blocks:
     """Group pairs by expert.
 
     Args:
-      local: int32 [P], the expert of each pair, E for a pair without one here.
+      local: int32 [P], the expert of each pair; E if that expert is not here.
       experts: E.
       block: rows of a block.
     """

@@ -63,8 +63,8 @@ def fix_schedule(schedule: Any) -> Iterator[None]:
     """Trace every product of the Triton backend inside with `schedule`, for timing and tests.
 
     A `Schedule` is for dense products, `pallas_kernels.tiles.expert_tiles.MoeTiles` for experts;
-    the others are chosen as ever. A function that `jax.jit` has traced before keeps what it was
-    traced with.
+    the other kind is chosen as usual. A function that `jax.jit` has traced before keeps its
+    schedule.
     """
     token = _fixed.set(schedule)
     try:
@@ -74,7 +74,7 @@ def fix_schedule(schedule: Any) -> Iterator[None]:
 
 
 def get_fixed(kind: Any) -> Any:
-    """What `fix_schedule` asks for, None unless it is of this kind."""
+    """The schedule that `fix_schedule` has set, None unless it is of this kind."""
     fixed = _fixed.get()
     return fixed if isinstance(fixed, kind) else None
 
@@ -85,7 +85,7 @@ def choose(
     """The schedule of one product: a fixed one, else from the device's table, else by rule.
 
     Args:
-      spec: the weight; of several that share x, one with their features together.
+      spec: the weight. For several that share x, one whose N is the sum of theirs.
       tokens: M >= 1.
       x_dtype: bfloat16 or float16.
       scale_dtype: of the weight's scales.
@@ -152,7 +152,7 @@ def fit(tiles: Tiles, spec: QuantSpec, x_dtype, scale_dtype, device: Device) -> 
 
 
 def _has_many_sums(spec: QuantSpec, tiles: Tiles, device: Device) -> bool:
-    """Whether a sum for each group and token was seen not to fit into registers."""
+    """Whether the sums for each group and token did not fit into registers, in machine code."""
     few_tokens = tiles.block_m < (64 if device.is_hopper else 32)
     return spec.groups > 1 and spec.group_size < 128 and not few_tokens
 
@@ -169,7 +169,7 @@ def _choose_decode(spec: QuantSpec, block_m: int, device: Device, *, wide: bool)
     few = spec.groups == 1 or spec.group_size >= least
     small = block_m <= 16 or (spec.bits == 8 and (block_m <= 32 or device.is_hopper))
     pair = spec.tiles_k % 2 == 0 and few and small and not spec.is_mixed
-    # Wide where x weighs: each program reads all of its K again.
+    # Wide where reading x is the cost: each program reads all of its K again.
     large = device.is_hopper and spec.bits == 4 and block_m in (16, 32) and spec.tiles_n >= 64
     wide = wide and large
     # With fewer stages the assembler was seen to spill, or to spend more instructions.
@@ -208,10 +208,11 @@ def _choose_splits(spec: QuantSpec, tiles: Tiles, device: Device, copies: int = 
 
 
 def count_programs(tiles: Tiles, spec: QuantSpec, device: Device) -> int:
-    """How many programs a core gets: two, or one where that one fills the tensor memory.
+    """How many programs a core gets: two, or one if a single one fills the tensor memory.
 
     As the compiler was seen to lay it out, each slab of a step has columns of its own, for its sums
-    and for half as many weights as there are features, unless sums of groups are kept apart.
+    and for half as many weights as there are features. Slabs share columns if the sums of groups
+    are kept apart.
     """
     is_apart = spec.groups > 1 and not spec.is_mixed and tiles.scale_on == "sum"
     slabs = 1 if is_apart else tiles.block_k // SLAB_K
@@ -224,7 +225,7 @@ def _count_steps(spec: QuantSpec, tiles: Tiles) -> int:
 
 
 def _even_out(spec: QuantSpec, tiles: Tiles, splits: int) -> int:
-    """At most `splits`, such that each has a step where all take as many, but perhaps the last."""
+    """At most `splits`, none of them empty; all but perhaps the last take equally many steps."""
     steps = _count_steps(spec, tiles)
     return -(-steps // -(-steps // splits))
 

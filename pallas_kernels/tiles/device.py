@@ -1,4 +1,4 @@
-"""The GPU that a function is traced for: a few facts that the choice of tiles rests on."""
+"""The GPU that a function is traced for: the few facts that decide its tiles."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Device:
 
 
 UNKNOWN = Device("unknown", 132)
-"""Stands for a GPU that is not there and that nobody described."""
+"""Stands for an absent GPU that nobody described."""
 
 
 def find_device() -> Device:

@@ -1,7 +1,7 @@
 """The entries of a table of tuned tiles, and which of them serves a product.
 
-An entry stands for what is near the shape that was timed: its sizes and the number of tokens within
-a factor of two, groups of the same class. The nearest one is used.
+An entry serves products near the shape that was timed: sizes and number of tokens within a factor
+of two, and groups of the same class. The nearest entry is used.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ MAX_TOKENS = 4096
 
 
 def classify_group(group_size: int) -> int:
-    """The class of a group size, 32, 64 or 128: the next one up, and the last for all above.
+    """The class of a group size: rounded up to 32, 64 or 128, and 128 for all larger ones.
 
-    Groups differ to a kernel by how many scales it meets in a step along K, and a step is hardly
-    longer than 128.
+    To a kernel, only the number of scales in a step along K matters, and a step is hardly longer
+    than 128.
     """
     return next((size for size in GROUP_CLASSES if group_size <= size), GROUP_CLASSES[-1])
 
@@ -38,10 +38,10 @@ def round_up_bucket(tokens: int) -> int:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Timed:
-    """What all entries have.
+    """The fields of every entry.
 
     Attributes:
-      SIZES: names of the fields that must be near.
+      SIZES: names of the size fields, which must be near.
       bits: 4 or 8.
       group_size: 32, 64 or 128; any other becomes its class, see `classify_group`.
       tokens: M that was timed, as a power of two up to 4096; any other is rounded up.
@@ -61,17 +61,17 @@ class _Timed:
 
     @property
     def kind(self) -> tuple[int, int, str]:
-        """What must be equal."""
+        """The values that must be equal."""
         return (self.bits, self.group_size, self.x_dtype)
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """What must be near."""
+        """The values that must be near."""
         return tuple(getattr(self, name) for name in self.SIZES)
 
     @property
     def key(self) -> tuple:
-        """All but the schedule; a table has each once."""
+        """Everything except the schedule; unique in a table."""
         return (self.bits, self.group_size, *self.sizes, self.tokens, self.x_dtype)
 
     def _make_spec(self, in_features: int, out_features: int) -> QuantSpec:
@@ -105,7 +105,7 @@ class Entry(_Timed):
     ) -> list[str]:
         """Everything that keeps a kernel from running the schedule on weights of `spec`.
 
-        None are weights of the shape that was timed.
+        None means weights of the shape that was timed.
         """
         if not isinstance(self.schedule, Tiles):
             return []
@@ -116,7 +116,7 @@ class Entry(_Timed):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MoeEntry(_Timed):
-    """One tuned shape of gated experts whose two weights have as many bits and like groups.
+    """One tuned shape of gated experts; both weights have the same bits and class of groups.
 
     Attributes:
       hidden: H.
@@ -142,7 +142,7 @@ class MoeEntry(_Timed):
     ) -> list[str]:
         """Everything that keeps the kernels from running the tiles on weights of `specs`.
 
-        None are weights of the shape that was timed.
+        None means weights of the shape that was timed.
         """
         specs = specs or (
             self._make_spec(self.hidden, 2 * self.intermediate),
@@ -159,16 +159,16 @@ class MoeEntry(_Timed):
 
 
 def _find_idle(tiles: Tiles, spec: QuantSpec) -> list[str]:
-    """That there are more splits than could have work."""
+    """The fault of more splits than could have work, if it is there."""
     most = 2 * -(-spec.tiles_k * spec.tile_k // tiles.block_k)
     if tiles.splits <= most:
         return []
-    return [f"splits must be at most {most}, two a step of K, found {tiles.splits}"]
+    return [f"splits must be at most {most}, two for each step of K, found {tiles.splits}"]
 
 
 @dataclasses.dataclass(frozen=True)
 class TileTable:
-    """All entries for one kind of GPU; `made` says by what and when."""
+    """All entries for one kind of GPU; `made` says with what and when they were made."""
 
     device_kind: str
     entries: tuple[Entry, ...]
@@ -263,15 +263,15 @@ def _is_near(here: Sequence[int], entry: Entry | MoeEntry) -> bool:
 
 def _suits(schedule: Schedule, bucket: int, timed: int) -> bool:
     if not isinstance(schedule, Tiles):
-        return bucket >= timed  # expanding pays the more the more tokens share it
-    # each weight is to be read as often as when this was timed
+        return bucket >= timed  # the more tokens share the expanded weight, the more it pays
+    # each weight must be read as often as when this was timed
     return -(-bucket // schedule.block_m) == -(-timed // schedule.block_m)
 
 
 def _meets_as_many(entry: MoeEntry, pairs: int, experts: int) -> bool:
     """Whether an expert is read about as often as when the entry was timed."""
     timed = entry.tokens * entry.top_k
-    if entry.schedule.direct:  # pays the less the more pairs share an expert
+    if entry.schedule.direct:  # the more pairs share an expert, the less it pays
         return pairs * entry.experts <= timed * experts
     block = entry.schedule.first.block_m
     return -(-pairs // (experts * block)) == -(-timed // (entry.experts * block))

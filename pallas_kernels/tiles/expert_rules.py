@@ -1,9 +1,9 @@
 """How the two products of a Mixture-of-Experts are divided among the cores of a GPU.
 
-Rows of a block are as many as an expert gets on average, so that few are padding. Each block reads
-the weight of its expert, so reading is the cost while there are few tokens, as in a dense product.
-What is different is that every expert has programs of its own: K is split only where so few experts
-are chosen that some cores would have nothing to do.
+A block has as many rows as an expert gets on average, so that few are padding. Each block reads the
+weight of its expert, so reading is the cost while there are few tokens, as in a dense product. In
+contrast to it, every expert has programs of its own: K is split only if so few experts are chosen
+that some cores would be idle.
 """
 
 from __future__ import annotations
@@ -93,13 +93,13 @@ def list_moe_candidates(
 ) -> list[MoeTiles]:
     """The tiles worth timing for gated experts, the rule's choice first, each once.
 
-    Given the rows of a block, neither product has an influence on the other: one thing at a time is
-    varied around the rule's choice, and `combine` puts the best of both together.
+    With the rows of a block fixed, the two products do not influence each other. So one thing at a
+    time is varied around the rule's choice, and `combine` joins the best of both.
     """
     rule = _Rule(specs, experts, tokens * top_k, x_dtype, scale_dtypes, device, gated=True)
     best = rule.choose(tokens)
     found = [best]
-    # with as many pairs as experts, an expert that is chosen at all is by 1.6 pairs
+    # with as many pairs as experts, a chosen expert has 1.6 pairs on average
     if tokens > 1 and rule.pairs <= experts:
         found.append(rule.build(rule.choose_block() if best.direct else _FEWEST, not best.direct))
     if not best.direct:
@@ -116,11 +116,11 @@ def list_moe_candidates(
 
 
 def combine(rule: MoeTiles, seconds: Sequence[tuple[MoeTiles, float]]) -> list[MoeTiles]:
-    """The fastest two of either product together, where that was not timed yet.
+    """Combinations of the two fastest tiles of each product that were not timed yet.
 
     Args:
       rule: the rule's choice, around which the others vary.
-      seconds: what was timed.
+      seconds: the tiles that were timed, and their times.
     """
     ordered = [tiles for tiles, _ in sorted(seconds, key=lambda one: one[1])]
     alike = [tiles for tiles in ordered if tiles.direct == rule.direct]
@@ -192,8 +192,8 @@ def _vary(
     """`tiles` with one thing changed.
 
     Args:
-      features: of one strip of the weight, all or, with gate and up in one program, half of them.
-      split: divides K anew, where the tile has changed.
+      features: N of the weight, or half of it if one program computes gate and up.
+      split: divides K again for the changed tile.
     """
     block_m = tiles.block_m
     shapes = ((64, 2), (64, 4), (128, 2), (128, 4), (128, 8), (256, 4), (256, 8))
@@ -214,7 +214,7 @@ def _vary(
 
 
 def choose_block(pairs: int, experts: int) -> int:
-    """Rows of a block: the fewest that the average expert does not fill."""
+    """Rows of a block: the smallest size that an average expert does not fill."""
     return next((b for b in _BLOCKS if pairs < _FILLED * experts * b), _BLOCKS[-1])
 
 

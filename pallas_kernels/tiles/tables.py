@@ -9,8 +9,8 @@
 
 `experts` may be missing. `pallas_kernels.tiles.entries` says which entry serves a product. A table
 is looked for in $JAXWNA16_TILES (a file, or a folder of files), the user's cache folder, and this
-package, in that order. It is used as a whole or refused as a whole; a GPU that nobody described
-(`device.UNKNOWN`) has none.
+package, in that order. It is used as a whole or refused as a whole. A GPU that nobody described
+(`device.UNKNOWN`) has no table.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ _PACKAGED = Path(__file__).parent
 _MAX_BYTES = 4 << 20
 _MAX_INTEGER = 2**31 - 1
 _MAX_FAULTS = 20
-_WAY_OUT = "delete or mend the file; `jaxwna16 bench --tune` makes a table anew"
+_WAY_OUT = "delete or correct the file; `jaxwna16 bench --tune` makes a new table"
 _HEADER = ("device_kind", "kernel_version", "layout_version", "made")
 _LISTS = ("entries", "experts")
 _ALLOWED = {
@@ -66,7 +66,7 @@ _TILE_TYPES = typing.get_type_hints(Tiles)
 def load_schedule(
     device: Device, spec: QuantSpec, tokens: int, x_dtype, scale_dtype
 ) -> Schedule | None:
-    """What the device's table says of a product, None where there is no table or no entry.
+    """The schedule of a product in the device's table, None if there is no table or no entry.
 
     Raises:
       TableError: if the table is wrong or stale, or is one for another device.
@@ -84,7 +84,7 @@ def load_moe_schedule(
     x_dtype,
     scale_dtypes: Sequence,
 ) -> MoeTiles | None:
-    """What the device's table says of gated experts, as `load_schedule`.
+    """The tiles of gated experts in the device's table, as `load_schedule`.
 
     Raises:
       TableError: as `load_schedule`.
@@ -108,7 +108,7 @@ def find_table_path(device_kind: str) -> Path | None:
     """The table of this kind of GPU, None if there is none.
 
     Raises:
-      TableError: if $JAXWNA16_TILES names nothing that exists.
+      TableError: if $JAXWNA16_TILES names a path that does not exist.
     """
     chosen = os.environ.get(FOLDER_VARIABLE)
     if chosen and not os.path.exists(os.path.expanduser(chosen)):
@@ -118,14 +118,14 @@ def find_table_path(device_kind: str) -> Path | None:
         )
     name = name_file(device_kind)
     places = (user_table_path(device_kind), _cache_folder() / name, _PACKAGED / name)
-    # not Path.is_file, which stops at a folder that may not be read
+    # not Path.is_file, which raises for a folder that may not be read
     return next((place for place in places if os.path.isfile(place)), None)
 
 
 def user_table_path(device_kind: str) -> Path:
-    """Where the tuner writes by default: as $JAXWNA16_TILES says, else the user's cache folder.
+    """Where the tuner writes by default: $JAXWNA16_TILES, else the user's cache folder.
 
-    What the variable names is a file if it is one or ends in .json, else a folder.
+    The variable names a file if there is one or its name ends in .json, else a folder.
     """
     chosen = os.environ.get(FOLDER_VARIABLE)
     place = Path(os.path.expanduser(chosen)) if chosen else _cache_folder()
@@ -144,10 +144,10 @@ def name_file(device_kind: str) -> str:
 
 
 def write_table(path: str | os.PathLike, table: TileTable) -> None:
-    """Write a table, beside its final name and then renamed; equal tables give equal files.
+    """Write a table beside its final name, then rename it. Equal tables give equal files.
 
     Raises:
-      TableError: if `read_table` would refuse it, or the file system does; nothing is changed then.
+      TableError: if `read_table` would refuse it, or it cannot be written. Nothing is changed then.
     """
     path = Path(path)
     text = _format(table)
@@ -208,17 +208,17 @@ def _read(path: Path, modified_ns: int, size: int) -> TileTable:
 
 def _parse(text: bytes, path: Path) -> TileTable:
     if len(text) > _MAX_BYTES:
-        _refuse(path, [f"a table has at most {_MAX_BYTES} bytes, this file more"])
+        _refuse(path, [f"a table has at most {_MAX_BYTES} bytes, this file has more"])
     try:
         content = json.loads(text, object_pairs_hook=_make_object)
     except (ValueError, RecursionError) as error:
-        _refuse(path, [f"it is not JSON as expected: {error}"])
+        _refuse(path, [f"it cannot be read as JSON: {error}"])
     faults = _find_wrong_names(content, (*_HEADER, "entries"), "the table", optional=("experts",))
     if not faults:
         faults = _find_header_faults(content)
     if faults:
         _refuse(path, faults)
-    # how many cores it has does not decide what can run
+    # the number of cores has no influence on what can run
     device = Device(content["device_kind"], UNKNOWN.cores)
     entries, found = _parse_entries(content["entries"], Entry, device, "entries")
     experts, more = _parse_entries(content.get("experts", []), MoeEntry, device, "experts")
@@ -230,7 +230,7 @@ def _parse(text: bytes, path: Path) -> TileTable:
 def _make_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     counts = collections.Counter(name for name, _ in pairs)
     if twice := [name for name, count in counts.items() if count > 1]:
-        raise ValueError(f"{_show(twice[0])} stands twice in one object")
+        raise ValueError(f"{_show(twice[0])} appears twice in one object")
     return dict(pairs)
 
 
@@ -262,7 +262,7 @@ def _find_header_faults(content: dict[str, Any]) -> list[str]:
 
 
 def _parse_entries(raws: list, kind: type, device: Device, name: str) -> tuple[tuple, list[str]]:
-    """All entries of a list that are right, and the faults of the others."""
+    """The valid entries of a list, and the faults of the others."""
     entries, faults = [], []
     for i, raw in enumerate(raws):
         entry, found = _parse_entry(raw, kind, device, f"{name}[{i}]")
@@ -274,7 +274,7 @@ def _parse_entries(raws: list, kind: type, device: Device, name: str) -> tuple[t
 
 
 def _parse_entry(raw: Any, kind: type, device: Device, where: str) -> tuple[Any, list[str]]:
-    """The entry, `Entry` or `MoeEntry` as `kind` says, or None and what is wrong with it."""
+    """The entry, of class `kind` (`Entry` or `MoeEntry`), or None and its faults."""
     if faults := _find_wrong_names(raw, [f.name for f in dataclasses.fields(kind)], where):
         return None, faults
     for name, allowed in _ALLOWED.items():

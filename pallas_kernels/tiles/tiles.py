@@ -37,7 +37,7 @@ class Tiles:
 
 
 PREFILL = "prefill"
-"""Stands where `Tiles` could: expand the weight, then one plain product."""
+"""The schedule without tiles: expand the weight, then one plain product."""
 
 Schedule = Tiles | str
 
@@ -88,8 +88,8 @@ def measure_shared_memory(tiles: Tiles, spec: QuantSpec, scale_dtype) -> int:
     """Bytes of shared memory one program takes at most, as the compiler was seen to lay it out.
 
     The words of a step wait in `stages` - 1 buffers and x in `stages`, since the tensor cores of
-    sm_90 read x in place; a kilobyte is for scales on their way. Where a slab may meet two groups,
-    each weight has a scale and a zero point of its own, which wait beside the words.
+    sm_90 read x in place. A kilobyte is for scales that are being copied. If a slab may span two
+    groups, each weight has a scale and a zero point of its own, which wait beside the words.
     """
     weights = tiles.block_n * tiles.block_k
     waiting = weights * spec.bits // 8

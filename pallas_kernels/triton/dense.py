@@ -2,7 +2,7 @@
 
 Programs are numbered along one axis, so `vmap` over stacked weights has two axes of the grid left.
 A tile that would pass the end of N starts earlier instead and computes some features twice, and
-tokens past the end repeat the last one. How a tile is computed says `pallas_kernels.triton.walk`.
+tokens past the end repeat the last one. `pallas_kernels.triton.walk` computes a tile.
 """
 
 from __future__ import annotations

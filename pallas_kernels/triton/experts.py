@@ -17,12 +17,12 @@ from pallas_kernels.triton.grouped import Epilogue, multiply_blocks
 from pallas_kernels.triton.grouping import MOST_PAIRS, group_few_pairs
 
 _FEW_TOKENS = 256
-"""Up to here results wait for their sum in float32; above, that would be too much memory traffic.
+"""Up to this many, results wait for their sum in float32. Above, that is too much memory traffic.
 """
 
 
 def add_experts(call, rows, offset, stacks, *, interpret: bool) -> jax.Array:
-    """Float32 [T, H], from rows (x, ids, weights); arguments as `pallas_kernels.moe` has them."""
+    """Run the experts on rows (x, ids, weights), as `pallas_kernels.moe` does; float32 [T, H]."""
     x, ids, weights = rows
     tokens, top_k = ids.shape
     options, device = call.options, find_device()
@@ -78,7 +78,7 @@ def add_experts(call, rows, offset, stacks, *, interpret: bool) -> jax.Array:
         interpret=interpret,
     )
     y = add_in_order(y) if tiles.second.splits > 1 else y.astype(jnp.float32)
-    # rows of pairs without an expert here hold anything
+    # rows of pairs whose expert is not here are undefined
     y = jnp.where((local < call.experts)[:, None], y, 0.0)
     return add_in_order(y.reshape(tokens, top_k, -1).swapaxes(0, 1))
 

@@ -69,8 +69,8 @@ def multiply_blocks(
       interpret: run as ordinary XLA operations.
 
     Returns:
-      [P, N] ([P, N / 2] if paired), with splits [splits, P, N]. Rows of pairs in no block hold
-      anything.
+      [P, N] ([P, N / 2] if paired), with splits [splits, P, N]. Rows of pairs in no block are
+      undefined.
 
     Raises:
       BackendError: if x is not bfloat16 or float16, or the tiles do not fit.

@@ -1,6 +1,6 @@
 """`pallas_kernels.tiles.blocks.group_pairs` in one kernel, for few pairs.
 
-As XLA fusions it is about ten kernels, each of which waits for the one before: for few tokens that
+As XLA fusions it would be about ten kernels, each waiting for the one before. For few tokens that
 would take as long as reading the weights. Here each expert has a program, which counts the pairs of
 all experts (so that it knows where its blocks begin) and places its own.
 
@@ -8,8 +8,8 @@ Counting is a product. With an expert's number written in two digits, e = high *
 
     counts[high, low] = sum over pairs of [their high = high] * [their low = low]
 
-which is a matrix of zeros and ones by another, exact on the tensor cores, and compares each pair
-with 2 sqrt(E) digits instead of E experts.
+This multiplies two matrices of zeros and ones, which is exact on the tensor cores. Each pair is
+compared with 2 sqrt(E) digits instead of E experts.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from pallas_kernels.tiles.blocks import Blocks, count_blocks
 from pallas_kernels.triton.walk import divide
 
 MOST_PAIRS = 4096
-"""Above, every program's way over all pairs would take longer than the fusions."""
+"""Above this, each program's pass over all pairs would take longer than the fusions."""
 
 _CHUNK = 128
 
@@ -34,7 +34,7 @@ _CHUNK = 128
 def group_few_pairs(
     local: jax.Array, experts: int, block: int, *, interpret: bool = False
 ) -> Blocks:
-    """`group_pairs`, but pairs of blocks past the last one are anything."""
+    """As `group_pairs`, but pairs of blocks past the last one are undefined."""
     most = count_blocks(local.shape[0], experts, block)
     run = functools.partial(_group_one, experts=experts, block=block)
     shapes = (

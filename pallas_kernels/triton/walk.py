@@ -73,7 +73,7 @@ class Walk:
 
     @property
     def group_slabs(self) -> int:
-        """How many consecutive slabs of 32 input features surely lie in one group, at most."""
+        """The largest number of consecutive slabs of 32 features that surely lie in one group."""
         if self.spec.groups == 1:
             return self.tiles.block_k // SLAB_K
         return max(1, math.gcd(self.spec.group_size, self.tiles.block_k) // SLAB_K)
@@ -175,7 +175,7 @@ class Walk:
         """q - zero_point of one plane [block_n, 32], exact in the dtype of x."""
         dtype = self.x_ref.dtype
         plane = describe_plane(self.spec.bits, number, dtype)
-        # Converted before it is spread over the features: Triton would do it for each of them.
+        # Converted before the broadcast: otherwise Triton converts it for each weight.
         addend = negate_zero(zero[0] if zero else None, plane)
         addend = addend[:, None] if addend.ndim == 1 else addend
         addend = jnp.broadcast_to(addend, words.shape)

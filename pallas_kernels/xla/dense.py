@@ -24,11 +24,11 @@ def matmul(x: jax.Array, weights: Mapping[str, jax.Array], spec: QuantSpec) -> j
 
 
 def _tie(weights: dict[str, jax.Array], x: jax.Array) -> dict[str, jax.Array]:
-    """`weights`, unchanged, but as something that can only be computed once x is there.
+    """`weights` with the same values, made to depend on x.
 
-    Nothing else makes the expansion of a weight wait for its input: XLA would expand every weight
-    of a model at the start of a step, or once before a decode loop, and hold all of them as floats.
-    An `optimization_barrier` is dissolved before instructions are ordered, so it does not help.
+    Otherwise XLA would expand every weight of a model at the start of a step, or once before a
+    decode loop, and hold all of them as floats. An `optimization_barrier` does not help: XLA
+    removes it before instructions are ordered.
     """
     zero = _find_zero(lax.stop_gradient(x))
     return {name: leaf + zero.astype(leaf.dtype) for name, leaf in weights.items()}
@@ -38,8 +38,8 @@ def _tie(weights: dict[str, jax.Array], x: jax.Array) -> dict[str, jax.Array]:
 def _find_zero(x: jax.Array) -> jax.Array:
     """int32 0, computed from x in a way that XLA does not see through.
 
-    The reduction is an instruction by itself; without it, XLA fuses all that leads to x into the
-    expansion. Under `vmap` there is one zero for all rows, so that they share one expansion.
+    The reduction is an instruction by itself. Without it, XLA fuses everything that computes x into
+    the expansion. Under `vmap` there is one zero for all rows, so that they share one expansion.
     """
     words = lax.bitcast_convert_type(x[..., :1, :8].astype(jnp.float32), jnp.int32)
     return jnp.minimum(jnp.min(words & 1), 0)
@@ -58,7 +58,7 @@ def _multiply(x: jax.Array, weights: dict[str, jax.Array], spec: QuantSpec) -> j
 def _multiply_slabs(x: jax.Array, weights: dict[str, jax.Array], spec: QuantSpec) -> jax.Array:
     """One small product for each 32 input features, then their sum.
 
-    For a single row of x the cost is the expansion, and slabs expand fastest; from a few rows on
+    For a single row of x the cost is the expansion, and slabs expand fastest. From a few rows on,
     the many small products cost more than that saves.
     """
     slabs = -(-spec.in_features // SLAB_K)

@@ -1,9 +1,9 @@
 """The XLA path of a Mixture-of-Experts: expert by expert, in bounded memory.
 
-A loop over the blocks of `pallas_kernels.tiles.blocks`: each step takes the weights of one expert
-out of the stacks, expands them and multiplies its tokens. So never more than one expert's floats
-exist, and work is proportional to the chosen pairs of token and expert, not to the number of
-experts.
+A loop runs over the blocks of `pallas_kernels.tiles.blocks`. Each step takes the weights of one
+expert out of the stacks, expands them and multiplies its tokens. So the floats of at most one
+expert exist at a time, and work is proportional to the chosen pairs of token and expert, not to the
+number of experts.
 """
 
 from __future__ import annotations
@@ -88,7 +88,8 @@ def add_experts(
 def choose_rows(pairs: int, experts: int) -> int:
     """Rows of a block: what an expert gets on average, as a power of two.
 
-    Every row costs a product and every block an expansion; so there are at most three rows a pair.
+    Every row costs a product and every block an expansion. With this choice there are at most three
+    rows for each pair.
     """
     average = -(-pairs // experts)
     return min(_MOST_ROWS, 1 << (average - 1).bit_length())

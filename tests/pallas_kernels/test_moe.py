@@ -263,7 +263,7 @@ def test_what_does_not_fit_together_is_said_in_one_error():
         quant_moe(x[:, :32], ids.astype(jnp.float32), weights[:2], *experts.arguments)
     assert "ids must be int32" in str(error.value)
     assert "weights must be float" in str(error.value)
-    with pytest.raises(SpecError, match=r"w13 has N = 128, w2 K = 64: with no gate, N must be 64"):
+    with pytest.raises(SpecError, match=r"N of w13 must be 64 \(no gate, K of w2 is 64\), got 128"):
         quant_moe(x, ids, weights, *experts.arguments, gated=False)
     with pytest.raises(SpecError, match="activation must be one of"):
         quant_moe(x, ids, weights, *experts.arguments, activation="tanh")
@@ -292,7 +292,7 @@ def test_what_does_not_fit_together_is_said_in_one_error():
         ({"b13": (4, 1)}, r"b13 must be float \[4, 128\], got float32 \[4, 1\]"),
         ({"b2": (4, 128)}, r"b2 must be float \[4, 64\], got float32 \[4, 128\]"),
         ({"w13": (0, 128, 64)}, r"w13 must be float \[E, N, K\], got float32 \[0, 128, 64\]"),
-        ({"w2": (3, 64, 64)}, "w13 has 4 experts, w2 3"),
+        ({"w2": (3, 64, 64)}, "w13 and w2 must have equally many experts, got 4 and 3"),
     ],
 )
 def test_float_experts_and_biases_that_do_not_fit_are_named(changed, message):

@@ -326,11 +326,14 @@ def test_vanished_scores_have_finite_slopes(scoring, renormalize, rest):
     [
         ({"top_k": 0}, "top_k must be an integer of at least 1, got 0"),
         ({"top_k": 2.0}, "top_k must be an integer of at least 1, got 2.0"),
-        ({"top_k": 9}, r"top_k = 9 of 8 experts \(1 groups of 8\)"),
-        ({"top_k": 5, "groups": 4, "top_groups": 2}, r"top_k = 5 of 4 experts \(2 groups of 2\)"),
+        ({"top_k": 9}, r"top_k = 9 must be at most 8 \(top_groups = 1, groups of 8 experts\)"),
+        (
+            {"top_k": 5, "groups": 4, "top_groups": 2},
+            r"top_k = 5 must be at most 4 \(top_groups = 2, groups of 2 experts\)",
+        ),
         ({"groups": 3}, "groups = 3 must divide the 8 experts"),
         ({"groups": True}, "groups must be an integer of at least 1, got True"),
-        ({"top_groups": 2}, "top_groups = 2 of groups = 1"),
+        ({"top_groups": 2}, "top_groups = 2 must be at most groups = 1"),
         ({"scoring": "tanh"}, r"scoring must be one of \('softmax', .* got 'tanh'"),
         ({"group_score": "mean"}, r"group_score must be one of \('max', .* got 'mean'"),
         ({"groups": 8, "group_score": "top2_sum"}, "needs groups of at least 2 experts, got 1"),

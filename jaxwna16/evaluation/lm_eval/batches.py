@@ -28,10 +28,11 @@ class BatchSize(NamedTuple):
     """How many rows are run at once.
 
     Attributes:
-      rows: None is as many as have float32 logits of 512 MiB together.
-      most: of those at most.
+      rows: None for as many as have 512 MiB of float32 logits together, up to `most`.
+      most: see `rows`.
       vocab_size: of the model.
-      slots: at most; dynamic rope turns a row by its whole length, beyond the model's own.
+      slots: the most slots of a row. Padding beyond the model's own length would change the angles
+        of dynamic rope.
     """
 
     rows: int | None
@@ -40,7 +41,7 @@ class BatchSize(NamedTuple):
     slots: int
 
     def plan(self, lengths: Sequence[int]) -> Iterator[Batch]:
-        """Divide rows of these lengths, of which the longest comes first; none exceeds `slots`."""
+        """Divide rows of these lengths; the longest comes first, and none exceeds `slots`."""
         start = 0
         while start < len(lengths):
             slots = min(pad_length(lengths[start]), self.slots)
@@ -54,7 +55,7 @@ class BatchSize(NamedTuple):
 
 
 def read_batch_size(batch_size: int | str) -> int | None:
-    """A number of rows, None for "auto" (also "auto:4": our choice does not change on the way).
+    """A number of rows, None for "auto" (and "auto:4": our choice is made once).
 
     Raises:
       InputError: if it is neither.

@@ -45,7 +45,7 @@ _log = logging.getLogger(__name__)
 class JaxWNA16LM(TemplateLM):
     """A checkpoint of ours as a model of the harness.
 
-    Texts become tokens as the harness's own model `hf` makes them, so that figures are comparable.
+    Texts are tokenized as in the harness's own model `hf`, so that figures are comparable.
     Requests are sorted by length and padded to a few shapes, each of which is compiled once.
 
     Args:
@@ -150,7 +150,7 @@ class JaxWNA16LM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands before a text that has nothing before it."""
+        """The token that stands before a text without a context."""
         if self._prefix is None:
             raise InputError(
                 f"{self.tokenizer.source}: the tokenizer has neither `bos_token` nor `eos_token` "
@@ -240,7 +240,7 @@ class JaxWNA16LM(TemplateLM):
     def loglikelihood(
         self, requests: list[Instance], disable_tqdm: bool = False
     ) -> list[tuple[float, bool]]:
-        """For each context and continuation the latter's log-likelihood, and whether it is greedy.
+        """Log-likelihood of each continuation after its context, and whether it is the greedy one.
 
         Raises:
           InputError: with `enable_thinking`, and if there is nothing to score.
@@ -248,8 +248,8 @@ class JaxWNA16LM(TemplateLM):
         if self.enable_thinking:
             names = sorted({name for request in requests if (name := request.task_name)})
             raise InputError(
-                "enable_thinking=True is for generative tasks alone: a choice that is scored right "
-                f"behind the prompt leaves no room for thinking (tasks: {', '.join(names)})"
+                "enable_thinking=True is for generative tasks alone: choices are scored directly "
+                f"after the prompt, without room for thinking (tasks: {', '.join(names)})"
             )
         for number, request in enumerate(requests):
             if not any(request.args):
@@ -257,10 +257,10 @@ class JaxWNA16LM(TemplateLM):
         return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """Tokens of both; a context without any is the prefix token, as an empty one is.
+        """Tokens of both; a context without tokens becomes the prefix token, as an empty one does.
 
-        Blanks at its end belong to the continuation, so that a context of blanks has none if no
-        BOS is put before it.
+        Blanks at the end of a context belong to the continuation. So a context of blanks has no
+        tokens, unless a BOS is put before it.
         """
         if context:
             before, after = super()._encode_pair(context, continuation)
@@ -346,7 +346,7 @@ class JaxWNA16LM(TemplateLM):
         return texts
 
     def _continue(self, rows: list[list[int]], options: Options, seed: int) -> list[str]:
-        """Continue prompts; of a model that thinks, the answers."""
+        """Continue prompts; for a model that thinks, without the thinking."""
         if self.think_end_token is None:
             return self._generate(rows, options, seed).texts
         # in the thinking a stop string is a word like any other, unless it is a token by itself

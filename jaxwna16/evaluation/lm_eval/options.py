@@ -43,7 +43,7 @@ def read_options(gen_kwargs: Mapping[str, Any], max_gen_toks: int) -> Options:
     return Options(
         stop=tuple(text for text in given["until"] if text),
         max_new_tokens=given["max_gen_toks"],
-        # greedy unless a task asks for draws and says how warm
+        # greedy unless a task asks for draws and gives a temperature
         temperature=float(given.get("temperature") or 0.0) if given["do_sample"] else 0.0,
         top_k=int(given.get("top_k") or 0),
         top_p=float(given.get("top_p") or 1.0),

@@ -27,8 +27,8 @@ _log = logging.getLogger(__name__)
 class Row(NamedTuple):
     """What the model reads once, and the requests that it answers.
 
-    Requests whose tokens differ in nothing but the last (the letters of a multiple choice) are one
-    row, as the last token is not read.
+    Requests that differ only in their last token (the letters of a multiple choice) are one row,
+    since the last token is not read.
 
     Attributes:
       tokens: the tokens read.
@@ -81,8 +81,8 @@ def _share_rows(requests: Sequence[Request], max_length: int) -> list[Row]:
             )
         if not context:
             raise InputError(
-                f"request {number}: the context has no tokens, so that nothing stands before the "
-                "continuation's first: put a prefix token there (prefix_token_id)"
+                f"request {number}: the context has no tokens, but the continuation's first token "
+                "needs one before it: put a prefix token there (prefix_token_id)"
             )
         whole = (*context, *continuation)
         if len(whole) > max_length + 1:

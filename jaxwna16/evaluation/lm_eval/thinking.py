@@ -24,7 +24,7 @@ def read_end(value: Any, enabled: bool | None, tokenizer: Tokenizer, vocab_size:
     if value is None and enabled:
         raise InputError(
             "model_args: enable_thinking=True needs think_end_token= as well, the text or the "
-            "token that ends the thinking (</think>), or answers could not be told from it"
+            "token that ends the thinking (</think>): the answer begins after it"
         )
     if value is None or (isinstance(value, str) and value and not value.isdecimal()):
         special = tokenizer.backend.get_added_tokens_decoder().items()

@@ -1,4 +1,4 @@
-"""Stop strings: a text that ends before one, also where it straddles tokens."""
+"""Stop strings: a text ends before one, even if the string spans several tokens."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def find_stop_tokens(tokenizer: Tokenizer, stop: Sequence[str]) -> set[int]:
     """The ids of stop strings that are added tokens themselves, as "<|im_end|>": texts omit them.
 
     Raises:
-      InputError: if a stop string is empty, or none.
+      InputError: if a stop string is empty, or not a string.
     """
     if strays := [text for text in stop if not isinstance(text, str) or not text]:
         raise InputError(f"stop: expected strings of at least one character, got {strays[0]!r}")

@@ -1,8 +1,8 @@
 """Weights that files hold packed and a model holds as floats: they are expanded once, at load.
 
 An embedding's rows are looked up and not multiplied, routers and gates of shared experts have too
-few features for a kernel, and experts are packed in both products or in none. Which they are is
-told by the model: where it has a `weight`, it holds floats.
+few features for a kernel, and experts are packed in both products or in none. The model decides
+which they are: where it has a `weight`, it holds floats.
 """
 
 from __future__ import annotations

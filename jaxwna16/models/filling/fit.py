@@ -78,7 +78,7 @@ def fit_model(plan: Plan, *, dtype: Any, backend: str | None) -> Fit:
       ModelError: if the architecture is not supported, if quantized modules have no place in it, or
         if tensors do not fit it.
       CheckpointError: if a file ends early, or a tied head differs from the embedding.
-      BackendError: if the backend is none, or not for this dtype.
+      BackendError: if there is no such backend, or it does not support this dtype.
     """
     family = find_family(plan.config)
     config, names = family.read(plan.config), family.names

@@ -25,10 +25,9 @@ def fill_model(
 ) -> Model:
     """Give a model, usually an abstract one of `nnx.eval_shape`, the arrays of a params tree.
 
-    Plain weights, norms and biases are cast to the dtype that the model has them in (that which it
-    was constructed with, but for a few that are always float32); leaves of quantized linears and
-    experts are taken as they are.
-    Leaves that `check_leaves` lets pass though the model has no place for them are left out.
+    Plain weights, norms and biases are cast to the model's dtype, except a few that are always
+    float32. Leaves of quantized linears and experts are taken as they are. Leaves without a place
+    in the model that `check_leaves` accepts are left out.
 
     Args:
       model: what to fill.
@@ -36,7 +35,7 @@ def fill_model(
       names: how those differ from the model's, see `rename`; None is not at all.
 
     Raises:
-      ModelError: as `check_leaves`, and listing leaves that have one place.
+      ModelError: as `check_leaves`, and listing leaves that have the same place.
     """
     found = rename_all(dict(_flatten(params, "")), names or {})
     graph, state = nnx.split(model)
@@ -55,7 +54,7 @@ def check_leaves(
 ) -> None:
     """Check that leaves (arrays, or only their shapes and dtypes) are those of a model.
 
-    `rotary_emb.inv_freq` of old checkpoints is let pass: the model knows it.
+    `rotary_emb.inv_freq` of old checkpoints is accepted: the model computes it itself.
 
     Args:
       places: path of each leaf of the model -> something with `shape` and `dtype`.

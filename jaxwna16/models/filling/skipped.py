@@ -55,7 +55,7 @@ def list_rules(config: LanguageConfig) -> list[Rule]:
 
 
 def find_skipped(rules: Iterable[Rule], names: Iterable[str]) -> dict[str, str]:
-    """Those of the names that a rule names -> its reason."""
+    """Each name that a rule matches -> the rule's reason."""
     rules = list(rules)
     any_rule = re.compile("|".join(f"(?:{rule.pattern.pattern})" for rule in rules))
     return {

@@ -1,8 +1,8 @@
-"""A head in files of models whose head is the embedding.
+"""A head in the files of a model whose head is the embedding.
 
 Old checkpoints have a copy of the embedding under `lm_head.weight`, and where llm-compressor packed
 the embedding it could be written a second time as a packed head (vllm-project/llm-compressor#2798);
-leaving a copy out changes nothing. What a head that differs means is not agreed on: transformers 5
+leaving a copy out changes nothing. Tools disagree about a head that differs: transformers 5
 computes with it, vLLM with the embedding.
 """
 
@@ -28,8 +28,8 @@ _HEAD, _EMBEDDING = "lm_head", "model.embed_tokens"
 def drop_tied_head(plan: Plan, names: Mapping[str, str]) -> Plan:
     """The plan, of a model with tied embeddings, without the head.
 
-    Both are read if there is one; nothing is if there is none. A copy has the same floats, bit for
-    bit, packed or not: those of a packed one are its dequantized ones.
+    If the files have a head, it and the embedding are read and compared; otherwise nothing is read.
+    A copy has the same floats, bit for bit. A packed one is dequantized for that.
 
     Args:
       plan: of the checkpoint.

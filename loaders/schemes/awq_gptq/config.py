@@ -1,8 +1,8 @@
 """`quantization_config` of AutoAWQ, AutoGPTQ and GPTQModel -> which scheme each module has.
 
-One scheme holds for all modules that the files hold packed, but for those that `dynamic` of
-GPTQModel or `extra_config` of AutoRound has rules for (`loaders.schemes.awq_gptq.rules`). Whatever
-changes what the numbers mean, and cannot be read, is a fault.
+One scheme holds for all packed modules, except those with rules in `dynamic` of GPTQModel or
+`extra_config` of AutoRound (`loaders.schemes.awq_gptq.rules`). A field that changes the meaning of
+the numbers and cannot be read is a fault.
 """
 
 from __future__ import annotations
@@ -163,7 +163,7 @@ class AwqGptqConfig:
         return unused + _count_unmet(EXTRA, absent) + _count_unmet("modules_to_not_convert", kept)
 
     def _matches_any(self, name: str, modules: Collection[str], joint: str) -> bool:
-        """Also as AutoAWQ has it: in any place. `joint` has all modules, a line each."""
+        """Matches anywhere in a path count, too, as in AutoAWQ; `joint` has a line for each module."""
         if _PLAIN.fullmatch(name):  # quadratic searches are for patterns, of which there are few
             return name in joint
         pattern = compile_pattern(f"(?:{name}){_BOUNDARY}", self._budget)
@@ -233,7 +233,7 @@ def _parse(
     rules, wrong_rules = parse_rules(raw, field, method, _UNREAD)
     kept, wrong_names = _parse_names(raw, field)
     unknown = sorted(raw.keys() - _READ - _UNREAD - _REFUSED.keys())
-    remarks = [f"{FILE}: {field}: not known, and not looked at: {', '.join(unknown)}"]
+    remarks = [f"{FILE}: {field}: unknown, and not used: {', '.join(unknown)}"]
     config = AwqGptqConfig(
         method,
         scheme,

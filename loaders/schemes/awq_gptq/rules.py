@@ -147,7 +147,7 @@ def _is_plain(changes: Mapping[str, Any]) -> bool:
 
 
 def check_pattern(name: str, pattern: str, where: str) -> list[Fault]:
-    """The fault of a name that makes no pattern, or one that could take for ever."""
+    """The fault of a name that is no pattern, or one that could take forever to match."""
     try:
         compile_pattern(name)
         compile_pattern(pattern)

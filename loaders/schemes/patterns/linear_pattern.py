@@ -166,7 +166,7 @@ class LinearPattern:
             return self._build_repeat(value, flags, out)
         if kind is _constants.FAILURE:  # what (?!) is to newer versions
             return self._add(())
-        raise SearchError(f"has a {str(kind).lower()}, whose search could take for ever")
+        raise SearchError(f"has a {str(kind).lower()}, whose search could take forever")
 
     def _build_repeat(self, value: Any, flags: int, out: int) -> int:
         least, most, inner = value

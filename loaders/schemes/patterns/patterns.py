@@ -45,7 +45,7 @@ def compile_pattern(pattern: str, budget: Budget | None = None) -> Pattern:
       budget: of all patterns of the file, from `make_budget`; None is one of its own.
 
     Raises:
-      ValueError: if it is none, or one that could take for ever.
+      ValueError: if it is none, or one that could take forever.
     """
     if len(pattern) > _MAX_LENGTH:
         raise ValueError(f"has {len(pattern)} characters, expected {_MAX_LENGTH} at most")

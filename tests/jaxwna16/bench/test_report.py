@@ -204,4 +204,4 @@ def test_tuning_shows_what_was_gained():
     header, line = tabulate_tuned([found])
     assert line[header.index("gain")] == "100%"
     nothing = found | {"rule_seconds": None, "best_seconds": None, "best": None}
-    assert tabulate_tuned([nothing])[1][-1] == "none of them works"
+    assert tabulate_tuned([nothing])[1][-1] == "none works"

@@ -77,11 +77,11 @@ def _replace(old: bytes, new: bytes):
     ("name", "edit", "how"),
     [
         ("config.json", _append_space, "bytes, it had"),
-        ("config.json", _replace(b"0.17.0", b"0.18.0"), "its contents are others"),
-        (INDEX, _replace(b"{}", b"[]"), "its contents are others"),
+        ("config.json", _replace(b"0.17.0", b"0.18.0"), "its contents differ"),
+        (INDEX, _replace(b"{}", b"[]"), "its contents differ"),
         (SECOND, _append_space, "bytes, it had"),
-        (SECOND, _flip_last_bit, "its contents are others"),
-        (FIRST, _replace(b'"BF16"', b'"F16" '), "its header is another one"),
+        (SECOND, _flip_last_bit, "its contents differ"),
+        (FIRST, _replace(b'"BF16"', b'"F16" '), "its header differs"),
     ],
     ids=["config size", "config", "index", "shard size", "shard", "header"],
 )

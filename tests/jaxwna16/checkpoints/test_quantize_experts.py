@@ -263,7 +263,7 @@ def test_stacked_experts_that_are_ignored_stay_stacked(tmp_path, ignore):
 def test_experts_are_quantized_all_or_none(tmp_path, ignore, reason, stacked):
     experts = _make_separate()
     source = _write(tmp_path / "source", _stack(experts) if stacked else experts)
-    with pytest.raises(InputError, match="all or none") as caught:
+    with pytest.raises(InputError, match="must all be quantized, or none") as caught:
         jaxwna16.quantize_checkpoint(source, tmp_path / "out", group_size=8, ignore=[ignore])
     assert reason in str(caught.value)
     assert not (tmp_path / "out").exists()

@@ -162,7 +162,7 @@ def test_what_is_written_is_verified_and_what_is_refused_is_not_written(
     try:
         jaxwna16.quantize_checkpoint(experts, tmp_path / "out", group_size=16, **ignored)
     except InputError as error:
-        assert "load_model would not take the result" in str(error)
+        assert "load_model could not load the result" in str(error)
         assert not (tmp_path / "out").exists()
     else:
         assert main(["verify", str(tmp_path / "out")]) == 0, capsys.readouterr().err

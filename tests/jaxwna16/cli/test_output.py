@@ -37,8 +37,9 @@ def says(monkeypatch):
     def say(text: str) -> None:
         generate = generate_module.generate
 
-        def fake(model, prompts, *, stream=None, **options):
-            found = generate(model, prompts, **options | {"max_new_tokens": 1})
+        def fake(model, prompts, *, stream: Any = None, **options: Any):
+            options["max_new_tokens"] = 1
+            found = generate(model, prompts, **options)
             for piece in text if stream else "":
                 stream([piece] * len(prompts))
             return generate_module.Generation([text] * len(prompts), found.result)

@@ -220,7 +220,7 @@ class TestFaults:
             (
                 "tokenizer_config.json",
                 b'{"a": 1, "b": 2, "a": 3}',
-                "keys that stand twice: a",
+                "not valid JSON: duplicate keys: a",
             ),
             ("tokenizer_config.json", b'{"a": ' + b"[" * 65 + b"]" * 65 + b"}", "nested more than"),
             ("tokenizer_config.json", b"[]", "expected a JSON object, found list"),

@@ -170,7 +170,7 @@ def test_no_layers_are_no_results():
 def test_layers_that_do_not_fit_are_an_error_of_ours():
     with pytest.raises(SpecError, match=r"x must be \[..., 128\], got \[2, 64\]"):
         project(make_input(2, 64), [make_layer(), make_layer(32)])
-    with pytest.raises(SpecError, match="gate and up must have one N, got 96 and 32"):
+    with pytest.raises(SpecError, match="gate and up must have the same N, got 96 and 32"):
         gated(make_input(2, K), make_layer(), make_layer(32))
 
 

@@ -105,7 +105,9 @@ def test_existing_destination_is_refused_and_left_alone(tmp_path, source, kind):
 
 def test_what_could_not_be_read_again_gets_no_name(tmp_path, source):
     tensors = {"m.weight_packed": np.zeros((8, 4), np.int32)}
-    with pytest.raises(CheckpointError, match="could not be read again, and is removed") as caught:
+    with pytest.raises(
+        CheckpointError, match="the new checkpoint could not be read again, and is removed"
+    ) as caught:
         write_checkpoint(tmp_path / "out", tensors.items(), {}, beside=source)
     assert len(caught.value.faults) > 1  # with what is wrong with it
     assert _list_leftovers(tmp_path) == []

@@ -116,7 +116,7 @@ def test_experts_whose_features_are_reordered_are_refused_once_with_a_way_out(tm
         load_params(plan)
     [fault] = caught.value.faults
     assert fault.tensor == names[0]
-    assert f"reordered (act-order), which no kernel can do: 2 modules, {STARRED}" in fault.what
+    assert f"reordered (act-order), which no kernel supports: 2 modules, {STARRED}" in fault.what
     assert "`jaxwna16 dequantize`" in fault.way_out
 
 

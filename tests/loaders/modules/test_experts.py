@@ -171,8 +171,8 @@ def test_expert_of_another_shape_is_named(tmp_path):
     tensors = _replace(_make_experts(), f"{PATH}.2.up_proj", narrow)
     [(_, what)] = _list_faults(_write(tmp_path, tensors))
     assert what == (
-        f"the experts of one product must have one shape and bias, found {TEXT} in gate_proj of "
-        "experts 0-2, up_proj of experts 0-1; "
+        f"the experts of one product must have the same shape and bias, found {TEXT} in gate_proj "
+        "of experts 0-2, up_proj of experts 0-1; "
         "W4 g32 asym [32, 64] with float32 scales in up_proj of experts 2"
     )
 
@@ -233,7 +233,7 @@ def test_floats_that_are_no_weight_of_an_expert_are_refused(tmp_path, name, arra
 )
 def test_tensor_where_a_stack_goes_is_refused(tmp_path, extra, name):
     faults = _list_faults(_write(tmp_path, _make_experts() | extra))
-    assert faults == [(name, "stands where the stack of the experts goes")]
+    assert faults == [(name, "lies at the path of the experts' stack")]
 
 
 def test_two_names_for_one_place_are_refused(tmp_path):

@@ -269,7 +269,7 @@ def test_two_configs_that_differ_are_a_warning_and_the_outer_one_counts():
     parsed = _parse(_make_config() | {"text_config": inner})
     assert parsed.find_scheme("m") == Scheme(4, 32, True)
     [warning] = parsed.check_groups({})[1]
-    assert "text_config.quantization_config says something else" in warning
+    assert "text_config.quantization_config differs from quantization_config" in warning
     same = _make_config({"observer": "mse"})
     assert not _parse(_make_config() | {"text_config": same}).check_groups({})[1]
 

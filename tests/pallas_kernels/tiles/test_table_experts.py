@@ -178,7 +178,7 @@ def _set_moe(*names):
         ),
         (
             _set_moe("schedule", "second", "splits", 13),
-            r"schedule: second: splits must be at most 12, two a step of K, found 13",
+            r"schedule: second: splits must be at most 12, two for each step of K, found 13",
         ),
         (
             _set_moe("schedule", "second", "block_m", 32),

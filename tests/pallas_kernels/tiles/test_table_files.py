@@ -233,7 +233,7 @@ def _set_tiles(name, value):
         (_set_tiles("block_m", 16.0), r"schedule\.block_m must be an integer from 1 .*found 16\.0"),
         (_set_tiles("block_k", 96), r"schedule: block_k must be a multiple of 128, got 96"),
         (_set_tiles("warps", None), r"schedule\.warps must be an integer .*, found None"),
-        (_set_tiles("splits", 65), "schedule: splits must be at most 64, two a step of K, found 6"),
+        (_set_tiles("splits", 65), "schedule: splits must be at most 64, two for each step of K"),
         (_set_tiles("scale_on", "x"), "schedule: scale_on must be one of"),
         (_set_tiles("scale_on", 1), "schedule.scale_on must be text, found 1"),
         (_set_tiles("clusters", 2), r"schedule has an unknown 'clusters'"),
@@ -253,14 +253,14 @@ def test_a_wrong_table_is_refused_by_place_and_value(change, message, tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (b"", "not JSON as expected: Expecting value"),
-        (b"{", "not JSON as expected"),
-        (b"\xff\xfe\x00\xd8", "not JSON as expected"),
-        (b"[" * 200_000, "not JSON as expected"),
-        (b"9" * 5000, "not JSON as expected"),
+        (b"", "cannot be read as JSON: Expecting value"),
+        (b"{", "cannot be read as JSON"),
+        (b"\xff\xfe\x00\xd8", "cannot be read as JSON"),
+        (b"[" * 200_000, "cannot be read as JSON"),
+        (b"9" * 5000, "cannot be read as JSON"),
         (b"[]", r"the table must be an object, found \[\]"),
-        (b'{"made": {"a": "1", "a": "2"}}', "'a' stands twice in one object"),
-        (b" " * ((4 << 20) + 1), "a table has at most 4194304 bytes, this file more"),
+        (b'{"made": {"a": "1", "a": "2"}}', "'a' appears twice in one object"),
+        (b" " * ((4 << 20) + 1), "a table has at most 4194304 bytes, this file has more"),
     ],
 )
 def test_a_file_that_is_no_table_is_refused(text, message, tmp_path):

@@ -229,7 +229,7 @@ def test_what_tools_write_is_read_without_a_remark(tool):
         (GPTQ | {"data_type": "nv_fp"}, "data_type", "only weights that are integers"),
         (GPTQ | {"dynamic": ["+:.*"]}, "dynamic", "expected an object"),
         (GPTQ | {"dynamic": {"+:[": {}}}, "dynamic", "is not a regular expression"),
-        (GPTQ | {"dynamic": {"+:(.*)*.*\\1": {}}}, "dynamic", "could take for ever"),
+        (GPTQ | {"dynamic": {"+:(.*)*.*\\1": {}}}, "dynamic", "could take forever"),
         (GPTQ | {"dynamic": {"+:.*": 8}}, "dynamic", "expected an object, found 8"),
         (GPTQ | {"dynamic": {"+:.*": {"rank": 8}}}, "dynamic", "rank is not known"),
         (GPTQ | {"dynamic": {"+:.*": {"bits": 7}}}, "dynamic.bits", "found 7"),
@@ -252,7 +252,7 @@ def test_all_fields_that_are_wrong_are_listed():
 
 def test_a_field_that_nobody_knows_is_told():
     [remark] = _parse(GPTQ | {"sparkle": 1}).check_groups({})[1][:1]
-    assert remark.endswith("not known, and not looked at: sparkle")
+    assert remark.endswith("unknown, and not used: sparkle")
 
 
 def test_the_first_rule_that_matches_counts():
