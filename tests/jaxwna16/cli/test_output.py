@@ -142,10 +142,10 @@ def replace(value: Any) -> Any:
 def test_a_warning_says_where_null_is(call, packed_folder, tmp_path):
     folder = Path(shutil.copytree(packed_folder, tmp_path / "odd"))
     config = json.loads((folder / "config.json").read_text())
-    config |= {"model_type": math.nan, "architectures": ["\ud800", -math.inf]}
+    config |= {"model_type": math.nan, "architectures": ["\ud800"]}
     (folder / "config.json").write_text(json.dumps(config))
     outcome = call("inspect", folder, "--json")
     report = json.loads(outcome.out, parse_constant=refuse)
-    assert report["model_type"] is None and report["architectures"] == ["\ud800", None]
+    assert report["model_type"] is None and report["architectures"] == ["\ud800"]
     [warning] = [w for w in report["warnings"] if "null" in w]
-    assert warning == "null in place of NaN or an infinity: model_type, architectures[1]"
+    assert warning == "null in place of NaN or an infinity: model_type"
