@@ -34,37 +34,42 @@ _MEMBERS = (
 
 No string is mistaken for one: a quote in it has a backslash, and none of these follows its end.
 """
-_PATTERNS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)",
-    r"(?i:[sdmt]|ll|ve|re)",
-    r"'(?i:[sdmt]|ll|ve|re)",
-    r"'s|'t|'re|'ve|'m|'ll|'d",
-    r"[^\r\n\p{L}\p{N}]?\p{L}+",
-    r"[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+",
-    r"\p{N}",
-    r"\p{N}+",
-    r"\p{N}{1,3}",
-    r"\p{L}+",
-    r" ?\p{L}+",
-    r" ?\p{N}+",
-    r" ?[^\s\p{L}\p{N}]+",
-    r" ?[^\s\p{L}\p{N}]+[\r\n]*",
-    r" ?[^\s\p{L}\p{N}]+[\r\n/]*",
-    r" ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*",
-    r"\s*[\r\n]",
-    r"\s*[\r\n]+",
-    r"\s+(?!\S)",
-    r"\s+",
-    r"[\p{Han}]+",
-    r"[一-龥぀-ゟ゠-ヿ]+",
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+",
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*",
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
-)
-"""Alternatives of the patterns of GPT-2, Llama 3, Qwen, GLM, DeepSeek, Mistral and the like."""
+_UPPER = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+_LOWER = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+_ENDING = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_ALTERNATIVES = {
+    **dict.fromkeys(
+        (
+            *(
+                _ENDING,
+                r"(?i:[sdmt]|ll|ve|re)",
+                r"'(?i:[sdmt]|ll|ve|re)",
+                "'s|'t|'re|'ve|'m|'ll|'d",
+            ),
+            *(r"[^\r\n\p{L}\p{N}]?\p{L}+", r"[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+", r"\p{L}+"),
+            *(r" ?\p{L}+", r"\s?\p{L}+", r"[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+", r"\s?\p{P}+"),
+            *(r"\p{N}", r"\p{N}+", r" ?\p{N}+", r"\p{N}{1,3}", r" ?[^\s\p{L}\p{N}]+"),
+            *(r" ?[^\s\p{L}\p{N}]+[\r\n]*", r" ?[^\s\p{L}\p{N}]+[\r\n/]*"),
+            *(r" ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*", r" ?[\p{P}\p{S}]+[\r\n]*", r"[\r\n]"),
+            *(r"\s+(?!\S)", r"\s+", r"[\p{Han}]+", r"[一-龥぀-ゟ゠-ヿ]+", r"[一-龥ࠀ-一가-퟿]+"),
+            *(
+                r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+""",
+                _UPPER,
+                f"{_UPPER}{_ENDING}?",
+            ),
+        ),
+        "",
+    ),
+    r"\s*[\r\n]": r"\s+",
+    r"\s*[\r\n]+": r"\s+",
+    _LOWER: _UPPER,
+    f"{_LOWER}{_ENDING}?": f"{_UPPER}{_ENDING}?",
+}
+"""Alternatives of the patterns of GPT-2, Llama 3, Qwen, GLM, DeepSeek, Mistral and the like.
+
+Some look at a whole run of characters, and match none of it. Each stands with the alternative that
+must follow it in the pattern and takes that run, or the next search would look at the run again.
+"""
 _NORMALIZERS = {
     *("NFC", "NFD", "NFKC", "NFKD", "Lowercase", "Strip", "StripAccents", "BertNormalizer", "Nmt"),
     "ByteLevel",
@@ -171,10 +176,13 @@ def _is_replacement(stage: Mapping[str, Any]) -> bool:
 
 
 def is_linear(pattern: str) -> bool:
-    """Whether a pattern consists of known alternatives."""
+    """Whether a pattern consists of known alternatives, and searches a text in linear time."""
+    needed: set[str] = set()
     while pattern:
-        known = [p for p in _PATTERNS if pattern == p or pattern.startswith(f"{p}|")]
+        known = [p for p in _ALTERNATIVES if pattern == p or pattern.startswith(f"{p}|")]
         if not known:
             return False
-        pattern = pattern[len(max(known, key=len)) + 1 :]
-    return True
+        found = max(known, key=len)
+        needed = {*needed, _ALTERNATIVES[found]} - {found, ""}
+        pattern = pattern[len(found) + 1 :]
+    return not needed

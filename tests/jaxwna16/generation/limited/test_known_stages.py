@@ -10,7 +10,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxwna16.generation.limited.known_stages import MAX_ADDED, is_linear, is_plain
+from jaxwna16.generation.limited.known_stages import (
+    _ALTERNATIVES,
+    _LOWER,
+    _UPPER,
+    MAX_ADDED,
+    is_linear,
+    is_plain,
+)
 from tests.jaxwna16.generation.limited.tokenizers_json import GROW, add, describe, split, write
 
 tokenizers = pytest.importorskip("tokenizers")
@@ -105,15 +112,29 @@ def test_tokenizers_of_published_models_run_without_limits(name, indent):
     assert is_plain(written)
 
 
-@pytest.mark.parametrize("pattern", [LLAMA3, QWEN, QWEN3_5, GPT_OSS])
-def test_patterns_of_published_models_are_linear(pattern):
-    """Text that matches none of their alternatives to the end, in ten lengths of growing size."""
+DEEPSEEK = (
+    r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"""
+    r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+ALONE = [pattern for pattern in _ALTERNATIVES if is_linear(pattern)]
+
+
+@pytest.mark.parametrize("pattern", [LLAMA3, QWEN, QWEN3_5, GPT_OSS, DEEPSEEK, *ALONE])
+def test_patterns_that_are_known_search_in_linear_time(pattern):
+    """Runs of each kind of character, which a quadratic search would take minutes for."""
     assert is_linear(pattern)
     backend = tokenizers.Tokenizer.from_buffer(write(pre_tokenizer=split(pattern)))
-    for unit in ("a", "A", "1", " ", "\r", "\n ", "'", "Aa", "\u0300", "中", " .", "/"):
+    units = ("a", "A", "Aa", "1", " ", "\r", "\n ", "'", "\u0300", "中", " .", "/", "\u02b0")
+    for text in ["".join(unit * 30_000 for unit in units), *(u * 30_000 + "\x00" for u in units)]:
         started = time.process_time()
-        backend.pre_tokenizer.pre_tokenize_str(unit * 20_000 + "\x00")
-        assert time.process_time() - started < 2
+        backend.pre_tokenizer.pre_tokenize_str(text)
+        assert time.process_time() - started < 3
+
+
+@pytest.mark.parametrize("pattern", [r"\s*[\r\n]+", r"\s*[\r\n]", _LOWER])
+def test_an_alternative_that_looks_at_a_run_in_vain_is_not_known_alone(pattern):
+    assert not is_linear(pattern) and not is_linear(rf"{_UPPER}|\s+|{pattern}")
+    assert is_linear(rf"{pattern}|{_UPPER}|\s+")
 
 
 UNKNOWN = {
