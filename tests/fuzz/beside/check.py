@@ -31,11 +31,11 @@ class Worker:
     """The process of `tests.fuzz.beside.worker`, started again when a mutant has ended it.
 
     Args:
-      seconds: of computing of one call of a template or tokenizer; None is what they have.
+      seconds: of computing that one call of a template or tokenizer may take.
     """
 
-    def __init__(self, seconds: float | None = None):
-        self._seconds = [] if seconds is None else [str(seconds)]
+    def __init__(self, seconds: float):
+        self._seconds = str(seconds)
         self._process: subprocess.Popen[str] | None = None
 
     def use(self, folder: Path) -> dict[str, Any]:
@@ -74,7 +74,7 @@ class Worker:
         self._errors = tempfile.TemporaryFile("w+", errors="replace")
         flags = "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.fuzz.beside.worker", *self._seconds],
+            [sys.executable, "-m", "tests.fuzz.beside.worker", self._seconds],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,

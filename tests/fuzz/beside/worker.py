@@ -40,12 +40,8 @@ _loaded: dict[tuple[bytes, ...], CausalLM] = {}
 
 
 def work() -> None:
-    """Answer until there are no more mutants; a number in the call is the seconds of all limits.
-
-    With it, prompts longer than those of the bases are not continued: XLA would compile for them.
-    """
-    if sys.argv[1:]:
-        chat_template.SECONDS = tokenizer.SECONDS = float(sys.argv[1])
+    """Answer until there are no more mutants; the call has the seconds of a template or tokenizer."""
+    chat_template.SECONDS = tokenizer.SECONDS = float(sys.argv[1])
     replies, printed = os.fdopen(os.dup(1), "w"), tempfile.TemporaryFile()
     os.dup2(printed.fileno(), 1)
     warnings.simplefilter("error")
@@ -105,11 +101,10 @@ def _generate(folder: Path) -> dict[str, str]:
     pieces: list[str] = []
     chat = reader.has_chat_template
     step = "chat" if chat else "generate"
-    if sys.argv[1:]:
-        encode = reader.encode_chat if chat else reader.encode
-        ids, failed = _expect(lambda: encode([_MESSAGE] if chat else _PROMPT))
-        if ids is None or len(ids) > _COMPILED:
-            return found | {step: failed}
+    encode = reader.encode_chat if chat else reader.encode
+    ids, failed = _expect(lambda: encode([_MESSAGE] if chat else _PROMPT))
+    if ids is None or len(ids) > _COMPILED:  # a longer prompt would have XLA compile
+        return found | {step: failed}
     answer, failed = _expect(
         lambda: generate(
             model,
