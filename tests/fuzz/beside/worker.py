@@ -40,7 +40,7 @@ _loaded: dict[tuple[bytes, ...], CausalLM] = {}
 
 
 def work() -> None:
-    """Answer until there are no more mutants; the call has the seconds of a template or tokenizer."""
+    """Answer until there are no more mutants; a template or tokenizer has the seconds of the call."""
     chat_template.SECONDS = tokenizer.SECONDS = float(sys.argv[1])
     replies, printed = os.fdopen(os.dup(1), "w"), tempfile.TemporaryFile()
     os.dup2(printed.fileno(), 1)
