@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -32,10 +33,11 @@ class Worker:
 
     Args:
       seconds: of computing that one call of a template or tokenizer may take.
+      megabytes: that the process of a tokenizer may have.
     """
 
-    def __init__(self, seconds: float):
-        self._seconds = str(seconds)
+    def __init__(self, seconds: float, megabytes: int):
+        self._limits = str(seconds), str(megabytes)
         self._process: subprocess.Popen[str] | None = None
 
     def use(self, folder: Path) -> dict[str, Any]:
@@ -48,9 +50,11 @@ class Worker:
         assert process.stdin is not None and process.stdout is not None
         timer = threading.Timer(_WAITING_SECONDS, process.kill)
         timer.start()
-        process.stdin.write(json.dumps(str(folder)) + "\n")
-        process.stdin.flush()
-        reply = process.stdout.readline()
+        reply = ""
+        with contextlib.suppress(BrokenPipeError):
+            process.stdin.write(json.dumps(str(folder)) + "\n")
+            process.stdin.flush()
+            reply = process.stdout.readline()
         timer.cancel()
         if not reply:
             raise AssertionError(f"the worker ended: {self.stop()}")
@@ -62,7 +66,8 @@ class Worker:
         if process is None:
             return ""
         assert process.stdin is not None and process.stdout is not None
-        process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):
+            process.stdin.close()
         process.stdout.close()
         code = process.wait()
         self._errors.seek(0)
@@ -74,7 +79,7 @@ class Worker:
         self._errors = tempfile.TemporaryFile("w+", errors="replace")
         flags = "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.fuzz.beside.worker", self._seconds],
+            [sys.executable, "-m", "tests.fuzz.beside.worker", *self._limits],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,

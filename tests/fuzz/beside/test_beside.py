@@ -11,9 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from jaxwna16 import CheckpointError, InputError
 from tests.fuzz.beside.bases import make_bases
 from tests.fuzz.beside.check import Worker, check_bases, check_mutant, run
 from tests.fuzz.beside.mutations import MUTATIONS
+from tests.fuzz.beside.worker import _expect
 from tests.fuzz.run import find_part, keep_part
 
 SEED = int(os.environ.get("JAXWNA16_FUZZ_SEED", "5"))
@@ -28,7 +30,7 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def worker(tmp_path_factory) -> Iterator[Worker]:
-    worker = Worker(seconds=0.2)
+    worker = Worker(seconds=0.2, megabytes=256)
     check_bases(tmp_path_factory.mktemp("bases"), worker)
     yield worker
     worker.stop()
@@ -43,10 +45,27 @@ def test_every_mutant_has_a_result_or_an_error_of_ours(worker, mutation):
 
 
 def test_what_ends_the_worker_is_noticed_and_the_next_mutant_has_a_new_one(worker, tmp_path):
-    with pytest.raises(AssertionError, match="the worker ended: exit code 1"):
-        worker.use(Path("no\0folder"))  # an error that is not ours
     files = dict(make_bases()["merges"])
     assert not any(check_mutant(files, tmp_path, worker)["outcome"].values())
+    worker._process.kill()
+    with pytest.raises(AssertionError, match="the worker ended: exit code -9"):
+        check_mutant(files, tmp_path, worker)
+
+
+def _raise(error: Exception) -> None:
+    raise error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [ValueError("x"), InputError("x" * 30_000, ["x" * 3000] * 30), CheckpointError("x", [])],
+)
+def test_an_error_that_is_not_ours_or_too_long_ends_a_worker(error):
+    if isinstance(error, CheckpointError):
+        assert _expect(lambda: _raise(error)) == (None, str(error))
+    else:
+        with pytest.raises((ValueError, AssertionError)):
+            _expect(lambda: _raise(error))
 
 
 def test_a_part_of_the_report_is_replaced_and_kept():
