@@ -136,7 +136,7 @@ class Tokenizer:
             text.encode()
         except UnicodeEncodeError as error:
             raise InputError(f"the text is not valid Unicode at character {error.start}") from error
-        with refuse_failures(self.source):
+        with refuse_failures(f"{self.source}: the tokenizer fails"):
             return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
@@ -147,7 +147,7 @@ class Tokenizer:
         Raises:
           InputError: if the tokenizer fails, or takes more time or memory than it may.
         """
-        with refuse_failures(self.source):
+        with refuse_failures(f"{self.source}: the tokenizer fails"):
             return self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
     def describe_decoder(self) -> str | None:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 _FLAGS = ("lstrip", "rstrip", "single_word", "normalized")
 _FEW = 3
+_MAX_EOS = 10_000  # each is compared with each new token
 
 
 def open_backend(folder: Path, follow_links: bool) -> Backend:
@@ -87,10 +88,12 @@ def add_special_tokens(backend: Backend, named: Mapping[str, Any], path: Path) -
     tokens = [token for name, token in named.items() if name.endswith("_token")]
     tokens += extra if isinstance(extra, list) else []
     added = {token.content for token in backend.get_added_tokens_decoder().values()}
+    texts = {text for token in tokens if (text := read_token(token)) is not None} - added
+    known = _find_known(backend, texts)
     new = []
     for token in tokens:
         text = read_token(token)
-        if text is None or text in added or find_id(backend, text) is None:
+        if text is None or text not in known:
             continue
         flags = {n: bool(token[n]) for n in _FLAGS if n in token} if isinstance(token, dict) else {}
         new.append(_make_token({"content": text, "special": True, **flags}))
@@ -102,24 +105,42 @@ def add_special_tokens(backend: Backend, named: Mapping[str, Any], path: Path) -
 
 def find_id(backend: Backend, token: str) -> int | None:
     """The id of a token; None if it has none, as half a surrogate pair, which no vocabulary has."""
+    return backend.token_to_id(token) if _is_unicode(token) else None
+
+
+def _find_known(backend: Backend, texts: Iterable[str]) -> set[str]:
+    """Those that the vocabulary has, in one call: there may be a million."""
+    words = list(filter(_is_unicode, texts))
+    if isinstance(backend, LimitedTokenizer):
+        ids = backend.tokens_to_ids(words)
+    else:
+        ids = map(backend.token_to_id, words)
+    return {word for word, index in zip(words, ids, strict=True) if index is not None}
+
+
+def _is_unicode(text: str) -> bool:
     try:
-        token.encode()
+        text.encode()
     except UnicodeEncodeError:
-        return None
-    return backend.token_to_id(token)
+        return False
+    return True
 
 
 def read_eos_ids(path: Path, settings: Mapping[str, Any]) -> list[int]:
     """The ids of `eos_token_id`.
 
     Raises:
-      InputError: if it is neither an id nor a list of ids.
+      InputError: if it is neither an id nor a list of ids, or too long a list.
     """
     found = settings.get("eos_token_id")
     ids = found if isinstance(found, list) else [] if found is None else [found]
     if not all(type(token) is int and token >= 0 for token in ids):
         raise InputError(
             f"{path}: `eos_token_id` must be an id or a list of ids, found {found!r:.200}"
+        )
+    if len(ids) > _MAX_EOS:
+        raise InputError(
+            f"{path}: `eos_token_id` has {len(ids):,} ids, expected {_MAX_EOS:,} at most"
         )
     return ids
 

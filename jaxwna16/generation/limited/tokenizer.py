@@ -35,14 +35,14 @@ class LimitedTokenizer:
     Args:
       content: of a tokenizer.json.
       fault: what errors call it if it is none.
-      source: what they call it otherwise.
+      source: what they call its folder otherwise.
 
     Attributes:
       prepared: what `tokenizer_calls.prepare` returns.
     """
 
     def __init__(self, content: bytes, fault: str, source: str):
-        self._source = source
+        self._source = f"{source}: the tokenizer fails"
         self._child = Child("jaxwna16.generation.limited.tokenizer_calls", _MEGABYTES)
         text = binascii.b2a_base64(content, newline=False).decode()
         seconds = SECONDS + len(content) // _PER_SECOND
@@ -58,6 +58,9 @@ class LimitedTokenizer:
 
     def token_to_id(self, token: str) -> int | None:
         return self._call(0, "token_to_id", token)
+
+    def tokens_to_ids(self, tokens: Sequence[str]) -> list[int | None]:
+        return self._call(len(tokens), "tokens_to_ids", list(tokens))
 
     def id_to_token(self, id: int) -> str | None:
         return self._call(0, "id_to_token", id)

@@ -59,6 +59,10 @@ def token_to_id(token: str) -> int | None:
     return _open[0].token_to_id(token)
 
 
+def tokens_to_ids(tokens: list[str]) -> list[int | None]:
+    return list(map(_open[0].token_to_id, tokens))
+
+
 def id_to_token(index: int) -> str | None:
     return _open[0].id_to_token(index)
 

@@ -195,6 +195,24 @@ def test_nothing_is_printed_of_a_field_that_is_not_known(tmp_path, capfd, stages
     assert capfd.readouterr().out == ""
 
 
+@pytest.mark.parametrize("grow", [False, True])
+def test_a_hundred_thousand_special_tokens_are_looked_up_at_once(tmp_path, grow):
+    """One by one each was added to an automaton that all are in, or asked for in a call."""
+    normalizer = {"type": "Sequence", "normalizers": [GROW]} if grow else None
+    names = [f"<{i}>" for i in range(100_000)]
+    words = {"vocab": {"a": 0, **{name: i + 1 for i, name in enumerate(names[:20_000])}}}
+    content = write(normalizer=normalizer, model=words | {"merges": []})
+    started = time.process_time()
+    tokenizer = read(tmp_path, content, extra_special_tokens=[*names, "\ud800"])
+    assert tokenizer.encode("<19999><7>") == [20_000, 8]
+    assert time.process_time() - started < 10
+
+
+def test_too_many_eos_ids_are_refused(tmp_path):
+    with pytest.raises(InputError, match=r"`eos_token_id` has 20,000 ids, expected 10,000 at most"):
+        read(tmp_path, write(), eos_token_id=[1] * 20_000)
+
+
 def test_added_tokens_of_the_settings_are_few(tmp_path):
     tokens = {str(i + 5): {"content": f"{i}" * 50_000} for i in range(30)}
     with pytest.raises(InputError, match=r"2,500,000 characters, expected 1,000,000 at most"):
