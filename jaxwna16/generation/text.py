@@ -21,6 +21,7 @@ from jaxwna16.generation.chat_template import (
     read_chat_templates,
     render_chat_template,
 )
+from jaxwna16.generation.limited.lengths import check_length
 from jaxwna16.generation.limited.tokenizer import LimitedTokenizer, refuse_failures
 from jaxwna16.generation.tokenizer_files import (
     add_special_tokens,
@@ -145,10 +146,14 @@ class Tokenizer:
         Bytes that are not UTF-8 become U+FFFD. Spaces stay as the tokenizer's decoder writes them.
 
         Raises:
-          InputError: if the tokenizer fails, or takes more time or memory than it may.
+          InputError: if the tokenizer fails, or takes more time or memory than it may; or if the
+            text has thousands of characters for each token.
         """
         with refuse_failures(f"{self.source}: the tokenizer fails"):
-            return self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+            numbers = list(ids)
+            text = self.backend.decode(numbers, skip_special_tokens=skip_special_tokens)
+            check_length(text, len(numbers))
+            return text
 
     def describe_decoder(self) -> str | None:
         """What turns tokens into text, as JSON; None if they are joined by spaces."""

@@ -16,7 +16,8 @@ import jinja2.ext
 import jinja2.nodes
 import jinja2.sandbox
 
-MAX_CHARACTERS = 16_000_000
+MAX_CHARACTERS = 8_000_000
+"""Of a chat: two million tokens, which take seconds to encode."""
 
 
 class BrokenTemplateError(Exception):

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 SECONDS = 5
 """Of computing for one call, and one more for each 100,000 characters or tokens."""
+DECODE_SECONDS = 1
+"""The same of turning tokens into text, which may be asked for after each of them."""
 _MEGABYTES = 2048
 _PER_SECOND = 100_000
 
@@ -54,7 +56,9 @@ class LimitedTokenizer:
         return Encoded(ids, [(start, end) for start, end in offsets])
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        return self._call(len(ids), "decode", list(ids), skip_special_tokens)
+        numbers, seconds = list(ids), DECODE_SECONDS + len(ids) // _PER_SECOND
+        with refuse_failures(self._source):
+            return self._child.call("decode", numbers, skip_special_tokens, seconds=seconds)
 
     def token_to_id(self, token: str) -> int | None:
         return self._call(0, "token_to_id", token)

@@ -7,7 +7,8 @@ from typing import Any
 
 import tokenizers
 
-MAX_CHARACTERS = 16_000_000
+from jaxwna16.generation.limited.lengths import check_length
+
 _open: list[tokenizers.Tokenizer] = []
 
 
@@ -42,11 +43,10 @@ def decode(ids: list[int], skip_special_tokens: bool) -> str:
     """The text of ids.
 
     Raises:
-      ValueError: if it is longer than `MAX_CHARACTERS`.
+      ValueError: if it is too long.
     """
     text = _open[0].decode(ids, skip_special_tokens=skip_special_tokens)
-    if len(text) > MAX_CHARACTERS:
-        raise ValueError(f"{len(text):,} characters are more than {MAX_CHARACTERS:,}")
+    check_length(text, len(ids))
     return text
 
 

@@ -56,9 +56,10 @@ class StoppingText:
         """The text of all tokens so far if a stop string ends it, else ""."""
         if not self._stop:
             return ""
-        text = self._take(self._stream.read_all())
-        self._held = ""
-        return text if self.stopped else ""
+        text = self._stream.read_all()
+        ends = [(at + len(s), -len(s)) for s in self._stop if (at := text.find(s)) >= 0]
+        self.stopped = bool(ends)
+        return text[: sum(min(ends))] if ends else ""
 
     def _take(self, text: str) -> str:
         if not self._stop:

@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
+from jaxwna16.generation.limited.lengths import MOST_CHARACTERS
 from jaxwna16.generation.text import Tokenizer
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2}|\+[0-9A-Fa-f])>")
@@ -101,8 +102,9 @@ class TextStream:
         name = self._tokenizer.backend.id_to_token(token)
         if name is None or name in self._skipped:
             return None
-        if "ByteLevel" in self._kinds:
+        if "ByteLevel" in self._kinds and len(name) <= MOST_CHARACTERS:
             return _read_byte_level(name)
+        # which also refuses a token that is too long
         return self._decode(token, token)[len(self._decode(token)) :].encode()
 
     def _read_byte(self, token: int) -> int | None:

@@ -42,6 +42,7 @@ _loaded: dict[tuple[bytes, ...], CausalLM] = {}
 def work() -> None:
     """Answer until there are no more mutants; the call has limits for templates and tokenizers."""
     chat_template.SECONDS = tokenizer.SECONDS = float(sys.argv[1])
+    tokenizer.DECODE_SECONDS = min(tokenizer.SECONDS, tokenizer.DECODE_SECONDS)
     tokenizer._MEGABYTES = int(sys.argv[2])
     replies, printed = os.fdopen(os.dup(1), "w"), tempfile.TemporaryFile()
     os.dup2(printed.fileno(), 1)

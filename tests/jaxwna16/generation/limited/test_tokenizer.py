@@ -13,6 +13,7 @@ import pytest
 from jaxwna16.errors import InputError
 from jaxwna16.generation.limited import tokenizer as limited
 from jaxwna16.generation.limited.tokenizer import LimitedTokenizer
+from jaxwna16.generation.streaming.stop_strings import StoppingText
 from jaxwna16.generation.text import Tokenizer
 from tests.jaxwna16.generation.limited.tokenizers_json import GROW, add, split, write
 
@@ -111,13 +112,27 @@ def test_what_has_no_end_is_ended(tmp_path, monkeypatch, name):
 
 @posix
 def test_a_decoder_that_doubles_is_ended(tmp_path, monkeypatch):
-    monkeypatch.setattr(limited, "SECONDS", 0.3)
+    monkeypatch.setattr(limited, "DECODE_SECONDS", 0.3)
     monkeypatch.setattr(limited, "_MEGABYTES", 512)
     tokenizer = read(tmp_path, chain("decoder", "decoders", GROW, 40))
     assert tokenizer.decode([1]) == "b"
     with pytest.raises(InputError, match=r"more than (0\.3 s|512 MB)|characters"):
         tokenizer.decode([0])
     assert tokenizer.decode([1]) == "b"
+
+
+@pytest.mark.parametrize("decoder", [None, BYTES, {"type": "BPEDecoder", "suffix": ""}])
+def test_a_token_that_is_a_book_is_refused(tmp_path, decoder):
+    """Each character of generated text is looked at, in search of stop strings."""
+    content = write(decoder=decoder, model={"vocab": {"a": 0, "b" * 10**6: 1}, "merges": []})
+    tokenizer = read(tmp_path, content)
+    assert tokenizer.decode([0] * 9).strip()
+    with pytest.raises(
+        InputError, match=r"1 tokens are [12],000,\d\d\d characters, expected 4,096"
+    ):
+        tokenizer.decode([1])
+    with pytest.raises(InputError, match=r"characters, expected 4,096 each"):
+        StoppingText(tokenizer, ["c"]).push([1])
 
 
 @posix
