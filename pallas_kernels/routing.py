@@ -17,6 +17,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,10 +26,45 @@ from jax import lax
 
 from pallas_kernels.errors import SpecError
 
-SCORINGS = ("softmax", "sigmoid", "sqrt_softplus")
-GROUP_SCORES = ("max", "top2_sum")
 _TINY = 1e-20  # avoids a division by 0 if all scores are 0, as in DeepSeek's code
 _LIFT = 2.0**40  # changes no rounding; keeps the square of `_TINY`, in the derivative, above 0
+
+
+def _root_softplus(logits: jax.Array) -> jax.Array:
+    positive = jax.nn.softplus(logits)
+    # the derivative of a square root is infinite at 0, which would make NaN of a vanished score's
+    vanished = positive == 0
+    return jnp.where(vanished, 0.0, jnp.sqrt(jnp.where(vanished, 1.0, positive)))
+
+
+def _add_best_two(choice: jax.Array) -> jax.Array:
+    return lax.top_k(choice, 2)[0].sum(-1)
+
+
+SCORINGS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "softmax": lambda logits: jax.nn.softmax(logits, axis=-1),
+    "sigmoid": jax.nn.sigmoid,
+    "sqrt_softplus": _root_softplus,
+}
+"""Name -> the scores of logits, float32 [..., E] both."""
+
+
+class GroupScore(NamedTuple):
+    """How good a group of experts is: `rate` makes [..., groups] of c [..., groups, experts].
+
+    Attributes:
+      least: how many experts a group must have.
+    """
+
+    rate: Callable[[jax.Array], jax.Array]
+    least: int
+
+
+GROUP_SCORES = {
+    "max": GroupScore(lambda choice: choice.max(-1), least=1),
+    "top2_sum": GroupScore(_add_best_two, least=2),
+}
+"""Name -> how groups are compared."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,11 +73,11 @@ class Routing:
 
     Attributes:
       top_k: experts of a token.
-      scoring: "softmax", "sigmoid" or "sqrt_softplus".
+      scoring: one of `SCORINGS`.
       renormalize: whether the weights of a token add up to `scaling_factor`.
       groups: number of groups; each is a run of consecutive experts.
       top_groups: how many of the groups a token may choose from.
-      group_score: "max" or "top2_sum".
+      group_score: one of `GROUP_SCORES`.
       scaling_factor: multiplies the weights.
 
     Raises:
@@ -61,10 +98,10 @@ class Routing:
             for name in ("top_k", "groups", "top_groups")
             if type(getattr(self, name)) is not int or getattr(self, name) < 1
         ]
-        if self.scoring not in SCORINGS:
-            faults.append(f"scoring must be one of {SCORINGS}, got {self.scoring!r}")
-        if self.group_score not in GROUP_SCORES:
-            faults.append(f"group_score must be one of {GROUP_SCORES}, got {self.group_score!r}")
+        for name, table in (("scoring", SCORINGS), ("group_score", GROUP_SCORES)):
+            names, found = tuple(table), getattr(self, name)
+            if found not in names:
+                faults.append(f"{name} must be one of {names}, got {found!r}")
         if not isinstance(self.renormalize, bool):
             faults.append(f"renormalize must be True or False, got {self.renormalize!r}")
         factor = self.scaling_factor
@@ -87,9 +124,11 @@ class Routing:
                 f"top_k = {self.top_k} must be at most {self.top_groups * size} "
                 f"(top_groups = {self.top_groups}, groups of {size} experts)"
             )
-        if self.groups > 1 and self.group_score == "top2_sum" and size < 2:
+        least = GROUP_SCORES[self.group_score].least
+        if self.groups > 1 and size < least:
             raise SpecError(
-                f"group_score 'top2_sum' needs groups of at least 2 experts, got {size}"
+                f"group_score {self.group_score!r} needs groups of at least {least} experts, "
+                f"got {size}"
             )
 
 
@@ -151,7 +190,7 @@ def route(
         )
     experts = logits.shape[-1]
     routing.check_experts(experts)
-    scores = _score(logits.astype(jnp.float32), scoring)
+    scores = SCORINGS[scoring](logits.astype(jnp.float32))
     choice = lax.stop_gradient(scores)
     if correction_bias is not None:
         bias = jnp.asarray(correction_bias)
@@ -176,25 +215,11 @@ def route(
     return ids, jnp.where(broken, jnp.nan, weights * scaling_factor)
 
 
-def _score(logits: jax.Array, scoring: str) -> jax.Array:
-    if scoring == "softmax":
-        return jax.nn.softmax(logits, axis=-1)
-    if scoring == "sigmoid":
-        return jax.nn.sigmoid(logits)
-    positive = jax.nn.softplus(logits)
-    # the derivative of a square root at 0 is infinite, and would give a NaN where a score is 0
-    vanished = positive == 0
-    return jnp.where(vanished, 0.0, jnp.sqrt(jnp.where(vanished, 1.0, positive)))
-
-
 def _mask_groups(choice: jax.Array, routing: Routing) -> jax.Array:
     """-inf for experts outside the best groups."""
     size = choice.shape[-1] // routing.groups
     grouped = choice.reshape(*choice.shape[:-1], routing.groups, size)
-    if routing.group_score == "max":
-        quality = grouped.max(-1)
-    else:
-        quality = lax.top_k(grouped, 2)[0].sum(-1)
+    quality = GROUP_SCORES[routing.group_score].rate(grouped)
     best = lax.top_k(quality, routing.top_groups)[1]
     groups = jnp.expand_dims(jnp.arange(routing.groups, dtype=best.dtype), range(best.ndim))
     kept = (best[..., None] == groups).any(-2)

@@ -18,9 +18,9 @@ os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path(__file__).parents[1] / ".cach
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
-# Most of the time goes into machine code that runs once. So it is left plain, which is a quarter less
-# work (`make thorough` lets it be optimized), and it is not split for several threads: there is a
-# worker for each core.
+# Most of the time goes into machine code that runs once. So it is left plain, which is a quarter
+# less work (`make thorough` lets it be optimized), and it is not split for several threads: there
+# is a worker for each core.
 os.environ.setdefault(
     "XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
 )

@@ -108,7 +108,9 @@ def gated(x: jax.Array, gate: Layer, up: Layer) -> jax.Array:
     """
     settings = _find_settings(gate)
     if settings is None or settings != _find_settings(up):
-        return jax.nn.silu(gate(x)) * up(x)
+        y = gate(x)
+        # a sigmoid in 16 bits would be rounded, and then the product with it
+        return jax.nn.silu(y.astype(jnp.float32)).astype(y.dtype) * up(x)
     dtype, backend, prefer = settings
     first: Any = gate
     second: Any = up

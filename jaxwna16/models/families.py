@@ -17,6 +17,8 @@ from jaxwna16.models.config.config_reader import ConfigReader
 from jaxwna16.models.config.language_config import LanguageConfig
 from jaxwna16.models.llama import config as llama_config
 from jaxwna16.models.llama import names as llama_names
+from jaxwna16.models.llama.relatives import RELATIVES
+from jaxwna16.models.olmo2 import config as olmo2_config
 from jaxwna16.models.qwen3_5 import config as qwen3_5_config
 from jaxwna16.models.qwen3_5 import names as qwen3_5_names
 
@@ -49,16 +51,21 @@ class Family:
 
 FAMILIES = (
     Family(
-        model_types=llama_config.MODEL_TYPES,
-        read=llama_config.ModelConfig.from_dict,
+        model_types=tuple(RELATIVES),
+        read=llama_config.LlamaConfig.from_dict,
         model="jaxwna16.models.llama.definition:Llama",
         names=llama_names.NAMES,
     ),
     Family(
-        model_types=qwen3_5_config.MODEL_TYPES,
+        model_types=tuple(qwen3_5_config.KINDS),
         read=qwen3_5_config.Qwen35Config.from_dict,
         model="jaxwna16.models.qwen3_5.definition:Qwen35",
         names=qwen3_5_names.NAMES,
+    ),
+    Family(
+        model_types=("olmo2",),
+        read=olmo2_config.Olmo2Config.from_dict,
+        model="jaxwna16.models.olmo2.definition:Olmo2",
     ),
 )
 MODEL_TYPES = tuple(name for family in FAMILIES for name in family.model_types)
@@ -71,7 +78,7 @@ def find_family(config: Mapping[str, Any]) -> Family:
       ModelError: if there is none.
     """
     reader = ConfigReader(config)
-    model_type = reader.choose("model_type", None, MODEL_TYPES)
+    model_type = reader.choose("model_type", None, MODEL_TYPES, required=True)
     if model_type is None:
         raise ModelError("this model is not supported", reader.reasons)
     return next(family for family in FAMILIES if model_type in family.model_types)

@@ -26,9 +26,7 @@ TOKENIZER, TOKENIZER_SETTINGS = "tokenizer.json", "tokenizer_config.json"
 SPECIAL_TOKENS, TEMPLATE = "special_tokens_map.json", "chat_template.jinja"
 _SETTINGS = (CONFIG, GENERATION, TOKENIZER_SETTINGS, SPECIAL_TOKENS)
 _MAX_NESTING = 64
-_MAX_CONTAINERS = (
-    3_000_000  # lists and objects, each 100 bytes in memory; vocabularies have 600,000
-)
+_MAX_VALUES = 5_000_000  # of JSON, up to 200 bytes of memory each; vocabularies have 2 million
 _AGAIN = "download the checkpoint again"
 _FOLLOW = (
     "pass follow_links=True, on the command line --follow-links, if you trust where it leads; or "
@@ -163,9 +161,9 @@ def _limit(name: str, most: int) -> int:
 
 
 def _parse(content: bytes) -> Any:
-    count = content.count(b"[") + content.count(b"{")
-    if count > _MAX_CONTAINERS:
-        raise ValueError(f"it has {count:,} brackets, expected {_MAX_CONTAINERS:,} at most")
+    count = sum(map(content.count, (b"[", b"{", b",")))  # one begins each value
+    if count > _MAX_VALUES:
+        raise ValueError(f"it has {count:,} values, expected {_MAX_VALUES:,} at most")
     try:
         value = json.loads(content.decode("utf-8"), object_pairs_hook=refuse_duplicates)
     except RecursionError as error:

@@ -85,7 +85,7 @@ CASES = {
             mlp_only_layers=list(range(2000, 2000 + 10**5)),
         ),
     ),
-    "brackets": lambda: (
+    "values": lambda: (
         dict(make_bases()["asymmetric"]) | {CONFIG: b'{"a": [' + b"[]," * 10**7 + b"1]}"}
     ),
 }

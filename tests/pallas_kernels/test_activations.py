@@ -37,8 +37,10 @@ def compute_exactly(name: str, gate: float, up: float | None) -> float:
     elif name == "gelu_tanh":
         inner = math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3)
         y = gate * sigmoid(2 * inner)  # (1 + tanh a) / 2 = sigmoid(2 a)
-    else:
+    elif name == "relu2":
         y = gate * gate if gate > 0 else 0.0
+    else:
+        raise ValueError(f"no activation of this name is known here: {name}")
     return y if up is None else y * up
 
 

@@ -72,10 +72,12 @@ class ConfigReader:
             self.refuse(key, value, "true or false")
         return value is True
 
-    def choose(self, key: str, default: str | None, choices: tuple[str, ...]) -> str | None:
-        """One of `choices`; None where the key is absent and has no default."""
+    def choose(
+        self, key: str, default: str | None, choices: tuple[str, ...], *, required: bool = False
+    ) -> str | None:
+        """One of `choices`; None of a key that is absent, or where the value is refused."""
         value = self.config.get(key, default)
-        if value in choices or (value is None and key != "model_type"):
+        if value in choices or (value is None and not required):
             return value
         self.refuse(key, value, f"one of {', '.join(choices)}")
         return None

@@ -3,21 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Protocol
 
 from jaxwna16.models.config.config_reader import ConfigReader
 from pallas_kernels.routing import Routing
 
 _INNER, _TOP_K = "moe_intermediate_size", "num_experts_per_tok"
-_DEEPSEEK = ("dots1", "glm4_moe")
-_DEFAULTS: dict[str, tuple[int | None, int | None, int | None]] = {
-    "mixtral": (8, 2, None),
-    "qwen2_moe": (60, 4, 1408),
-    "qwen3_moe": (128, 8, 768),
-    "dots1": (None, None, 1408),
-    "glm4_moe": (128, 8, 1408),
-}
-"""Experts, experts of a token, features of one expert, where config.json is silent."""
-MOE_TYPES = tuple(_DEFAULTS)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,14 +39,128 @@ class MoeConfig:
     routing: Routing
 
 
-def read_moe(reader: ConfigReader, model_type: str, layers: int) -> MoeConfig:
-    """Read the part of a `config.json` of one of `MOE_TYPES` that is about experts.
+class ExpertRule(Protocol):
+    """How the `config.json` of a family with experts says what they are."""
 
-    Absent keys take the defaults of transformers' configuration classes.
+    def read(self, reader: ConfigReader, layers: int) -> MoeConfig:
+        """The part of a `config.json` that is about experts, if it is that of such a family."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SoftmaxExperts:
+    """Softmax over all experts: Mixtral, Qwen2-MoE, Qwen3-MoE.
+
+    Numbers are what transformers' configuration class has where the key is absent; None is a key
+    that must be stated.
+
+    Attributes:
+      experts, top_k: how many there are, and how many of them a token has.
+      inner_key, inner: which key states the features of one expert.
+      has_steps: whether `decoder_sparse_step` and `mlp_only_layers` choose the sparse layers, and
+        not all are.
+      renormalize: whether the weights of a token always add up to 1; otherwise `norm_topk_prob`
+        says so.
+      shared: features of a shared expert, which has a gate; None if there is none.
     """
-    read = _read_deepseek if model_type in _DEEPSEEK else _read_softmax
+
+    experts: int
+    top_k: int
+    inner_key: str = _INNER
+    inner: int | None = None
+    has_steps: bool = True
+    renormalize: bool = False
+    shared: int | None = None
+
+    def read(self, reader: ConfigReader, layers: int) -> MoeConfig:
+        scoring = _read_scoring(reader, {"softmax": "softmax"})
+        reader.choose("topk_method", "greedy", ("greedy",))
+        is_shared = self.shared is not None
+        return MoeConfig(
+            sparse=_read_sparse_steps(reader, layers) if self.has_steps else (True,) * layers,
+            experts=reader.count_either(("num_local_experts", "num_experts"), self.experts),
+            intermediate_size=reader.count(self.inner_key, self.inner),
+            shared="shared_expert" if is_shared else None,
+            shared_intermediate_size=(
+                reader.count("shared_expert_intermediate_size", self.shared) if is_shared else 0
+            ),
+            shared_gate=is_shared,
+            wide_router=False,
+            correction_bias=False,
+            routing=Routing(
+                top_k=reader.count(_TOP_K, self.top_k),
+                scoring=scoring,
+                renormalize=self.renormalize or reader.flag("norm_topk_prob"),
+            ),
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DeepseekExperts:
+    """The routing of DeepSeek-V3 (https://arxiv.org/abs/2412.19437): dots.llm1 and GLM-4-MoE.
+
+    Numbers are what transformers' configuration class has where the key is absent; None is a key
+    that must be stated.
+
+    Attributes:
+      experts, top_k, inner: as in `SoftmaxExperts`.
+      shared: how many experts serve every token, as one MLP.
+      first: how many layers are dense before the sparse ones.
+      renormalize: of `norm_topk_prob`.
+    """
+
+    experts: int | None = None
+    top_k: int | None = None
+    inner: int
+    shared: int | None = None
+    first: int = 0
+    renormalize: bool = False
+
+    def read(self, reader: ConfigReader, layers: int) -> MoeConfig:
+        reader.choose("topk_method", "noaux_tc", ("noaux_tc",))
+        if reader.count("moe_layer_freq", 1) != 1:
+            reader.refuse("moe_layer_freq", reader.config["moe_layer_freq"], "1")
+        inner = reader.count(_INNER, self.inner)
+        first = reader.count("first_k_dense_replace", self.first, least=0)
+        return MoeConfig(
+            sparse=tuple(i >= first for i in range(layers)),
+            experts=reader.count_either(("n_routed_experts", "num_local_experts"), self.experts),
+            intermediate_size=inner,
+            shared="shared_experts",
+            shared_intermediate_size=inner * reader.count("n_shared_experts", self.shared),
+            shared_gate=False,
+            wide_router=True,
+            correction_bias=True,
+            routing=self._read_routing(reader),
+        )
+
+    def _read_routing(self, reader: ConfigReader) -> Routing:
+        groups, top_groups = reader.count("n_group", 1), reader.count("topk_group", 1)
+        if top_groups > groups:
+            reader.refuse("topk_group", top_groups, f"at most n_group = {groups}")
+        return Routing(
+            top_k=reader.count(_TOP_K, self.top_k),
+            # dots.llm1 writes the name of the method here
+            scoring=_read_scoring(reader, {"sigmoid": "sigmoid", "noaux_tc": "sigmoid"}),
+            renormalize=reader.flag("norm_topk_prob", self.renormalize),
+            groups=groups,
+            top_groups=min(groups, top_groups),
+            group_score="top2_sum",
+            scaling_factor=reader.number("routed_scaling_factor", 1.0),
+        )
+
+
+def read_moe(reader: ConfigReader, rule: ExpertRule | None, layers: int) -> MoeConfig | None:
+    """Read the part of a `config.json` that is about experts; None of a family without.
+
+    Args:
+      rule: of the family.
+      layers: how many there are.
+    """
+    if rule is None:
+        return None
     faults = len(reader.reasons)
-    moe = read(reader, model_type, layers)
+    moe = rule.read(reader, layers)
     if len(reader.reasons) == faults:
         check_choice(reader, moe.experts, moe.routing)
     return moe
@@ -72,63 +178,14 @@ def check_choice(reader: ConfigReader, experts: int, routing: Routing) -> None:
         reader.refuse(_TOP_K, routing.top_k, expected)
 
 
-def _read_softmax(reader: ConfigReader, model_type: str, layers: int) -> MoeConfig:
-    """Mixtral, Qwen2-MoE and Qwen3-MoE: softmax over all experts."""
-    reader.choose("scoring_func", "softmax", ("softmax",))
-    reader.choose("topk_method", "greedy", ("greedy",))
-    mixtral, shared = model_type == "mixtral", model_type == "qwen2_moe"
-    experts, top_k, inner = _DEFAULTS[model_type]
-    return MoeConfig(
-        sparse=(True,) * layers if mixtral else _read_sparse_steps(reader, layers),
-        experts=reader.count_either(("num_local_experts", "num_experts"), experts),
-        intermediate_size=reader.count("intermediate_size" if mixtral else _INNER, inner),
-        shared="shared_expert" if shared else None,
-        shared_intermediate_size=(
-            reader.count("shared_expert_intermediate_size", 5632) if shared else 0
-        ),
-        shared_gate=shared,
-        wide_router=False,
-        correction_bias=False,
-        routing=Routing(
-            top_k=reader.count(_TOP_K, top_k),
-            renormalize=mixtral or reader.flag("norm_topk_prob"),
-        ),
-    )
+def _read_scoring(reader: ConfigReader, names: Mapping[str, str]) -> str:
+    """`scoring_func` as `Routing` calls it.
 
-
-def _read_deepseek(reader: ConfigReader, model_type: str, layers: int) -> MoeConfig:
-    """dots.llm1 and GLM-4-MoE: the routing of DeepSeek-V3 (https://arxiv.org/abs/2412.19437)."""
-    # dots.llm1 writes the name of the method here
-    reader.choose("scoring_func", "sigmoid", ("sigmoid", "noaux_tc"))
-    reader.choose("topk_method", "noaux_tc", ("noaux_tc",))
-    if reader.count("moe_layer_freq", 1) != 1:
-        reader.refuse("moe_layer_freq", reader.config["moe_layer_freq"], "1")
-    glm = model_type == "glm4_moe"
-    experts, top_k, inner = _DEFAULTS[model_type]
-    inner = reader.count(_INNER, inner)
-    first = reader.count("first_k_dense_replace", 1 if glm else 0, least=0)
-    groups, top_groups = reader.count("n_group", 1), reader.count("topk_group", 1)
-    if top_groups > groups:
-        reader.refuse("topk_group", top_groups, f"at most n_group = {groups}")
-    return MoeConfig(
-        sparse=tuple(i >= first for i in range(layers)),
-        experts=reader.count_either(("n_routed_experts", "num_local_experts"), experts),
-        intermediate_size=inner,
-        shared="shared_experts",
-        shared_intermediate_size=inner * reader.count("n_shared_experts", 1 if glm else None),
-        shared_gate=False,
-        wide_router=True,
-        correction_bias=True,
-        routing=Routing(
-            top_k=reader.count(_TOP_K, top_k),
-            scoring="sigmoid",
-            renormalize=reader.flag("norm_topk_prob", glm),
-            groups=groups,
-            top_groups=min(groups, top_groups),
-            group_score="top2_sum",
-            scaling_factor=reader.number("routed_scaling_factor", 1.0),
-        ),
-    )
+    Args:
+      names: in files -> in `pallas_kernels.routing.SCORINGS`; the first is that of an absent key.
+    """
+    default = next(iter(names))
+    return names[reader.choose("scoring_func", default, tuple(names)) or default]
 
 
 def _read_sparse_steps(reader: ConfigReader, layers: int) -> tuple[bool, ...]:

@@ -1,55 +1,120 @@
-"""Reading which layers of a model see only a window of the tokens before."""
+"""Which layers of a model see only a window of the tokens before, as a family's rule reads it."""
 
 from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
 
 from jaxwna16.models.config.config_reader import ConfigReader
 
 _FULL, _SLIDING = "full_attention", "sliding_attention"
-_NEVER = ("llama", "glm4_moe")
-_ALL_LAYERS = ("mistral", "mixtral", "qwen3_moe")
+_WINDOW, _SWITCH = "sliding_window", "use_sliding_window"
+_TYPES, _LAST = "layer_types", "max_window_layers"
 
 
-def read_windows(reader: ConfigReader, model_type: str, layers: int) -> tuple[int | None, ...]:
-    """Sliding windows per layer, None for none, by the rules of transformers' configurations."""
-    full = (None,) * layers
-    if model_type in _NEVER:
-        return full
-    window = _read_window(reader, model_type)
-    types = reader.config.get("layer_types")
-    if model_type in _ALL_LAYERS:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WindowRule:
+    """How the `config.json` of a family with windows says what they are.
+
+    Numbers are what transformers' configuration class has where the key is absent.
+
+    Attributes:
+      size: of `sliding_window`, in tokens; None is no window. A null is no window either.
+      has_switch: whether there are windows only where `use_sliding_window` is true.
+      slides: whether a layer of a model with windows has one, of its number and
+        `max_window_layers`; a list of `layer_types` comes before it. None is a window in every
+        layer, without such a list.
+      max_window_layers: where `slides` is given.
+    """
+
+    size: int | None
+    has_switch: bool = False
+    slides: Callable[[int, int], bool] | None = None
+    max_window_layers: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class _NoKeys:
+    """The rule of a family whose class in transformers reads past the keys of windows."""
+
+
+UNREAD = _NoKeys()
+"""No windows, whatever `config.json` says: the family's class in transformers reads no such key."""
+Windows = WindowRule | _NoKeys | None
+"""A family's rule. None is no windows, and an error where `config.json` asks for some."""
+
+
+def slide_from(layer: int, last: int) -> bool:
+    """Windows from layer `max_window_layers` on."""
+    return layer >= last
+
+
+def slide_every_other_until(layer: int, last: int) -> bool:
+    """Windows in every other layer before layer `max_window_layers`."""
+    return layer % 2 == 0 and layer < last
+
+
+def read_windows(reader: ConfigReader, rule: Windows, layers: int) -> tuple[int | None, ...]:
+    """Sliding windows per layer, None for none.
+
+    Args:
+      rule: of the family.
+      layers: how many there are.
+    """
+    if rule is None:
+        _refuse_windows(reader)
+    if not isinstance(rule, WindowRule):
+        return (None,) * layers
+    window = _read_window(reader, rule)
+    types = reader.config.get(_TYPES)
+    if rule.slides is None:
         if types is not None:
-            reader.refuse("layer_types", types, f"none in a {model_type} model")
+            reader.refuse(_TYPES, types, f"none in a {reader.config['model_type']} model")
         return (window,) * layers
-    last = reader.config.get("max_window_layers", 62 if model_type == "dots1" else 28)
-    if not isinstance(last, int):
-        reader.refuse("max_window_layers", last, "an integer")
-        last = 0
-    if types is None and window is None:
-        return full
-    if types is None:
-        types = [_choose_type(model_type, i, last) for i in range(layers)]
+    last = _read_last(reader, rule)
+    if types is not None:
+        return _read_types(reader, rule, window, layers)
+    return tuple(window if rule.slides(i, last) else None for i in range(layers))
+
+
+def _refuse_windows(reader: ConfigReader) -> None:
+    """Note every key that asks for windows."""
+    config, expected = reader.config, "none: models of this family have no windows"
+    if _WINDOW in config and config.get(_SWITCH) is not False:
+        reader.refuse(_WINDOW, config[_WINDOW], expected)
+    if config.get(_SWITCH, False) is not False:
+        reader.refuse(_SWITCH, config[_SWITCH], "false: models of this family have no windows")
+    types = config.get(_TYPES, [])
+    if not isinstance(types, list) or any(kind != _FULL for kind in types):
+        reader.refuse(_TYPES, types, f"{_FULL} alone: models of this family have no windows")
+
+
+def _read_window(reader: ConfigReader, rule: WindowRule) -> int | None:
+    """How many tokens a sliding layer sees; None if there is no such layer."""
+    is_on = reader.flag(_SWITCH) if rule.has_switch else True
+    if _WINDOW not in reader.config and (_WINDOW in reader.given or rule.size is None):
+        return None
+    return reader.count(_WINDOW, rule.size) if is_on else None
+
+
+def _read_last(reader: ConfigReader, rule: WindowRule) -> int:
+    last = reader.config.get(_LAST, rule.max_window_layers)
+    if isinstance(last, int):
+        return last
+    reader.refuse(_LAST, last, "an integer")
+    return 0
+
+
+def _read_types(
+    reader: ConfigReader, rule: WindowRule, window: int | None, layers: int
+) -> tuple[int | None, ...]:
+    """The windows that `layer_types` lists."""
+    types = reader.config[_TYPES]
     known = isinstance(types, list) and all(kind in (_FULL, _SLIDING) for kind in types)
     if not known or len(types) != layers:
-        reader.refuse("layer_types", types, f"{layers} entries, each {_FULL} or {_SLIDING}")
-        return full
+        reader.refuse(_TYPES, types, f"{layers} entries, each {_FULL} or {_SLIDING}")
+        return (None,) * layers
     if _SLIDING in types and window is None:
-        switch = "" if model_type == "dots1" else ", or use_sliding_window is off"
-        reader.refuse("layer_types", types, f"full_attention: there is no sliding_window{switch}")
+        switch = f", or {_SWITCH} is off" if rule.has_switch else ""
+        reader.refuse(_TYPES, types, f"{_FULL}: there is no {_WINDOW}{switch}")
     return tuple(window if kind == _SLIDING else None for kind in types)
-
-
-def _read_window(reader: ConfigReader, model_type: str) -> int | None:
-    """How many tokens a sliding layer sees; None if there is no such layer."""
-    # absent is the default, null is off
-    on = "sliding_window" in reader.config or "sliding_window" not in reader.given
-    if model_type.startswith("qwen"):
-        on = reader.flag("use_sliding_window") and on
-    elif model_type == "mixtral":
-        on = "sliding_window" in reader.config
-    return reader.count("sliding_window", 4096) if on else None
-
-
-def _choose_type(model_type: str, layer: int, last: int) -> str:
-    """The type of a layer of a model with windows whose config does not list types."""
-    sliding = layer % 2 == 0 and layer < last if model_type == "qwen2_moe" else layer >= last
-    return _SLIDING if sliding else _FULL

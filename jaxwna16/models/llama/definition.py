@@ -1,4 +1,4 @@
-"""The Llama family and its relatives with experts (`ModelConfig`) as one NNX definition.
+"""The Llama family and its relatives with experts (`LlamaConfig`) as one NNX definition.
 
 Sparse layers are in `jaxwna16.models.parts.moe`.
 """
@@ -12,7 +12,7 @@ from flax import nnx
 
 from jaxwna16.layers.fused import project
 from jaxwna16.models.causal_lm import CausalLM, run_layer
-from jaxwna16.models.llama.config import ModelConfig
+from jaxwna16.models.llama.config import LlamaConfig
 from jaxwna16.models.parts.attention import (
     LayerCache,
     attend,
@@ -35,7 +35,7 @@ Cache = tuple[LayerCache, ...]
 class Attention(nnx.Module):
     """Self-attention of one layer, with grouped key heads and optional per-head norms."""
 
-    def __init__(self, config: ModelConfig, linears: Linears, path: str):
+    def __init__(self, config: LlamaConfig, linears: Linears, path: str):
         hidden, head_dim = config.hidden_size, config.head_dim
         q_features = config.num_attention_heads * head_dim
         kv_features = config.num_key_value_heads * head_dim
@@ -73,7 +73,7 @@ class Attention(nnx.Module):
 class DecoderLayer(nnx.Module):
     """Attention, and an MLP or experts, each on a normalised input and added to the stream."""
 
-    def __init__(self, config: ModelConfig, linears: Linears, layer: int):
+    def __init__(self, config: LlamaConfig, linears: Linears, layer: int):
         hidden, eps, path = config.hidden_size, config.rms_norm_eps, f"model.layers.{layer}"
         self.input_layernorm = RMSNorm(hidden, eps, dtype=linears.dtype)
         self.self_attn = Attention(config, linears, f"{path}.self_attn")
@@ -99,7 +99,7 @@ class DecoderLayer(nnx.Module):
 class Decoder(nnx.Module):
     """Embedding, layers and the last norm: the checkpoint's `model.`."""
 
-    def __init__(self, config: ModelConfig, linears: Linears):
+    def __init__(self, config: LlamaConfig, linears: Linears):
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, dtype=linears.dtype)
         self.layers = nnx.List(
             DecoderLayer(config, linears, layer) for layer in range(config.num_hidden_layers)
@@ -133,5 +133,5 @@ class Decoder(nnx.Module):
 class Llama(CausalLM):
     """One of these as a language model; arguments as `CausalLM`."""
 
-    def __init__(self, config: ModelConfig, *arguments, **options):
+    def __init__(self, config: LlamaConfig, *arguments, **options):
         super().__init__(Decoder, config, *arguments, **options)

@@ -79,7 +79,8 @@ def convolve(x: Array, weight: Array, inputs: Array, count: Array) -> tuple[Arra
       count: int32 [B].
 
     Returns:
-      [B, S, C] in the dtype of x, computed in float32; and the last W - 1 inputs up to `count`.
+      [B, S, C] in the dtype of x, to which the sum and its silu, each float32, are rounded; and the
+      last W - 1 inputs up to `count`.
     """
     steps, width = x.shape[1], weight.shape[1]
     line = jnp.concatenate([inputs, x], axis=1)
@@ -87,7 +88,8 @@ def convolve(x: Array, weight: Array, inputs: Array, count: Array) -> tuple[Arra
     # a sum of W products, in the order of a loop over the inputs
     summed = sum(line[:, i : i + steps].astype(jnp.float32) * taps[..., i] for i in range(width))
     last = count[:, None, None] + jnp.arange(width - 1)[None, :, None]
-    return jax.nn.silu(jnp.asarray(summed)).astype(x.dtype), jnp.take_along_axis(line, last, axis=1)
+    mixed = jnp.asarray(summed).astype(x.dtype).astype(jnp.float32)
+    return jax.nn.silu(mixed).astype(x.dtype), jnp.take_along_axis(line, last, axis=1)
 
 
 def run_delta_rule(

@@ -20,12 +20,39 @@ from jaxwna16.models.config.rope_config import read_rope, read_rotary_dim
 from loaders.schemes.subconfigs import find_stated
 from pallas_kernels.routing import Routing
 
-MODEL_TYPES = ("qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text")
 _LINEAR, _FULL = "linear_attention", "full_attention"
 _INTERVAL = 4
 _ROTATED = 0.25
 _INHERITED = ("dtype", "torch_dtype", "eos_token_id")
 """Keys of the whole that hold for its text model where that does not state them."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Kind:
+    """How a model type differs from the others.
+
+    Attributes:
+      part: the `model_type` of the section `text_config`, where the text model is a part of a
+        whole; None where it is the whole.
+      has_experts: in every layer; otherwise each has one MLP.
+      layers, hidden_size, kv_heads: where config.json is silent.
+    """
+
+    part: str | None
+    has_experts: bool = False
+    layers: int = 32
+    hidden_size: int = 4096
+    kv_heads: int = 4
+
+
+_SPARSE = Kind(part=None, has_experts=True, layers=40, hidden_size=2048, kv_heads=2)
+KINDS = {
+    "qwen3_5": Kind(part="qwen3_5_text"),
+    "qwen3_5_text": Kind(part=None),
+    "qwen3_5_moe": dataclasses.replace(_SPARSE, part="qwen3_5_moe_text"),
+    "qwen3_5_moe_text": _SPARSE,
+}
+"""`model_type` -> its row."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,7 +92,7 @@ class Qwen35Config(LanguageConfig):
     Layers that predict several tokens at once do not stand among the others: they are called `mtp`.
 
     Attributes:
-      model_type: one of `MODEL_TYPES`; those without "_text" hold the text model beside others.
+      model_type: one of `KINDS`.
       intermediate_size: of the MLPs; 0 with experts.
       is_full: per layer, whether it is full attention; the others are gated delta nets.
     """
@@ -93,7 +120,8 @@ class Qwen35Config(LanguageConfig):
 
 def _read_text(config: Mapping[str, Any]) -> ConfigReader:
     """A reader of the text model's own section, with what it inherits."""
-    if config["model_type"].endswith("_text"):
+    part = KINDS[config["model_type"]].part
+    if part is None:
         return ConfigReader(config)
     text = config.get("text_config")
     reader = ConfigReader(text if isinstance(text, Mapping) else {}, "text_config.")
@@ -103,7 +131,7 @@ def _read_text(config: Mapping[str, Any]) -> ConfigReader:
             f"this {config['model_type']} configuration is not supported",
             [f"text_config: expected the configuration of the text model, found {found}"],
         )
-    reader.choose("model_type", "", (f"{config['model_type']}_text", ""))
+    reader.choose("model_type", "", (part, ""))
     for key in _INHERITED:
         if key not in reader.config and config.get(key) is not None:
             reader.config[key] = config[key]
@@ -114,16 +142,16 @@ def _read_text(config: Mapping[str, Any]) -> ConfigReader:
 
 
 def _read(reader: ConfigReader, model_type: str) -> Qwen35Config:
-    sparse = "moe" in model_type
+    kind = KINDS[model_type]
     refuse_others(reader)
     if not reader.flag("attn_output_gate", True):
         reader.refuse("attn_output_gate", False, "true")
     heads = reader.count("num_attention_heads", 16)
-    kv_heads = reader.count("num_key_value_heads", 2 if sparse else 4)
+    kv_heads = reader.count("num_key_value_heads", kind.kv_heads)
     if heads % kv_heads:
         reader.refuse("num_attention_heads", heads, f"a multiple of kv heads = {kv_heads}")
     head_dim = reader.count("head_dim", 256)
-    layers = reader.count("num_hidden_layers", 40 if sparse else 32, most=MAX_LAYERS)
+    layers = reader.count("num_hidden_layers", kind.layers, most=MAX_LAYERS)
     max_positions = reader.count("max_position_embeddings", 32768)
     # mrope_section and mrope_interleaved are not looked at: they deal the frequencies out to the
     # positions in time, height and width, and for text all three positions are the same number
@@ -133,8 +161,8 @@ def _read(reader: ConfigReader, model_type: str) -> Qwen35Config:
     return Qwen35Config(
         model_type=model_type,
         vocab_size=reader.count("vocab_size", 248320),
-        hidden_size=reader.count("hidden_size", 2048 if sparse else 4096),
-        intermediate_size=0 if sparse else reader.count("intermediate_size", 12288),
+        hidden_size=reader.count("hidden_size", kind.hidden_size),
+        intermediate_size=0 if kind.has_experts else reader.count("intermediate_size", 12288),
         num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
@@ -149,7 +177,7 @@ def _read(reader: ConfigReader, model_type: str) -> Qwen35Config:
         rope=rope,
         dtype=read_saved_dtype(reader),
         eos_token_ids=read_eos(reader),
-        moe=_read_experts(reader, layers) if sparse else None,
+        moe=_read_experts(reader, layers) if kind.has_experts else None,
     )
 
 

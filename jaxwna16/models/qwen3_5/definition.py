@@ -35,6 +35,11 @@ Array = jax.Array
 Cache = tuple[LayerCache | DeltaCache, ...]
 
 
+def round_sigmoid(x: Array) -> Array:
+    """The sigmoid, computed in float32 and rounded to the dtype of x."""
+    return jax.nn.sigmoid(x.astype(jnp.float32)).astype(x.dtype)
+
+
 class Piece(NamedTuple):
     """What all layers are told of the tokens.
 
@@ -83,8 +88,7 @@ class GatedAttention(nnx.Module):
         if cache is not None:
             held = cache = write_slots(cache, held, piece.slots)
         mixed = attend(q, held, piece.seen)
-        opened = jax.nn.sigmoid(gate.astype(jnp.float32)).reshape(mixed.shape)
-        return self.o_proj((mixed.astype(jnp.float32) * opened).astype(x.dtype)), cache
+        return self.o_proj(mixed * round_sigmoid(gate).reshape(mixed.shape)), cache
 
 
 class Convolution(nnx.Module):
@@ -95,15 +99,16 @@ class Convolution(nnx.Module):
 
 
 class GatedRMSNorm(nnx.Module):
-    """x / sqrt(mean(x^2) + eps) * weight * silu(gate), computed in float32, in the gate's dtype."""
+    """`RMSNorm` of x in the gate's dtype, times silu(gate) in float32; in the gate's dtype."""
 
     def __init__(self, features: int, eps: float, *, dtype):
         self.weight = nnx.Param(jnp.ones(features, dtype))
         self.eps = eps
 
     def __call__(self, x: Array, gate: Array) -> Array:
-        weight = jnp.expand_dims(self.weight[...].astype(jnp.float32), range(x.ndim - 1))
-        scaled = normalise(x, self.eps) * weight
+        weight = jnp.expand_dims(self.weight[...], range(x.ndim - 1))
+        normalised = normalise(x.astype(gate.dtype), self.eps).astype(gate.dtype)
+        scaled = (normalised * weight).astype(jnp.float32)
         return (scaled * jax.nn.silu(gate.astype(jnp.float32))).astype(gate.dtype)
 
 
@@ -153,7 +158,7 @@ class GatedDeltaNet(nnx.Module):
                 strict=True,
             )
         )
-        beta = jax.nn.sigmoid(b.astype(jnp.float32))
+        beta = round_sigmoid(b)
         rate, bias = (p[...][None, None, :] for p in (self.A_log, self.dt_bias))
         g = -jnp.exp(rate) * jax.nn.softplus(a.astype(jnp.float32) + bias)
         mixed, state = run_delta_rule(q, k, v, g, beta, cache.state, piece.lengths)

@@ -10,11 +10,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 from loaders.errors import Fault
 from loaders.files.safetensors_file import TensorInfo
+from loaders.schemes.awq_gptq.kept_names import KeptNames, is_plain
 from loaders.schemes.awq_gptq.rules import DYNAMIC, EXTRA, Rule, check_pattern, parse_rules
 from loaders.schemes.awq_gptq.schemes import (
     DEQUANTIZE,
@@ -79,7 +80,6 @@ _READ = {
     *("version", "zero_point", DYNAMIC, EXTRA),
     *(name for names in SPELLINGS.values() for name in names),
 }
-_PLAIN = re.compile(r"[\w.-]+")  # a name, and not a pattern
 _BOUNDARY = r"(?:(?<=\.)|(?=\.|$))"
 
 
@@ -107,9 +107,7 @@ class AwqGptqConfig:
     @property
     def pattern_count(self) -> int:
         """How many patterns each name is matched with at most."""
-        # each name of a joint one takes as long as a twelfth of a pattern
-        names = len(self.kept) // 12
-        return names + len(self._kept_patterns) + len(self._rule_patterns)
+        return self._kept_names.kinds + len(self._kept_patterns) + len(self._rule_patterns)
 
     @property
     def version(self) -> str:
@@ -144,11 +142,11 @@ class AwqGptqConfig:
 
     def match_ignored(self, modules: Collection[str]) -> dict[str, list[str]]:
         """Each entry of `modules_to_not_convert` and the modules that it keeps plain."""
-        return {name: self._match_kept(name, modules) for name in self.kept}
-
-    def _match_kept(self, name: str, modules: Collection[str]) -> list[str]:
-        [pattern] = dataclasses.replace(self, kept=(name,))._kept_patterns
-        return [path for path in modules if path.endswith(name) or pattern.match(path)]
+        found: dict[str, list[str]] = {name: [] for name in self.kept}
+        for module in modules:
+            for name in (*self._kept_names.find(module), *self._list_kept_patterns(module)):
+                found[name].append(module)
+        return found
 
     def describe_unused(self, modules: Collection[str]) -> list[str]:
         """Warnings about patterns that match no module, and about names in one for a field."""
@@ -158,29 +156,32 @@ class AwqGptqConfig:
             if not any(map(pattern.match, modules))
         ]
         absent = _list_absent(self._rule_paths, modules)
-        joint = "\n".join(modules)
-        kept = [name for name in self.kept if not self._matches_any(name, modules, joint)]
+        # as AutoAWQ has it, also a name that is any part of a path means a module
+        paths = "\n".join(modules)
+        kept = [
+            name
+            for name, found in self.match_ignored(modules).items()
+            if not found and name not in paths
+        ]
         return unused + _count_unmet(EXTRA, absent) + _count_unmet("modules_to_not_convert", kept)
-
-    def _matches_any(self, name: str, modules: Collection[str], joint: str) -> bool:
-        """Matches anywhere in a path count, too, as in AutoAWQ; `joint` has a line for each module."""
-        if _PLAIN.fullmatch(name):  # quadratic searches are for patterns, of which there are few
-            return name in joint
-        pattern = compile_pattern(f"(?:{name}){_BOUNDARY}", self._budget)
-        return any(name in module or pattern.match(module) for module in modules)
 
     def _is_kept(self, module: str) -> bool:
         """As `should_convert_module` of transformers: up to a dot, as a pattern, or the end."""
-        return module.endswith(self.kept) or any(p.match(module) for p in self._kept_patterns)
+        return bool(self._kept_names.find(module)) or any(self._list_kept_patterns(module))
+
+    def _list_kept_patterns(self, module: str) -> Iterator[str]:
+        for name, pattern in self._kept_patterns.items():
+            if module.endswith(name) or pattern.match(module):
+                yield name
 
     @functools.cached_property
-    def _kept_patterns(self) -> list[Pattern]:
-        # plain names, which there may be hundreds of, are one pattern
-        names = [name for name in self.kept if _PLAIN.fullmatch(name)]
-        others = [name for name in self.kept if not _PLAIN.fullmatch(name)]
-        joint = ["|".join(names)] if names else []
-        wholes = [f"(?:{name}){_BOUNDARY}" for name in [*joint, *others]]
-        return [compile_pattern(whole, self._budget) for whole in wholes]
+    def _kept_names(self) -> KeptNames:
+        return KeptNames(filter(is_plain, self.kept))
+
+    @functools.cached_property
+    def _kept_patterns(self) -> dict[str, Pattern]:
+        names = [name for name in self.kept if not is_plain(name)]
+        return {name: compile_pattern(f"(?:{name}){_BOUNDARY}", self._budget) for name in names}
 
     @functools.cached_property
     def _rule_patterns(self) -> list[tuple[Rule, Pattern]]:
@@ -272,7 +273,7 @@ def _parse_names(raw: Mapping[str, Any], field: str) -> tuple[tuple[str, ...], l
     names, where = raw.get("modules_to_not_convert") or [], f"{field}.modules_to_not_convert"
     if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
         return (), [Fault(f"expected names, found {names!r}", FILE, where, MEND)]
-    patterns = dict.fromkeys(name for name in names if not _PLAIN.fullmatch(name))
+    patterns = dict.fromkeys(name for name in names if not is_plain(name))
     faults = check_distinct(patterns, where)
     faults = faults or [fault for name in patterns for fault in _check_name(name, where)]
     return () if faults else tuple(dict.fromkeys(names)), faults

@@ -29,7 +29,7 @@ Pattern = re.Pattern[str] | LinearPattern
 
 _MAX_PATTERNS = 20_000
 _MATCHED = 10_000_000_000  # characters; 4 ns each
-_MAX_LENGTH = 4_000_000  # joined names of thousands of modules are one pattern
+_MAX_LENGTH = 200_000  # names of all layers may stand in one
 _STEPS = 20_000_000  # of all patterns that share a budget: some seconds
 _NAME = 100  # characters of a long name
 _TIMES = 16

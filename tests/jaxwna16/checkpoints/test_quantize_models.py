@@ -32,10 +32,8 @@ from tests.jaxwna16.models.hf_models import (
     reference_logits,
     relative_error,
 )
-from tests.jaxwna16.models.hybrid_models import make_hybrid
 from tests.skeletons import apply_config, build_skeleton
 
-TWO_LAYERS = {"num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"]}
 EXPERTS = r"re:.*\.experts\."
 
 
@@ -66,7 +64,7 @@ def resolve(folder: Path, rename=str) -> set[str]:
 def multimodal(tmp_path_factory):
     """A Qwen3.5 with experts beside a tower and layers that predict: floats, and packed."""
     folder = tmp_path_factory.mktemp("multimodal")
-    reference = make_hybrid("qwen3_5_moe", **TWO_LAYERS)
+    reference = make_reference("qwen3_5_moe", tie_word_embeddings=False)
     torch.manual_seed(1)
     mtp = {
         "mtp.fc.weight": torch.randn(128, 256),

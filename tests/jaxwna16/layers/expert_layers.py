@@ -206,14 +206,11 @@ def list_floats(stack: dict[str, jax.Array], spec: QuantSpec) -> np.ndarray:
 
 def route_slowly(row: np.ndarray, options: dict[str, Any], bias) -> tuple[list[int], list[float]]:
     """Ids and weights of one token; its logits are far enough apart for float64 to say."""
-    scoring, groups = options.get("scoring", "softmax"), options.get("groups", 1)
-    if scoring == "softmax":
-        scores = np.exp(row - row.max()) / np.exp(row - row.max()).sum()
-    else:
-        scores = _sigmoid(row) if scoring == "sigmoid" else np.sqrt(np.log1p(np.exp(row)))
+    groups = options.get("groups", 1)
+    scores = _SCORES[options.get("scoring", "softmax")](row)
     choice = scores + (0 if bias is None else np.asarray(bias, np.float64))
     best = np.sort(choice.reshape(groups, -1), axis=1)[:, ::-1]
-    best = best[:, : 1 if options.get("group_score", "max") == "max" else 2].sum(1)
+    best = best[:, : _COUNTED[options.get("group_score", "max")]].sum(1)
     kept = np.argsort(-best)[: options.get("top_groups", 1)]
     allowed = np.isin(np.arange(len(row)) // (len(row) // groups), kept)
     ids = np.argsort(-np.where(allowed, choice, -np.inf))[: options["top_k"]]
@@ -239,15 +236,26 @@ def _activate(h, dh, options: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
         y = gate * _sigmoid(2 * math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3))
     elif name == "relu2":
         y, slope = np.maximum(gate, 0) ** 2, 2 * (np.abs(gate) + off)
-    else:
+    elif name == "swigluoai":
         gate, up = np.minimum(gate, 7), np.clip(up, -7, 7) + 1
         y = gate * _sigmoid(1.702 * gate)
+    else:
+        raise ValueError(f"no activation of this name is known here: {name}")
     dy = slope * off + 16 * U * (np.abs(y) + np.abs(gate))
     return y * up, dy * (np.abs(up) + up_off) + np.abs(y) * (up_off + 4 * U * np.abs(up))
 
 
 def _sigmoid(h: np.ndarray) -> np.ndarray:
     return 1 / (1 + np.exp(-h))
+
+
+_SCORES = {
+    "softmax": lambda row: np.exp(row - row.max()) / np.exp(row - row.max()).sum(),
+    "sigmoid": _sigmoid,
+    "sqrt_softplus": lambda row: np.sqrt(np.log1p(np.exp(row))),
+}
+_COUNTED = {"max": 1, "top2_sum": 2}
+"""How many of its best experts a group is as good as; both refuse names that they do not know."""
 
 
 def _gamma(count: int) -> float:

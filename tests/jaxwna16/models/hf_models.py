@@ -14,10 +14,11 @@ import transformers
 from flax import nnx
 
 from jaxwna16.models.causal_lm import CausalLM
-from jaxwna16.models.config.moe_config import MOE_TYPES
 from jaxwna16.models.families import find_family
 from jaxwna16.models.filling.params import fill_model
+from jaxwna16.models.llama.relatives import RELATIVES
 from pallas_kernels.routing import route
+from tests.jaxwna16.models.family_rows import MODELS, ROWS, SMALL
 
 torch.set_num_threads(1)  # these models are too small for more
 
@@ -40,165 +41,49 @@ def run_pieces(model, tokens, sizes: Sequence[int], slots: int | None = None) ->
     return jnp.concatenate(pieces, axis=1)
 
 
-SMALL = {
-    "vocab_size": 128,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "initializer_range": 0.3,
-    "bos_token_id": None,
-    "eos_token_id": None,
-    "pad_token_id": 0,
-}
+def run_padded(model, tokens: np.ndarray, lengths: np.ndarray, size: int) -> np.ndarray:
+    """Logits of rows of these lengths, in pieces of `size` tokens with padding; one program."""
+    cache, pieces = model.make_cache(len(tokens), tokens.shape[1]), []
+    for start in range(0, tokens.shape[1], size):
+        piece = np.zeros((len(tokens), size), np.int32)
+        held = tokens[:, start : start + size]
+        piece[:, : held.shape[1]] = held
+        count = np.clip(lengths - start, 0, held.shape[1]).astype(np.int32)
+        begin = np.minimum(lengths, start).astype(np.int32)
+        hidden, cache = run_hidden(model, piece, jnp.asarray(begin), jnp.asarray(count), cache)
+        pieces.append(hidden[:, : held.shape[1]])
+    return np.asarray(run_logits(model, jnp.concatenate(pieces, axis=1)))
 
 
-def rope(rope_type: str, **parameters) -> dict:
-    """A configuration change that asks for this rope."""
-    return {"rope_parameters": {"rope_type": rope_type, "rope_theta": 10000.0, **parameters}}
-
-
-EXPERTS = {"num_local_experts": 8, "num_experts": 8, "moe_intermediate_size": 48}
-DEEPSEEK = {
-    "n_routed_experts": 16,
-    "num_experts_per_tok": 4,
-    "moe_intermediate_size": 48,
-    "n_shared_experts": 2,
-    "n_group": 4,
-    "topk_group": 2,
-    "norm_topk_prob": True,
-    "routed_scaling_factor": 2.5,
-    "first_k_dense_replace": 1,
-    "num_hidden_layers": 3,
-}
-
-FAMILIES = {
-    "llama": ("llama", {}),
-    "llama, tied, all biases": (
-        "llama",
-        {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True},
-    ),
-    "llama, one key head, wide heads": ("llama", {"num_key_value_heads": 1, "head_dim": 32}),
-    "llama, linear rope": ("llama", rope("linear", factor=4.0)),
-    "llama, dynamic rope within its length": ("llama", rope("dynamic", factor=2.0)),
-    "llama, dynamic rope past its length": (
-        "llama",
-        {**rope("dynamic", factor=4.0), "max_position_embeddings": 16},
-    ),
-    "llama, llama3 rope": (
-        "llama",
-        rope(
-            "llama3",
-            factor=8.0,
-            low_freq_factor=1.0,
-            high_freq_factor=4.0,
-            original_max_position_embeddings=32,
-        ),
-    ),
-    "llama, yarn rope": (
-        "llama",
-        rope("yarn", factor=4.0, original_max_position_embeddings=32),
-    ),
-    "llama, yarn rope with mscale": (
-        "llama",
-        rope(
-            "yarn",
-            factor=4.0,
-            original_max_position_embeddings=32,
-            mscale=0.7,
-            mscale_all_dim=1.2,
-            beta_fast=16.0,
-            beta_slow=2.0,
-            truncate=False,
-        ),
-    ),
-    "mistral, window of 5": ("mistral", {"sliding_window": 5}),
-    "mistral, no window": ("mistral", {"sliding_window": None}),
-    "qwen2": ("qwen2", {}),
-    "qwen2, second layer sliding": (
-        "qwen2",
-        {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
-    ),
-    "qwen3": ("qwen3", {"head_dim": 32}),
-    "qwen3, tied, sliding, biases": (
-        "qwen3",
-        {
-            "head_dim": 8,
-            "tie_word_embeddings": True,
-            "attention_bias": True,
-            "use_sliding_window": True,
-            "sliding_window": 6,
-            "max_window_layers": 1,
-        },
-    ),
-    "mixtral": ("mixtral", {"num_local_experts": 8}),
-    "mixtral, window of 5, top 1 of 4": (
-        "mixtral",
-        {"num_local_experts": 4, "num_experts_per_tok": 1, "sliding_window": 5, "head_dim": 32},
-    ),
-    "qwen2_moe": (
-        "qwen2_moe",
-        {**EXPERTS, "num_experts_per_tok": 2, "shared_expert_intermediate_size": 80},
-    ),
-    "qwen2_moe, sparse and dense layers, renormalised": (
-        "qwen2_moe",
-        {
-            **EXPERTS,
-            "num_experts_per_tok": 3,
-            "norm_topk_prob": True,
-            "shared_expert_intermediate_size": 32,
-            "num_hidden_layers": 6,
-            "decoder_sparse_step": 2,
-            "mlp_only_layers": [3],
-            "qkv_bias": False,
-            "use_sliding_window": True,
-            "sliding_window": 5,
-            "max_window_layers": 3,
-        },
-    ),
-    "qwen3_moe": (
-        "qwen3_moe",
-        {**EXPERTS, "num_experts_per_tok": 2, "norm_topk_prob": True, "head_dim": 32},
-    ),
-    "qwen3_moe, 16 experts, top 4, tied": (
-        "qwen3_moe",
-        {
-            **EXPERTS,
-            "num_experts": 16,
-            "num_experts_per_tok": 4,
-            "tie_word_embeddings": True,
-            "attention_bias": True,
-            "use_sliding_window": True,
-            "sliding_window": 6,
-        },
-    ),
-    "dots1, grouped": ("dots1", {**DEEPSEEK, "sliding_window": 5, "max_window_layers": 2}),
-    "dots1, one group": (
-        "dots1",
-        {**DEEPSEEK, "n_group": 1, "topk_group": 1, "norm_topk_prob": False, "head_dim": 32},
-    ),
-    "glm4_moe, grouped": ("glm4_moe", {**DEEPSEEK, "head_dim": 24, "attention_bias": True}),
-    "glm4_moe, normalised heads": ("glm4_moe", {**DEEPSEEK, "use_qk_norm": True}),
-}
-"""Name -> (model_type, what differs from `SMALL`)."""
-SPARSE = [name for name, (model_type, _) in FAMILIES.items() if model_type in MOE_TYPES]
+FAMILIES = {name: facts for name, facts in MODELS.items() if facts[0] in RELATIVES}
+"""The relatives of Llama: name -> model_type, what differs from `SMALL`."""
+SPARSE = [name for name, (model_type, _) in FAMILIES.items() if RELATIVES[model_type].experts]
 """Those with experts."""
 
 
-def make_reference(family: str, seed: int = 0, **changes):
-    """A random float32 transformers model; biases, norms and routers are random too."""
-    model_type, own = FAMILIES[family]
-    config = transformers.AutoConfig.for_model(model_type, **{**SMALL, **own, **changes})
+def make_reference(name: str, seed: int = 0, **changes):
+    """A random float32 transformers model; biases, norms and routers are random too.
+
+    Args:
+      name: one of `MODELS`.
+      seed: of the weights.
+      changes: of the language model's configuration.
+    """
+    model_type, own = MODELS[name]
+    row = ROWS[model_type]
+    facts = {**row.sizes, **own, **changes}
+    kind = transformers.AutoModelForCausalLM
+    if row.nest is not None:
+        facts, kind = row.nest(facts), transformers.AutoModelForImageTextToText
+    config = transformers.AutoConfig.for_model(model_type, **facts)
     torch.manual_seed(seed)
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    model = kind.from_config(config, attn_implementation="eager")
     with torch.no_grad():
-        for name, tensor in list_tensors(model):
-            if tensor.ndim == 1:
-                center = 1.0 if "norm" in name else 0.0
+        for path, tensor in list_tensors(model):
+            center = row.center(path) if tensor.ndim == 1 else None
+            if center is not None:
                 tensor.copy_(center + 0.3 * torch.randn(tensor.shape))
-            elif name.endswith("mlp.gate.weight"):
+            elif path.endswith("mlp.gate.weight"):
                 tensor.copy_(0.3 * torch.randn(tensor.shape))
     return model.float().eval()
 
@@ -211,6 +96,16 @@ def list_tensors(reference) -> Iterator[tuple[str, torch.Tensor]]:
             yield name, buffer
 
 
+def cast_weights(reference, dtype: torch.dtype):
+    """A transformers model with weights of a dtype, as it loads them: buffers stay float32."""
+    buffers = {name: buffer.clone() for name, buffer in reference.named_buffers()}
+    reference.to(dtype)
+    for name, buffer in buffers.items():
+        path, _, last = name.rpartition(".")
+        setattr(reference.get_submodule(path), last, buffer)
+    return reference
+
+
 def list_leaves(reference) -> Iterator[tuple[str, np.ndarray]]:
     """The leaves of the params tree of our model; but for experts, transformers' own names."""
     for name, tensor in list_tensors(reference):
@@ -220,9 +115,11 @@ def list_leaves(reference) -> Iterator[tuple[str, np.ndarray]]:
 
 
 def nest_params(reference) -> dict:
-    """The params tree of a transformers model."""
+    """The params tree of a transformers model, or of the language model beside a tower."""
     tree: dict = {}
     for name, array in list_leaves(reference):
+        if name.startswith("model.visual."):
+            continue
         *path, leaf = name.split(".")
         node = tree
         for key in path:
@@ -236,7 +133,8 @@ def convert(reference, dtype=jnp.float32) -> CausalLM:
     config = reference.config.to_dict()
     family = find_family(config)
     make, config = family.open_class(), family.read(config)
-    return fill_model(nnx.eval_shape(lambda: make(config, dtype=dtype)), nest_params(reference))
+    abstract = nnx.eval_shape(lambda: make(config, dtype=dtype))
+    return fill_model(abstract, nest_params(reference), family.names)
 
 
 def reference_logits(reference, tokens: np.ndarray) -> np.ndarray:

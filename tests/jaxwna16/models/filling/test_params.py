@@ -11,7 +11,7 @@ from flax import nnx
 
 from jaxwna16.errors import ModelError
 from jaxwna16.models.filling.params import fill_model
-from jaxwna16.models.llama.config import ModelConfig
+from jaxwna16.models.llama.config import LlamaConfig
 from jaxwna16.models.llama.definition import Llama
 from pallas_kernels.format.spec import QuantSpec
 from tests.jaxwna16.models.hf_models import forward, make_reference, nest_params, random_tokens
@@ -23,7 +23,7 @@ def reference():
 
 
 def make_abstract(reference, specs=None, dtype=jnp.float32, **changes) -> Llama:
-    config = ModelConfig.from_dict({**reference.config.to_dict(), **changes})
+    config = LlamaConfig.from_dict({**reference.config.to_dict(), **changes})
     return nnx.eval_shape(lambda: Llama(config, specs, dtype=dtype))
 
 

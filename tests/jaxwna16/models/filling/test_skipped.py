@@ -14,7 +14,7 @@ from jaxwna16.checkpoints.quantize import quantize_checkpoint
 from jaxwna16.errors import ModelError
 from jaxwna16.generation.load_model import load_model
 from jaxwna16.models.filling.skipped import find_skipped, list_rules
-from jaxwna16.models.llama.config import ModelConfig
+from jaxwna16.models.llama.config import LlamaConfig
 from tests.jaxwna16.cli.checkpoints import (
     CONFIG,
     edit_config,
@@ -36,7 +36,7 @@ BESIDE = {
 
 
 def find(name: str, **changes) -> str | None:
-    config = ModelConfig.from_dict(CONFIG | changes)
+    config = LlamaConfig.from_dict(CONFIG | changes)
     return find_skipped(list_rules(config), [name]).get(name)
 
 

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from jaxwna16.errors import ModelError
-from jaxwna16.models.llama.config import MODEL_TYPES, ModelConfig
+from jaxwna16.models.llama.config import LlamaConfig
+from jaxwna16.models.llama.relatives import RELATIVES, Relative
 from jaxwna16.models.parts.rope import attention_factor, inverse_frequencies
 from tests.jaxwna16.models.hf_models import FAMILIES, SMALL, make_reference
 
@@ -16,8 +17,8 @@ LLAMA = {"model_type": "llama", **SMALL}
 YARN = {"factor": 4.0, "original_max_position_embeddings": 32}
 
 
-def parse(**changes) -> ModelConfig:
-    return ModelConfig.from_dict({**LLAMA, **changes})
+def parse(**changes) -> LlamaConfig:
+    return LlamaConfig.from_dict({**LLAMA, **changes})
 
 
 def test_the_old_spelling_means_the_same_as_the_new_one():
@@ -53,12 +54,48 @@ def test_windows_follow_the_rules_of_each_family():
     assert explicit.windows == (8, None)
 
 
+@pytest.fixture
+def planted(monkeypatch) -> str:
+    """A relative whose row says nothing."""
+    monkeypatch.setitem(RELATIVES, "planted", Relative())
+    return "planted"
+
+
+def test_a_relative_whose_row_says_nothing_has_no_windows_and_no_experts(planted):
+    """It once had those of Qwen2: a window of 4,096 from layer 28 on."""
+    off = {"sliding_window": 8, "use_sliding_window": False, "max_window_layers": 1}
+    for changes in ({}, off, {"sliding_window": None}, {"layer_types": ["full_attention"] * 30}):
+        config = parse(model_type=planted, num_hidden_layers=30, **changes)
+        assert config.windows == (None,) * 30
+    plain = parse(model_type=planted)
+    assert plain.moe is None
+    assert not (plain.qkv_bias or plain.out_bias or plain.mlp_bias or plain.qk_norm)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"sliding_window": 8},
+        {"use_sliding_window": True},
+        {"layer_types": ["full_attention", "sliding_attention"]},
+        {"layer_types": "sliding_attention"},
+    ],
+)
+def test_windows_that_the_row_does_not_state_are_refused(planted, changes):
+    [key] = changes
+    with pytest.raises(ModelError) as raised:
+        parse(model_type=planted, **changes)
+    [reason] = raised.value.reasons
+    assert reason.startswith(f"{key}: expected ")
+    assert "models of this family have no windows" in reason
+
+
 def test_biases_and_norms_follow_the_family():
     keys = {"attention_bias": True, "mlp_bias": True, "use_qk_norm": True}
     experts = {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2}
     facts = {
         model_type: (config.qkv_bias, config.out_bias, config.mlp_bias, config.qk_norm)
-        for model_type in MODEL_TYPES
+        for model_type in RELATIVES
         for config in [parse(model_type=model_type, **keys, **experts)]
     }
     assert facts == {
@@ -121,7 +158,7 @@ def test_a_configuration_is_hashable():
 @pytest.mark.parametrize("family", [f for f in FAMILIES if "dynamic" not in f])
 def test_frequencies_equal_those_of_transformers_to_the_last_bits(family):
     reference = make_reference(family)
-    config = ModelConfig.from_dict(reference.config.to_dict())
+    config = LlamaConfig.from_dict(reference.config.to_dict())
     rotary = reference.model.rotary_emb
     ours = inverse_frequencies(config.rope, config.rotary_dim)
     assert ours.dtype == np.float32

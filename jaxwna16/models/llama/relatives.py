@@ -1,0 +1,117 @@
+"""The relatives of Llama: one definition, and a row for each `model_type`.
+
+What a row does not state, its models do not have. docs/models.md shows how one is added.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from jaxwna16.models.config.moe_config import DeepseekExperts, ExpertRule, SoftmaxExperts
+from jaxwna16.models.config.windows import (
+    UNREAD,
+    WindowRule,
+    Windows,
+    slide_every_other_until,
+    slide_from,
+)
+
+Rule = bool | tuple[str, bool]
+"""A fact of a family, or the key of `config.json` that states it and its default."""
+_ATTENTION_BIAS = ("attention_bias", False)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Relative:
+    """How a model type differs from the others.
+
+    Numbers are what transformers' configuration class has where the key is absent.
+
+    Attributes:
+      qkv_bias, out_bias, mlp_bias: which linears have a bias.
+      qk_norm: whether queries and keys are normalised per head.
+      states_kv_heads: whether `num_key_value_heads` must be there; otherwise there are as many as
+        `num_attention_heads` where it is absent. Where it is null, there always are.
+      head_dim: None is hidden_size / num_attention_heads.
+      windows: how config.json states sliding windows, see `read_windows`.
+      experts: how it states experts, see `read_moe`.
+      has_prediction_layers: whether one layer past the last predicts tokens, if config.json is
+        silent.
+    """
+
+    qkv_bias: Rule = False
+    out_bias: Rule = False
+    mlp_bias: Rule = False
+    qk_norm: Rule = False
+    states_kv_heads: bool = True
+    head_dim: int | None = None
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    partial_rotary_factor: float = 1.0
+    windows: Windows = None
+    experts: ExpertRule | None = None
+    has_prediction_layers: bool = False
+
+
+RELATIVES = {
+    "llama": Relative(
+        qkv_bias=_ATTENTION_BIAS,
+        out_bias=_ATTENTION_BIAS,
+        mlp_bias=("mlp_bias", False),
+        states_kv_heads=False,
+        windows=UNREAD,
+    ),
+    "mistral": Relative(windows=WindowRule(size=4096)),
+    "qwen2": Relative(
+        qkv_bias=True,
+        windows=WindowRule(size=4096, has_switch=True, slides=slide_from, max_window_layers=28),
+    ),
+    "qwen3": Relative(
+        qkv_bias=_ATTENTION_BIAS,
+        out_bias=_ATTENTION_BIAS,
+        qk_norm=True,
+        head_dim=128,
+        windows=WindowRule(size=4096, has_switch=True, slides=slide_from, max_window_layers=28),
+    ),
+    "mixtral": Relative(
+        rms_norm_eps=1e-5,
+        rope_theta=1e6,
+        windows=WindowRule(size=None),
+        experts=SoftmaxExperts(
+            experts=8, top_k=2, inner_key="intermediate_size", has_steps=False, renormalize=True
+        ),
+    ),
+    "qwen2_moe": Relative(
+        qkv_bias=("qkv_bias", True),
+        windows=WindowRule(
+            size=4096, has_switch=True, slides=slide_every_other_until, max_window_layers=28
+        ),
+        experts=SoftmaxExperts(experts=60, top_k=4, inner=1408, shared=5632),
+    ),
+    "qwen3_moe": Relative(
+        qkv_bias=_ATTENTION_BIAS,
+        out_bias=_ATTENTION_BIAS,
+        qk_norm=True,
+        windows=WindowRule(size=4096, has_switch=True),
+        experts=SoftmaxExperts(experts=128, top_k=8, inner=768),
+    ),
+    "dots1": Relative(
+        qkv_bias=_ATTENTION_BIAS,
+        out_bias=_ATTENTION_BIAS,
+        qk_norm=True,
+        windows=WindowRule(size=4096, slides=slide_from, max_window_layers=62),
+        experts=DeepseekExperts(inner=1408),
+    ),
+    "glm4_moe": Relative(
+        qkv_bias=_ATTENTION_BIAS,
+        qk_norm=("use_qk_norm", False),
+        rms_norm_eps=1e-5,
+        partial_rotary_factor=0.5,
+        windows=UNREAD,
+        experts=DeepseekExperts(
+            experts=128, top_k=8, inner=1408, shared=1, first=1, renormalize=True
+        ),
+        has_prediction_layers=True,
+    ),
+}
+"""`model_type` -> its row."""

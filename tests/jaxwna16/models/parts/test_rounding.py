@@ -1,0 +1,101 @@
+"""How single parts round in 16 bits, against torch and transformers: bit for bit where they can be.
+
+`test_family_rounding` does the same with the norms and the rotated keys of each family.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from transformers.models.llama import modeling_llama
+from transformers.models.qwen3_5 import modeling_qwen3_5
+
+from jaxwna16.layers.fused import gated
+from jaxwna16.models.parts.delta_rule import convolve
+from jaxwna16.models.parts.layers import OffsetRMSNorm, RMSNorm
+from jaxwna16.models.parts.rope import rotate
+from jaxwna16.models.qwen3_5.definition import round_sigmoid
+from pallas_kernels.routing import route
+from tests.jaxwna16.models.rounding import count_steps, draw_exact, draw_normal, round_to
+
+DTYPES = ["bfloat16", "float16"]
+FLIPS = 2e-3
+"""The share of results that may be a step away, where both hang on an exponential: its last bit of
+float32 differs between torch and XLA, which rounds one in some thousands to the other side. A
+sigmoid in 16 bits would move one in three."""
+
+
+def assert_nearly_same(ours: jax.Array, theirs: torch.Tensor) -> None:
+    steps = count_steps(ours, theirs)
+    assert (steps > 0).mean() <= FLIPS
+    assert steps.max() <= 1
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_two_norms_are_told_apart_by_where_they_round(dtype):
+    """So that the comparison of each with its own in transformers can fail."""
+    x, weight = draw_exact((64, 64), dtype), draw_normal((64,), dtype)
+    own = RMSNorm(64, 1e-6, dtype=jnp.dtype(dtype))
+    own.weight[...] = weight.ours
+    other = OffsetRMSNorm(64, 1e-6, dtype=jnp.dtype(dtype))
+    other.weight[...] = (weight.ours.astype(jnp.float32) - 1).astype(dtype)
+    theirs = modeling_llama.LlamaRMSNorm(64, eps=1e-6)
+    theirs.weight = torch.nn.Parameter(weight.theirs)
+    assert count_steps(own(x.ours), theirs(x.theirs)).max() == 0
+    assert (count_steps(other(x.ours), theirs(x.theirs)) > 0).mean() > 0.1
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_rotation_rounds_each_product_and_their_sum(dtype):
+    x = draw_normal((2, 16, 4, 32), dtype)
+    angles = np.random.default_rng(1).uniform(-20, 20, (2, 16, 16))
+    both = np.concatenate([angles, angles], axis=-1)
+    cos, sin = (round_to(dtype, f(both)) for f in (np.cos, np.sin))
+    heads_first = x.theirs.transpose(1, 2)
+    expected, _ = modeling_llama.apply_rotary_pos_emb(
+        heads_first, heads_first, cos.theirs, sin.theirs
+    )
+    ours = rotate(x.ours, cos.ours[..., :16], sin.ours[..., :16])
+    assert count_steps(ours, expected.transpose(1, 2)).max() == 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_silu_is_rounded_and_then_its_product_with_up(dtype):
+    """That of two packed layers rounds once, see `gated`; no module of transformers is its like."""
+    gate, up = draw_normal((64, 64), dtype), draw_normal((64, 64), dtype, seed=1)
+    ours = gated(gate.ours, lambda x: x, lambda _: up.ours)
+    assert_nearly_same(ours, torch.nn.functional.silu(gate.theirs) * up.theirs)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gates_of_qwen_are_rounded_sigmoids(dtype):
+    gate, x = draw_normal((64, 64), dtype), draw_normal((64, 64), dtype, seed=1)
+    assert_nearly_same(round_sigmoid(gate.ours), gate.theirs.sigmoid())
+    assert_nearly_same(x.ours * round_sigmoid(gate.ours), x.theirs * torch.sigmoid(gate.theirs))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_convolution_is_rounded_and_then_its_silu(dtype):
+    x, weight = draw_exact((2, 9, 32), dtype), draw_exact((32, 4), dtype, seed=1)
+    before = draw_exact((2, 3, 32), dtype, seed=2)
+    ours, _ = convolve(x.ours, weight.ours, before.ours, jnp.full(2, 9, jnp.int32))
+    expected = modeling_qwen3_5.causal_conv1d_update(
+        x.theirs.transpose(1, 2),
+        before.theirs.transpose(1, 2).contiguous(),
+        weight.theirs,
+        None,
+        "silu",
+    )
+    assert_nearly_same(ours, expected.transpose(1, 2))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_scores_of_a_router_are_float32_whatever_the_logits_are(dtype):
+    """A softmax ends in a sum and exponentials, which torch and XLA round differently: 4 bits."""
+    logits = draw_normal((64, 8), dtype)
+    _, weights = route(logits.ours, top_k=8, renormalize=False)
+    expected = torch.softmax(logits.theirs.float(), dim=-1).sort(descending=True)[0]
+    np.testing.assert_array_max_ulp(np.asarray(weights), expected.numpy(), maxulp=16)
