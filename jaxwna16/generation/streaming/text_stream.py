@@ -9,7 +9,6 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-from jaxwna16.generation.limited.lengths import MOST_CHARACTERS
 from jaxwna16.generation.text import Tokenizer
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2}|\+[0-9A-Fa-f])>")
@@ -37,7 +36,6 @@ class TextStream:
         stages = _list_stages(tokenizer)
         self._kinds = {stage["type"] for stage in stages}
         self.is_whole = not _is_streamable(stages)
-        self._skipped = _list_special(tokenizer) if skip_special_tokens else set()
         self._pieces: dict[int, bytes | None] = {}
         self._reset()
 
@@ -100,12 +98,12 @@ class TextStream:
     def _find_piece(self, token: int) -> bytes | None:
         """The bytes of a token that stands behind another one; None if it is left out."""
         name = self._tokenizer.backend.id_to_token(token)
-        if name is None or name in self._skipped:
+        twice = self._decode(token, token)
+        if name is None or (name and not twice):  # an id without a token, or one that is skipped
             return None
-        if "ByteLevel" in self._kinds and len(name) <= MOST_CHARACTERS:
+        if "ByteLevel" in self._kinds:
             return _read_byte_level(name)
-        # which also refuses a token that is too long
-        return self._decode(token, token)[len(self._decode(token)) :].encode()
+        return twice[len(self._decode(token)) :].encode()
 
     def _read_byte(self, token: int) -> int | None:
         match = _BYTE_TOKEN.fullmatch(self._tokenizer.backend.id_to_token(token) or "")
@@ -134,11 +132,6 @@ def _is_streamable(stages: list[dict[str, Any]]) -> bool:
         case [*replacements, {"type": "ByteFallback"}, {"type": "Fuse"}, strip]:
             return strip == _STRIP and all(stage == _SPACE for stage in replacements)
     return False
-
-
-def _list_special(tokenizer: Tokenizer) -> set[str]:
-    added = tokenizer.backend.get_added_tokens_decoder().values()
-    return {token.content for token in added if token.special}
 
 
 @functools.cache

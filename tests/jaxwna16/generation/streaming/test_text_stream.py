@@ -47,19 +47,26 @@ CHAINS = st.one_of(
 IDS = st.lists(st.integers(0, len(WORDS) + 1), max_size=12)
 
 
-def make(decoder) -> Tokenizer:
+def make(decoder, *, again: bool = False) -> Tokenizer:
+    """A tokenizer; `again`: its special token is added once more, as one that is not special."""
     backend = tokenizers.Tokenizer(models.BPE({word: i for i, word in enumerate(WORDS)}, []))
     backend.add_special_tokens(["<s>"])
-    backend.add_tokens(["<t>"])
+    backend.add_tokens(["<t>", *(["<s>"] if again else [])])
     if decoder is not None:
         backend.decoder = decoder
     return Tokenizer(backend, frozenset(), {}, {}, "made")
 
 
 @settings(max_examples=400, deadline=None)
-@given(decoder=CHAINS, ids=IDS, cuts=st.lists(st.integers(0, 12), max_size=4), skip=st.booleans())
-def test_joined_it_is_the_decoded_text(decoder, ids, cuts, skip):
-    tokenizer = make(decoder)
+@given(
+    decoder=CHAINS,
+    ids=IDS,
+    cuts=st.lists(st.integers(0, 12), max_size=4),
+    skip=st.booleans(),
+    again=st.booleans(),
+)
+def test_joined_it_is_the_decoded_text(decoder, ids, cuts, skip, again):
+    tokenizer = make(decoder, again=again)
     stream = TextStream(tokenizer, skip)
     edges = [0, *sorted(min(cut, len(ids)) for cut in cuts), len(ids)]
     for _ in range(2):  # a new text may follow
