@@ -31,6 +31,10 @@ def list_errors(model, folder):
         lambda: generate_tokens(model, [[1, 2]], max_new_tokens=2),
         lambda: jaxwna16.load_checkpoint(folder),
         lambda: jaxwna16.load_model(folder),
+        lambda: jaxwna16.convert_checkpoint(folder, folder + "2"),
+        lambda: jaxwna16.quantize_checkpoint(folder, folder + "2"),
+        lambda: jaxwna16.dequantize_checkpoint(folder, folder + "2"),
+        lambda: jaxwna16.measure_perplexity(model, [1] * 9, window=4),
     )
     for call in calls:
         try:
@@ -82,7 +86,7 @@ def _run(tmp_path: Path, way: str) -> list[str]:
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="a system without fork")
 def test_a_fork_of_a_process_with_a_model_is_told_so_and_does_not_hang(tmp_path):
     lines = _run(tmp_path, "fork")
-    assert len(lines) == 4
+    assert len(lines) == 8
     assert all("forked from one that had loaded" in line and "'spawn'" in line for line in lines)
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from jaxwna16.checkpoints.load import resolve_folder
+from jaxwna16.programs import refuse_fork
 from jaxwna16.progress import show_bytes
 from jaxwna16.version import __version__
 from loaders.converted.converted import hash_leaf
@@ -60,6 +61,7 @@ def convert_checkpoint(
       checkpoint = jaxwna16.load_checkpoint("path/to/converted")
       ```
     """
+    refuse_fork(loads=True)
     source = resolve_folder(source)
     before = take_stamps(source)
     plan = plan_original(source, follow_links=follow_links)

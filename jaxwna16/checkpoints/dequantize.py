@@ -15,6 +15,7 @@ from jaxwna16.checkpoints.load import resolve_folder
 from jaxwna16.checkpoints.write_anew import cast_tensor, write_anew
 from jaxwna16.dtypes import read_dtype
 from jaxwna16.errors import InputError
+from jaxwna16.programs import refuse_fork
 from loaders.errors import CheckpointError
 from loaders.files.safetensors_file import TensorInfo, read_tensor, read_tensors
 from loaders.files.stamps import take_stamps
@@ -60,6 +61,7 @@ def dequantize_checkpoint(
       ```
     """
     dtype = read_dtype(dtype)
+    refuse_fork(loads=True)
     source = resolve_folder(source)
     before = take_stamps(source)
     plan = plan_original(source, follow_links=follow_links)

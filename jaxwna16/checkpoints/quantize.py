@@ -25,6 +25,7 @@ from jaxwna16.checkpoints.quantize_plan import (
 from jaxwna16.checkpoints.write_anew import cast_tensor, write_anew
 from jaxwna16.dtypes import read_dtype
 from jaxwna16.errors import InputError
+from jaxwna16.programs import refuse_fork
 from loaders.errors import CheckpointError, Fault
 from loaders.files.safetensors_file import TensorInfo, read_tensor
 from loaders.files.stamps import take_stamps
@@ -91,6 +92,7 @@ def quantize_checkpoint(
     """
     dtype = read_dtype(dtype)
     check_numbers(bits, group_size)
+    refuse_fork(loads=True)
     source = resolve_folder(source)
     before = take_stamps(source)
     plan = plan_original(source, follow_links=follow_links)

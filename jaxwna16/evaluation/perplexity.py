@@ -18,7 +18,7 @@ from flax import nnx
 
 from jaxwna16.errors import InputError
 from jaxwna16.evaluation.text_windows import check_batch, check_finite, cut_windows
-from jaxwna16.programs import trace_counts
+from jaxwna16.programs import refuse_fork, trace_counts
 from jaxwna16.progress import show_steps
 
 if TYPE_CHECKING:
@@ -88,6 +88,7 @@ def measure_perplexity(
       print(found.perplexity)
       ```
     """
+    refuse_fork()
     windows = cut_windows(np.asarray(tokens), window, max_windows, stride)
     batch = check_batch(batch, windows)
     graphdef, state = nnx.split(model)

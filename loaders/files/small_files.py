@@ -98,10 +98,10 @@ def read_bytes(
       CheckpointError: if it is missing, larger, no regular file, leaves the folder, or cannot be
         read.
     """
-    path = check_file(folder, name, follow_links=follow_links)
+    # what was checked is opened, not a link that may lead to something else by now
+    path = _resolve(folder, name, follow_links)
     try:
-        # what was checked is opened, not a link that may lead to something else by now
-        with io.BufferedReader(open_file(path.resolve())) as file:
+        with io.BufferedReader(open_file(path)) as file:
             size = os.fstat(file.fileno()).st_size
             if size > most:
                 way_out = "no tool writes one as large: remove it"
@@ -138,9 +138,15 @@ def check_file(folder: Path, name: str, *, follow_links: bool = False) -> Path:
     Raises:
       CheckpointError: if it does not, or if there is no such file.
     """
-    path, fault = folder / name, None
+    _resolve(folder, name, follow_links)
+    return folder / name
+
+
+def _resolve(folder: Path, name: str, follow_links: bool) -> Path:
+    """Where a file of the checkpoint lies, links followed; errors as `check_file`."""
+    real, fault = folder, None
     try:
-        real = path.resolve(strict=True)
+        real = (folder / name).resolve(strict=True)
         if not follow_links and not any(real.is_relative_to(root) for root in _list_roots(folder)):
             what = "the file is a link that leaves the checkpoint folder"
             fault = Fault(what, name, "", _FOLLOW)
@@ -153,7 +159,7 @@ def check_file(folder: Path, name: str, *, follow_links: bool = False) -> Path:
         fault = Fault(f"cannot be opened: {type(error).__name__}", repr(name), "", _AGAIN)
     if fault is not None:
         raise CheckpointError(folder, [fault])
-    return path
+    return real
 
 
 def _limit(name: str, most: int) -> int:

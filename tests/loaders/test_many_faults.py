@@ -20,7 +20,7 @@ from loaders.files.folder import INDEX
 from loaders.files.small_files import CONFIG
 from tests.fuzz.bases import make_bases
 
-COUNT = 4000
+COUNT = 2000
 GONE = "model-00001-of-00002.safetensors"
 
 

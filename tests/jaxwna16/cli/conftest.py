@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from jaxwna16.bench import timing
 from jaxwna16.checkpoints.quantize import quantize_checkpoint
 from jaxwna16.cli.main import main
 from tests.jaxwna16.cli.checkpoints import write_float_checkpoint
@@ -32,6 +33,20 @@ class Outcome:
 def _no_terminal(monkeypatch) -> None:
     """As in a pipe: no width is given. (pytest-xdist gives its workers one.)"""
     monkeypatch.delenv("COLUMNS", raising=False)
+
+
+@pytest.fixture(autouse=True)
+def _small_effort(monkeypatch) -> None:
+    """`bench` measures little, in little memory."""
+    small = timing.Effort(
+        batch_seconds=1e-4,
+        batches=3,
+        layers=2,
+        cold_bytes=20_000,
+        limit_bytes=1_000_000,
+        limit_size=64,
+    )
+    monkeypatch.setattr(timing, "ON_CPU", small)
 
 
 @pytest.fixture

@@ -8,27 +8,13 @@ import jax
 import pytest
 
 from jaxwna16.bench import run as running
-from jaxwna16.bench import timing, tune
-from jaxwna16.bench.timing import Effort
+from jaxwna16.bench import tune
 from jaxwna16.cli import bench
 from jaxwna16.cli.main import main
 from pallas_kernels.tiles import device
 from pallas_kernels.tiles import tables as tile_tables
 
-SMALL = Effort(
-    batch_seconds=1e-4,
-    batches=3,
-    layers=2,
-    cold_bytes=20_000,
-    limit_bytes=1_000_000,
-    limit_size=64,
-)
 CALL = ["bench", "--cpu", "--group-size", "32"]
-
-
-@pytest.fixture(autouse=True)
-def small_effort(monkeypatch):
-    monkeypatch.setattr(timing, "ON_CPU", SMALL)
 
 
 def test_without_a_gpu_it_says_so_and_the_call_is_at_fault(call):

@@ -15,6 +15,7 @@ import pytest
 
 from jaxwna16 import CheckpointError, Tokenizer, load_checkpoint
 from jaxwna16.generation.generation_config import describe_unapplied
+from loaders.files import small_files
 from loaders.files.folder import INDEX
 from loaders.files.new_folder import copy_companions
 from loaders.files.small_files import (
@@ -203,6 +204,21 @@ def test_a_file_that_grows_while_it_is_read_is_refused(folder, monkeypatch):
     monkeypatch.setattr(os, "fstat", grow)
     with pytest.raises(CheckpointError, match="changed while it was read"):
         read_bytes(folder, GENERATION)
+
+
+def test_a_link_that_is_turned_after_the_check_is_not_followed(folder, monkeypatch):
+    (folder.parent / "mine").write_text('{"mine": 1}')
+    (folder / GENERATION).rename(folder / "real")
+    (folder / GENERATION).symlink_to("real")
+    open_file = small_files.open_file
+
+    def turn_and_open(path):
+        (folder / GENERATION).unlink()
+        (folder / GENERATION).symlink_to("../mine")
+        return open_file(path)
+
+    monkeypatch.setattr(small_files, "open_file", turn_and_open)
+    assert read_json(folder, GENERATION) == {}
 
 
 def test_only_an_absent_file_is_empty(folder):

@@ -165,7 +165,7 @@ OUTER = (
 
 
 @seed(0)
-@settings(max_examples=150, deadline=None, database=None)
+@settings(max_examples=60, deadline=None, database=None)
 @given(
     model_type=st.sampled_from(["llama", "llama", "glm4_moe", "qwen3_5", "qwen3_moe"]),
     data=st.data(),

@@ -150,7 +150,7 @@ TEXTS = st.text("aabbAB.1_ä \n", max_size=7)
 
 
 @seed(0)
-@settings(max_examples=1500, deadline=None, database=None)
+@settings(max_examples=800, deadline=None, database=None)
 @given(PATTERNS, st.sampled_from(["", "(?i)", "(?s)", "(?m)", "(?a)"]), st.lists(TEXTS, max_size=4))
 def test_linear_patterns_match_what_re_matches(pattern, flags, texts):
     try:
