@@ -85,9 +85,12 @@ gpu-execute: $(VENV)/.test-without-torch
 gpu:
 	$(PYTHON) benchmarks/gpu_run.py
 
-# 20,000 broken checkpoints; writes docs/reliability.md. SEED=… makes the same ones again
+# 20,000 broken checkpoints, and 5,000 with broken files beside the weights; writes docs/reliability.md.
+# SEED=… makes the same ones again
 fuzz: $(VENV)/.test
 	JAX_PLATFORMS=cpu $(BIN)/python -m tests.fuzz.run $(if $(SEED),--seed $(SEED)) \
+	  $(if $(MUTANTS),--mutants $(MUTANTS))
+	JAX_PLATFORMS=cpu $(BIN)/python -m tests.fuzz.beside.run $(if $(SEED),--seed $(SEED)) \
 	  $(if $(MUTANTS),--mutants $(MUTANTS))
 
 clean:

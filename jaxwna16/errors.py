@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from loaders.errors import cut_text, list_first
+from loaders.errors import cut_text, escape_line, list_first
 from pallas_kernels.errors import Wna16Error
 
 _MOST_REASONS = 1000
@@ -16,7 +16,7 @@ class _ListingError(Wna16Error, ValueError):
     def __init__(self, summary: str, reasons: Sequence[str] = ()):
         self.summary = cut_text(summary)
         self.reasons = tuple(list_first(reasons, _MOST_REASONS))
-        super().__init__("\n  - ".join([self.summary, *self.reasons]))
+        super().__init__("\n  - ".join(map(escape_line, [self.summary, *self.reasons])))
 
 
 class ModelError(_ListingError):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 from types import ModuleType
 
 from jaxwna16.errors import InputError
@@ -17,7 +17,21 @@ def import_extra(module: str, extra: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise InputError(
-            f"this needs the package {module.partition('.')[0]}, which is not installed: "
-            f'pip install "jaxwna16[{extra}]"'
-        ) from error
+        raise _describe_lack(module, extra) from error
+
+
+def check_extra(module: str, extra: str) -> None:
+    """Refuse to go on without a module that another process is to import.
+
+    Raises:
+      InputError: as `import_extra`.
+    """
+    if importlib.util.find_spec(module) is None:
+        raise _describe_lack(module, extra)
+
+
+def _describe_lack(module: str, extra: str) -> InputError:
+    return InputError(
+        f"this needs the package {module.partition('.')[0]}, which is not installed: "
+        f'pip install "jaxwna16[{extra}]"'
+    )

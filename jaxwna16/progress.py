@@ -17,6 +17,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
+from loaders.errors import escape_line
 from loaders.stream import Progress as Report
 
 
@@ -24,7 +25,7 @@ from loaders.stream import Progress as Report
 def show_bytes(title: str, *, visible: bool | None = None) -> Iterator[Report]:
     """Show a bar of bytes while the block runs; `visible` None is: on a terminal only."""
     with _make_bar(DownloadColumn(), TransferSpeedColumn(), visible=visible) as bar:
-        task = bar.add_task(title, total=None)
+        task = bar.add_task(escape_line(title), total=None)
 
         def report(done: int, total: int, name: str) -> None:
             del name
@@ -39,14 +40,14 @@ def show_steps(
 ) -> Iterator[Callable[[int], None]]:
     """Show a bar of `total` steps while the block runs; it calls with the number of new ones."""
     with _make_bar(MofNCompleteColumn(), TimeRemainingColumn(), visible=visible) as bar:
-        task = bar.add_task(title, total=total)
+        task = bar.add_task(escape_line(title), total=total)
         yield lambda steps: bar.advance(task, steps)
 
 
 def _make_bar(*columns: ProgressColumn, visible: bool | None) -> Progress:
     console = Console(stderr=True)
     return Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         *columns,
         console=console,

@@ -13,6 +13,11 @@ from pallas_kernels.errors import Wna16Error
 _FEW = 3
 _SHOWN = 100  # of many faults, in the text of an error
 _MOST_CHARACTERS = 4000
+_UNSEEN = re.compile(
+    "[\x00-\x1f\x7f-\x9f\xad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"
+    "\ud800-\udfff\U000e0000-\U000e007f]"
+)
+"""What ends a line, moves the cursor, turns the direction of writing, or is not seen."""
 # between dots, as layers and experts have them
 _NUMBER = re.compile(r"(?:(?<=\.)|^)(?:0|[1-9][0-9]{0,8})(?=\.|$)")
 
@@ -41,8 +46,7 @@ class Fault:
         where = ": ".join(part for part in (self.file, self.tensor) if part)
         text = f"{where}: {self.what}" if where else self.what
         text += f" ({self.way_out})" if self.way_out else ""
-        # names may hold half of a surrogate pair, which cannot be printed
-        return text.encode("utf-8", "backslashreplace").decode("utf-8")
+        return escape_line(text)
 
 
 class CheckpointError(Wna16Error, ValueError):
@@ -62,7 +66,9 @@ class CheckpointError(Wna16Error, ValueError):
         self.path, self.faults = str(path), tuple(dict.fromkeys(faults))
         count = f"{len(self.faults)} faults" if len(self.faults) > 1 else "1 fault"
         super().__init__(
-            "\n  - ".join([f"{path}: {count}", *list_first(list(map(str, self.faults)), _SHOWN)])
+            "\n  - ".join(
+                [escape_line(f"{path}: {count}"), *list_first(list(map(str, self.faults)), _SHOWN)]
+            )
         )
 
 
@@ -85,6 +91,14 @@ def limit_faults(faults: Sequence[Fault], most: int) -> list[Fault]:
     rest = len(faults) - most
     more = [Fault(f"… and {rest:,} more", faults[most].file)] if rest > 0 else []
     return [*faults[:most], *more]
+
+
+def escape_line(text: str) -> str:
+    """Write a text as one line that shows what is in it: `\\n` and `\\u202e` in place of those.
+
+    Names come from a stranger's files: none may look like a line of ours, or like another name.
+    """
+    return _UNSEEN.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 def join_alike(faults: Iterable[Fault]) -> list[Fault]:

@@ -168,7 +168,8 @@ def show(report: dict[str, Any], console: Console) -> None:
         tabulate_tuned,
         word_legend,
     )
-    from jaxwna16.cli.screen import escape_controls, make_table
+    from jaxwna16.cli.screen import make_table
+    from loaders.errors import escape_line
 
     def print_table(cells: list[list[str]], *words: str) -> None:
         header, *lines = cells
@@ -187,7 +188,7 @@ def show(report: dict[str, Any], console: Console) -> None:
         if report["machine"]["device"]["platform"] == "gpu":
             print_table(tabulate_targets(report["rows"]), "case", "target", "measured", "published")
     for line in report["problems"]:
-        console.print(escape_controls(line))
+        console.print(escape_line(line))
     for file in report["files"]:
         console.print(f"wrote {file}")
 

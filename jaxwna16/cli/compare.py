@@ -84,14 +84,15 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def show(report: dict[str, Any], console: Console) -> None:
-    from jaxwna16.cli.screen import escape_controls, make_table
+    from jaxwna16.cli.screen import make_table
+    from loaders.errors import escape_line
 
     numbers = ("MB", "perplexity", "KL to first", "same top-1", "tokens/s")
     table = make_table("checkpoint", "weights", *numbers, numbers=numbers)
     for row in report["rows"]:
         value = row["perplexity"]
         table.add_row(
-            escape_controls(row["name"]),
+            escape_line(row["name"]),
             row["scheme"],
             f"{row['bytes'] / 1e6:.1f}",
             "above 1e304" if value is None else f"{value:.2f}",
@@ -101,4 +102,4 @@ def show(report: dict[str, Any], console: Console) -> None:
         )
     console.print(table)
     if report["plot"] is not None:
-        console.print(f"plot: {escape_controls(report['plot'])}")
+        console.print(f"plot: {escape_line(report['plot'])}")

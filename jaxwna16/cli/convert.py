@@ -51,11 +51,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 def show(report: dict[str, Any], console: Console) -> None:
     from rich.filesize import decimal
 
-    from jaxwna16.cli.screen import count, escape_controls
+    from jaxwna16.cli.screen import count
+    from loaders.errors import escape_line
 
     console.print(
         f"{count(report['modules'], 'module')} converted, {decimal(report['source_bytes'])} -> "
         f"{decimal(report['bytes'])} in {report['seconds']:.1f} s"
     )
-    console.print(escape_controls(f"made {report['destination']}"))
+    console.print(escape_line(f"made {report['destination']}"))
     console.print("keep the original: other tools need it, and the copy is refused if it changes")

@@ -10,9 +10,8 @@ from rich.console import Console
 from rich.text import Text
 
 from jaxwna16.cli.folded_names import fold_names
-from jaxwna16.cli.screen import escape_controls
 from jaxwna16.errors import InputError, ModelError
-from loaders.errors import CheckpointError, Fault, limit_faults
+from loaders.errors import CheckpointError, Fault, escape_line, limit_faults
 
 _MOST_FAULTS = 1000
 
@@ -25,17 +24,18 @@ def describe_error(error: Exception) -> dict[str, Any]:
 
 def show_error(error: dict[str, Any], console: Console) -> None:
     """Print a described error; faults that differ only in layer numbers are one line."""
-    console.print(Text.assemble(("error: ", "bold red"), escape_controls(error["message"])))
+    console.print(Text.assemble(("error: ", "bold red"), escape_line(error["message"])))
     alike: dict[Fault, list[str]] = defaultdict(list)
     for fault in error["faults"]:
         alike[Fault(**fault | {"tensor": ""})].append(fault["tensor"])
     for fault, tensors in alike.items():
         for tensor in fold_names(tensors):
-            line = str(dataclasses.replace(fault, tensor=tensor))
-            console.print(escape_controls(f"  - {line}"))
+            console.print(f"  - {dataclasses.replace(fault, tensor=tensor)}")
 
 
 def _summarize(error: Exception) -> str:
+    if isinstance(error, InputError | ModelError):
+        return error.summary
     return str(error).partition("\n  - ")[0]
 
 

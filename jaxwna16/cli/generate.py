@@ -68,6 +68,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="end the text before this string; may be repeated",
     )
     parser.add_argument(
+        "--raw",
+        action="store_true",
+        help="print control characters of the text as they are; a terminal obeys them. Default: "
+        "they are shown as \\x1b and the like on a terminal, and unchanged elsewhere",
+    )
+    parser.add_argument(
         "--logprobs",
         metavar="N",
         type=int,
@@ -86,7 +92,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     import warnings
 
     from jaxwna16.cli.model import open_model, open_tokenizer
-    from jaxwna16.cli.screen import make_console
+    from jaxwna16.cli.screen import make_console, show_text
     from jaxwna16.errors import InputError, NanWarning
     from jaxwna16.generation.generate import generate
 
@@ -107,7 +113,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
         def print_piece(texts: list[str]) -> None:
             status.stop()
-            print(texts[0], end="", flush=True)
+            print(show_text(texts[0], raw=args.raw), end="", flush=True)
 
         generation = generate(
             model,
@@ -138,6 +144,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     report = {
         **facts,
         "chat": chat,
+        "raw": args.raw,
         "prompts": prompts,
         "texts": generation.texts,
         "tokens": result.tokens,
@@ -194,18 +201,19 @@ def _describe_logprobs(result: GenerationResult, tokenizer: Tokenizer) -> list[l
 
 
 def show(report: dict[str, Any], console: Console) -> None:
-    from jaxwna16.cli.screen import escape_controls, make_console
+    from jaxwna16.cli.screen import escape_controls, make_console, show_text
+    from loaders.errors import escape_line
 
     if len(report["texts"]) == 1:
         print()  # the text itself was printed during generation
     else:
         for prompt, text in zip(report["prompts"], report["texts"], strict=True):
             console.print(escape_controls(f"> {prompt}"), style="bold")
-            print(text)
+            print(show_text(text, raw=report["raw"]))
     times = report["timings"]
     stderr = make_console(stderr=True)
     for warning in report["warnings"]:
-        stderr.print(escape_controls(f"warning: {warning}"))
+        stderr.print(escape_line(f"warning: {warning}"))
     stderr.print(
         f"prefill {times['prompt_tokens']} tokens, {times['prefill_tokens_per_second']:.1f}/s; "
         f"decode {times['decoded_tokens']} tokens, {times['decode_tokens_per_second']:.1f}/s; "

@@ -148,10 +148,11 @@ def _add_up(plan: Plan, quantized: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def show(report: dict[str, Any], console: Console) -> None:
-    from jaxwna16.cli.screen import escape_controls, make_facts
+    from jaxwna16.cli.screen import make_facts
+    from loaders.errors import escape_line
 
     kind = ", ".join(map(str, report["architectures"])) or report["model_type"] or "no architecture"
-    console.print(escape_controls(f"{report['folder']}: {kind}"), style="bold")
+    console.print(escape_line(f"{report['folder']}: {kind}"), style="bold")
     console.print()
     console.print(_make_table(report))
     console.print()
@@ -257,11 +258,11 @@ def _word_sizes(totals: dict[str, Any], rows: list[dict[str, Any]]) -> Iterator[
 def _make_cells(name: str, shape: Iterable[int], kind: str, row: dict[str, Any]) -> tuple[str, ...]:
     from rich.filesize import decimal
 
-    from jaxwna16.cli.screen import escape_controls
+    from loaders.errors import escape_line
 
     sizes = " x ".join(map(str, shape)) or "scalar"
     kind += ", skipped" if row["skipped"] else ""
-    return str(row["count"]), escape_controls(name), sizes, kind, decimal(row["bytes"])
+    return str(row["count"]), escape_line(name), sizes, escape_line(kind), decimal(row["bytes"])
 
 
 def _name_scheme(row: dict[str, Any]) -> str:

@@ -138,10 +138,9 @@ def _read_version() -> str:
 
 
 def _run(args: argparse.Namespace) -> int:
-    import json
-
     from jaxwna16.cli.arguments import CallError
     from jaxwna16.cli.faults import describe_error, show_error
+    from jaxwna16.cli.json_report import write_report
     from jaxwna16.cli.screen import make_console
     from pallas_kernels.errors import Wna16Error
 
@@ -149,11 +148,11 @@ def _run(args: argparse.Namespace) -> int:
         report = args.verb.run(args)
     except (Wna16Error, CallError) as error:
         if args.json:
-            print(json.dumps({"error": describe_error(error)}, indent=2))
+            print(write_report({"error": describe_error(error)}))
         show_error(describe_error(error), make_console(stderr=True))
         return 2 if isinstance(error, CallError) else 1
     if args.json:
-        print(json.dumps(report, indent=2))
+        print(write_report(report))
     else:
         args.verb.show(report, make_console())
     sys.stdout.flush()

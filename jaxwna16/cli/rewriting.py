@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.filesize import decimal
 
-from jaxwna16.cli.screen import escape_controls
+from loaders.errors import escape_line
 from loaders.plan import make_plan
 
 
@@ -36,4 +36,4 @@ def show_sizes(report: dict[str, Any], console: Console) -> None:
         f"{decimal(report['source_bytes'])} -> {decimal(report['bytes'])}, {change}, "
         f"in {report['seconds']:.1f} s"
     )
-    console.print(escape_controls(f"made {report['destination']}"))
+    console.print(escape_line(f"made {report['destination']}"))

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from collections.abc import Iterable
 
 from rich.console import Console
 from rich.table import Table
 
+from loaders.errors import escape_line
+
 _PIPE_WIDTH = 200
-_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
 def make_console(*, stderr: bool = False) -> Console:
@@ -40,13 +43,21 @@ def make_facts(rows: Iterable[tuple[str, str]]) -> Table:
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for label, text in rows:
-        table.add_row(label, escape_controls(text))
+        table.add_row(label, escape_line(text))
     return table
 
 
+def show_text(text: str, *, raw: bool = False) -> str:
+    """A generated text as it is printed on stdout: unchanged if that is asked for, or in a pipe."""
+    return text if raw or not sys.stdout.isatty() else escape_controls(text)
+
+
 def escape_controls(text: str) -> str:
-    """Write control characters as escapes, since terminals obey them; newline and tab stay."""
-    return _CONTROLS.sub(lambda match: f"\\x{ord(match[0]):02x}", text)
+    """Write what a terminal obeys as escapes; newline and tab stay.
+
+    These are control characters, and those that turn the direction of the text after them.
+    """
+    return _CONTROLS.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 def count(number: float, thing: str) -> str:

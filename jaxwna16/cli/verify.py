@@ -79,16 +79,17 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 def show(report: dict[str, Any], console: Console) -> None:
     from rich.filesize import decimal
 
-    from jaxwna16.cli.screen import count, escape_controls
+    from jaxwna16.cli.screen import count
+    from loaders.errors import escape_line
 
     for warning in report["warnings"]:
-        console.print(escape_controls(f"warning: {warning}"))
+        console.print(escape_line(f"warning: {warning}"))
     if not report["model"]["checked"]:
-        console.print(escape_controls(f"model not checked: {report['model']['reason']}"))
+        console.print(escape_line(f"model not checked: {report['model']['reason']}"))
     elif "error" not in report:
         console.print(f"the {report['model']['model_type']} model finds every tensor it needs")
     if report["oracle"] is not None:
-        console.print(escape_controls(_word_oracle(report["oracle"])))
+        console.print(escape_line(_word_oracle(report["oracle"])))
     console.print(
         f"{'faulty' if 'error' in report else 'good'}: "
         f"{count(report['modules'], 'quantized module')} and "

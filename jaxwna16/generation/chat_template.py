@@ -1,27 +1,29 @@
-"""A checkpoint's chat template: found, compiled in a sandbox, and given plain messages.
+"""A checkpoint's chat template: found, given plain messages, and rendered.
 
-A template is a program that came with a checkpoint, so it runs in Jinja's immutable sandbox, set up
-as `transformers.utils.chat_template_utils` sets it up, and it sees copies of JSON values only.
+A template is a program that came with a checkpoint. It runs in a sandbox (`limited.templates`) and
+in a process with limits (`limited.child`): no sandbox of Jinja's bounds time, memory or output.
 """
 
 from __future__ import annotations
 
-import datetime
-import functools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from jaxwna16.errors import InputError
-from jaxwna16.extras import import_extra
+from jaxwna16.extras import check_extra
+from jaxwna16.generation.limited.child import Child, FailedCallError, LimitError
 from loaders.files.small_files import TEMPLATE, TOKENIZER_SETTINGS, is_there, read_text
 
-if TYPE_CHECKING:
-    import jinja2
-
 _REASONING = ("reasoning_content", "thinking", "reasoning")
+_FEW = 8
 _TAG = "CONTINUE_FINAL_MESSAGE_TAG "
+
+SECONDS = 3
+"""Of computing for one chat; templates of models take milliseconds."""
+_MEGABYTES = 512
+_child = Child("jaxwna16.generation.limited.templates", _MEGABYTES)
 
 
 def read_chat_templates(
@@ -52,17 +54,40 @@ def read_chat_templates(
     return templates
 
 
-def compile_chat_template(source: str) -> jinja2.Template:
-    """Compile a template; rendering it can raise anything.
+def render_chat_template(source: str, variables: Mapping[str, Any]) -> str:
+    """Render a template in a process of its own, with limits of time, memory and output.
+
+    All templates share one process (20 MB), which the first of them starts.
+
+    Args:
+      source: a text in Jinja.
+      variables: plain JSON values by name; `messages` among them.
 
     Raises:
-      InputError: if it is not Jinja, or jinja2 is not installed.
+      InputError: if it is not Jinja, raises an error or meets a limit; if a variable is no JSON
+        value; or if jinja2 is not installed.
     """
-    environment = _make_environment()
+    check_extra("jinja2", "text")
     try:
-        return environment.from_string(source)
-    except Exception as error:  # TemplateSyntaxError, but also RecursionError and the like
-        raise InputError(f"the chat template is broken: {error}") from error
+        return _child.call("render", source, dict(variables), seconds=SECONDS)
+    except FailedCallError as error:
+        if error.kind == "BrokenTemplateError":
+            raise InputError(f"the chat template is broken: {error}") from error
+        raise InputError(
+            f"the chat template refused the messages{_name_roles(variables)}: {error}"
+        ) from error
+    except LimitError as error:
+        raise InputError(f"the chat template was ended: {error}") from error
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InputError(f"variables must be plain JSON values: {error}") from error
+    except OSError as error:
+        raise InputError(f"no process can be started for the chat template: {error}") from error
+
+
+def _name_roles(variables: Mapping[str, Any]) -> str:
+    roles = [message["role"] for message in variables.get("messages", ())]
+    more = f" and {len(roles) - _FEW} more" if len(roles) > _FEW else ""
+    return f" (roles: {', '.join(roles[:_FEW])}{more})"
 
 
 def copy_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -129,56 +154,3 @@ def cut_at_mark(chat: str, text: str) -> str:
             f"continued: {text[:80]!r}"
         )
     return chat[:start] if chat.startswith(_TAG, start) else chat[:start].rstrip()
-
-
-@functools.cache
-def _make_environment() -> jinja2.Environment:
-    import_extra("jinja2", "text")
-    import jinja2.ext
-    import jinja2.nodes
-    import jinja2.sandbox
-
-    class Generation(jinja2.ext.Extension):
-        """`{% generation %}` marks the assistant's words for training; here it is a plain block."""
-
-        tags = {"generation"}  # noqa: RUF012 (as jinja2 declares it)
-
-        def parse(self, parser):
-            line = next(parser.stream).lineno
-            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            return jinja2.nodes.Scope(body, lineno=line)
-
-    class Namespace(jinja2.utils.Namespace):
-        """Refuses names that Jinja or Python could take for methods of their own."""
-
-        def __init__(*args, **kwargs):  # a template may well call namespace(self=…)
-            jinja2.utils.Namespace.__init__(args[0])
-            for name, value in dict(*args[1:], **kwargs).items():
-                args[0][name] = value
-
-        def __setitem__(self, name, value):
-            if name.startswith("_"):
-                raise jinja2.exceptions.SecurityError(f"a namespace cannot hold {name!r}")
-            super().__setitem__(name, value)
-
-    def raise_exception(message):
-        raise jinja2.exceptions.TemplateError(message)
-
-    def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
-        # Jinja's own filter escapes for HTML.
-        return json.dumps(
-            value,
-            ensure_ascii=ensure_ascii,
-            indent=indent,
-            separators=separators,
-            sort_keys=sort_keys,
-        )
-
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
-    )
-    environment.filters["tojson"] = tojson
-    environment.globals["namespace"] = Namespace
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
-    return environment

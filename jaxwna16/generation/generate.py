@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from jaxwna16.errors import InputError
-from jaxwna16.generation.stop_strings import StoppingText, find_stop_tokens
+from jaxwna16.generation.streaming.stop_strings import StoppingText, find_stop_tokens
 from jaxwna16.generation.text import Tokenizer
 from jaxwna16.generation.tokens import GenerationResult, generate_tokens
 from jaxwna16.models.causal_lm import CausalLM

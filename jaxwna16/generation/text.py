@@ -1,46 +1,47 @@
-"""Text in and out: a checkpoint's tokenizer, and text that is printed while it is generated.
+"""Text in and out: a checkpoint's tokenizer.
 
 The vocabulary is read by the package `tokenizers`, chat templates are rendered by `jinja2`; both
-come with the extra `text` and are imported when first needed. No code of a checkpoint is executed.
+come with the extra `text` and are imported when first needed. No code of a checkpoint is executed,
+and what its files make these packages do has limits (`jaxwna16.generation.limited`).
 """
 
 from __future__ import annotations
 
-import codecs
 import dataclasses
 import functools
-import json
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jaxwna16.errors import InputError
-from jaxwna16.extras import import_extra
 from jaxwna16.generation.chat_template import (
-    compile_chat_template,
     copy_messages,
     cut_at_mark,
     mark_end,
     read_chat_templates,
+    render_chat_template,
+)
+from jaxwna16.generation.limited.lengths import check_length
+from jaxwna16.generation.limited.tokenizer import LimitedTokenizer, refuse_failures
+from jaxwna16.generation.tokenizer_files import (
+    add_special_tokens,
+    add_tokens,
+    find_id,
+    open_backend,
+    read_eos_ids,
+    read_token,
 )
 from loaders.files.small_files import (
     CONFIG,
     GENERATION,
     SPECIAL_TOKENS,
-    TOKENIZER,
     TOKENIZER_SETTINGS,
-    is_there,
-    read_bytes,
     read_settings,
 )
 
 if TYPE_CHECKING:
-    import jinja2
     import tokenizers
 
-_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
-_FLAGS = ("lstrip", "rstrip", "single_word", "normalized")
 _CONFIGS_WITH_EOS = (GENERATION, CONFIG, TOKENIZER_SETTINGS)
 
 
@@ -49,7 +50,8 @@ class Tokenizer:
     """The tokenizer of one checkpoint; make one with `Tokenizer.from_folder`.
 
     Attributes:
-      backend: the vocabulary and its rules, of the package `tokenizers`.
+      backend: the vocabulary and its rules: of the package `tokenizers`, or of a process with
+        limits, where one of its rules is not known to have an end (`limited.known_stages`).
       stop_tokens: ids that end an answer: every `eos_token_id` of generation_config.json,
         config.json and tokenizer_config.json, and the `eos_token` by name.
       special_tokens: `bos_token`, `eos_token`, … by name, as the chat template sees them.
@@ -64,7 +66,7 @@ class Tokenizer:
       ```
     """
 
-    backend: tokenizers.Tokenizer
+    backend: tokenizers.Tokenizer | LimitedTokenizer
     stop_tokens: frozenset[int]
     special_tokens: Mapping[str, str]
     chat_templates: Mapping[str, str]
@@ -78,7 +80,8 @@ class Tokenizer:
         tokenizer_config.json, and special_tokens_map.json counts only if that config has no
         `added_tokens_decoder`. Truncation and padding in tokenizer.json are switched off. A token
         that one of these files names as special is special. Unlike in transformers, a special token
-        outside the vocabulary is not added to it: the model has no embedding of it.
+        outside the vocabulary is not added to it: the model has no embedding of it. Nor is a
+        `dropout` of merges applied, with which the same text would be other ids each time.
 
         Args:
           path: the folder.
@@ -92,10 +95,10 @@ class Tokenizer:
         """
         folder = Path(path)
         read = functools.partial(read_settings, folder, follow_links=follow_links)
-        backend = _read_backend(folder, follow_links)
+        backend = open_backend(folder, follow_links)
         config = read(TOKENIZER_SETTINGS)
         if "added_tokens_decoder" in config:
-            _add_tokens(backend, config["added_tokens_decoder"], folder / TOKENIZER_SETTINGS)
+            add_tokens(backend, config["added_tokens_decoder"], folder / TOKENIZER_SETTINGS)
             named = config
         else:
             named = {**config, **read(SPECIAL_TOKENS)}
@@ -104,14 +107,14 @@ class Tokenizer:
         special_tokens = {
             name: text
             for name, token in named.items()
-            if name.endswith("_token") and (text := _read_token(token)) is not None
+            if name.endswith("_token") and (text := read_token(token)) is not None
         }
-        _add_special_tokens(backend, named)
+        add_special_tokens(backend, named, folder / TOKENIZER_SETTINGS)
         stop_tokens = {
-            i for name in _CONFIGS_WITH_EOS for i in _read_eos_ids(folder / name, read(name))
+            i for name in _CONFIGS_WITH_EOS for i in read_eos_ids(folder / name, read(name))
         }
         # A token that is not in the vocabulary is never generated, so it stops nothing either.
-        if (eos := backend.token_to_id(special_tokens.get("eos_token", ""))) is not None:
+        if (eos := find_id(backend, special_tokens.get("eos_token", ""))) is not None:
             stop_tokens.add(eos)
         return cls(
             backend=backend,
@@ -127,24 +130,41 @@ class Tokenizer:
         A special token written out in the text, as "<|im_end|>", becomes that token.
 
         Raises:
-          InputError: if the text has unpaired surrogates, as an argument that is not UTF-8 has.
+          InputError: if the text has unpaired surrogates, as an argument that is not UTF-8 has; or
+            if the tokenizer fails, or takes more time or memory than it may.
         """
         try:
             text.encode()
         except UnicodeEncodeError as error:
             raise InputError(f"the text is not valid Unicode at character {error.start}") from error
-        return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        with refuse_failures(f"{self.source}: the tokenizer fails"):
+            return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """Turn ids into text; ids without a token (a padded vocabulary has them) yield nothing.
 
         Bytes that are not UTF-8 become U+FFFD. Spaces stay as the tokenizer's decoder writes them.
+
+        Raises:
+          InputError: if the tokenizer fails, or takes more time or memory than it may; or if the
+            text has thousands of characters for each token.
         """
-        return self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        with refuse_failures(f"{self.source}: the tokenizer fails"):
+            numbers = list(ids)
+            text = self.backend.decode(numbers, skip_special_tokens=skip_special_tokens)
+            check_length(text, len(numbers))
+            return text
+
+    def describe_decoder(self) -> str | None:
+        """What turns tokens into text, as JSON; None if they are joined by spaces."""
+        if isinstance(self.backend, LimitedTokenizer):
+            return self.backend.prepared["decoder"]
+        decoder = self.backend.decoder  # its pickled state is its JSON
+        return None if decoder is None else decoder.__getstate__().decode()
 
     def find_special(self, name: str) -> int | None:
         """The id of "bos_token", "eos_token", …; None if it has no name or no id."""
-        return self.backend.token_to_id(self.special_tokens.get(name, ""))
+        return find_id(self.backend, self.special_tokens.get(name, ""))
 
     @property
     def has_chat_template(self) -> bool:
@@ -194,17 +214,12 @@ class Tokenizer:
         add_generation_prompt: bool,
         variables: Mapping[str, Any] | None,
     ) -> str:
-        template = self._template
+        given = {"messages": plain, "add_generation_prompt": add_generation_prompt}
         seen = {**self.special_tokens, "tools": None, "documents": None, **(variables or {})}
         try:
-            return template.render(
-                seen, messages=plain, add_generation_prompt=add_generation_prompt
-            )
-        except Exception as error:  # a template can raise anything, and it is not our code
-            roles = ", ".join(message["role"] for message in plain)
-            raise InputError(
-                f"{self.source}: the chat template refused the messages (roles: {roles}): {error}"
-            ) from error
+            return render_chat_template(self._template, seen | given)
+        except InputError as error:
+            raise InputError(f"{self.source}: {error}") from error
 
     def encode_chat(
         self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True
@@ -213,160 +228,12 @@ class Tokenizer:
         text = self.render_chat(messages, add_generation_prompt)
         return self.encode(text, add_special_tokens=False)
 
-    @functools.cached_property
-    def _template(self) -> jinja2.Template:
-        if not self.has_chat_template:
-            named = f" (only {', '.join(self.chat_templates)})" if self.chat_templates else ""
-            raise InputError(
-                f"{self.source}: no chat template{named}, neither chat_template.jinja nor "
-                "`chat_template` in tokenizer_config.json: give a plain prompt instead"
-            )
-        try:
-            return compile_chat_template(self.chat_templates["default"])
-        except InputError as error:
-            raise InputError(f"{self.source}: {error}") from error
-
-
-class TextStream:
-    """Turns ids into text as they come: what it returns is final and never half a character.
-
-    All that `push` and `flush` return, joined, equals `Tokenizer.decode` of all the ids. There is
-    one exception: of a malformed run of byte tokens (`<0xE2>`, in SentencePiece vocabularies)
-    `decode` replaces the whole run, a stream only the malformed bytes: it cannot take text back.
-
-    A token stands for the same bytes wherever it stands, except that the first can lose a leading
-    space. So an id costs one look-up, and one incremental UTF-8 decoder holds the incomplete rest.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True):
-        self._tokenizer = tokenizer
-        self._skip_special_tokens = skip_special_tokens
-        self._stages = _list_decoder_stages(tokenizer.backend)
-        self._pieces: dict[int, bytes] = {}
-        self._started = False
-        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-
-    def push(self, ids: Iterable[int]) -> str:
-        """Take the next ids and return the text that they complete: often a word, sometimes ""."""
-        return self._utf8.decode(b"".join(map(self._take, ids)))
-
-    def flush(self) -> str:
-        """End the text: U+FFFD if it stops inside a character, else "". A new text may follow."""
-        self._started = False
-        rest = self._utf8.decode(b"", final=True)
-        self._utf8.reset()
-        return rest
-
-    def _take(self, token: int) -> bytes:
-        if token not in self._pieces:
-            self._pieces[token] = self._find_piece(token)
-        piece = self._pieces[token]
-        if not piece or self._started:
-            return piece
-        self._started = True
-        first = self._decode(
-            token
-        ).encode()  # without the space that decoders drop at the beginning
-        return first if piece.endswith(first) else piece  # unless it is cut out of a character
-
-    def _find_piece(self, token: int) -> bytes:
-        """The bytes of a token that stands behind another one."""
-        twice = self._decode(token, token)
-        name = self._tokenizer.backend.id_to_token(token)
-        if not twice or name is None:  # a special token that is skipped, or an id without a token
-            return b""
-        if "ByteLevel" in self._stages:
-            return _read_byte_level(name)
-        if "ByteFallback" in self._stages and (match := _BYTE_TOKEN.fullmatch(name)):
-            return bytes.fromhex(match[1])
-        return twice[len(self._decode(token)) :].encode()
-
-    def _decode(self, *ids: int) -> str:
-        return self._tokenizer.decode(ids, self._skip_special_tokens)
-
-
-def _read_backend(folder: Path, follow_links: bool) -> tokenizers.Tokenizer:
-    package, path = import_extra("tokenizers", "text"), folder / TOKENIZER
-    if not is_there(folder, TOKENIZER):
-        raise InputError(f"{path}: no such file, so there is no tokenizer in {folder}")
-    content = read_bytes(folder, TOKENIZER, follow_links=follow_links)
-    try:
-        backend = package.Tokenizer.from_buffer(content)
-    except Exception as error:  # tokenizers raises a bare Exception, whatever it is
-        raise InputError(f"{path}: not a tokenizer: {error}") from error
-    backend.no_truncation()
-    backend.no_padding()
-    return backend
-
-
-def _add_tokens(backend: tokenizers.Tokenizer, added: Any, path: Path) -> None:
-    """Add the tokens that only tokenizer_config.json has, under the ids it gives them."""
-    package = import_extra("tokenizers", "text")
-    try:
-        tokens = {int(index): package.AddedToken(**added[index]) for index in added}
-    except (TypeError, ValueError) as error:
-        raise InputError(f"{path}: `added_tokens_decoder` is malformed: {error}") from error
-    backend.add_tokens([tokens[index] for index in sorted(tokens)])
-    wrong = [
-        f"{token.content!r} is {backend.token_to_id(token.content)}, not {index}"
-        for index, token in sorted(tokens.items())
-        if backend.token_to_id(token.content) != index
-    ]
-    if wrong:
+    @property
+    def _template(self) -> str:
+        if self.has_chat_template:
+            return self.chat_templates["default"]
+        named = f" (only {', '.join(self.chat_templates)})" if self.chat_templates else ""
         raise InputError(
-            f"{path}: `added_tokens_decoder` contradicts tokenizer.json, where {'; '.join(wrong)}"
+            f"no chat template{named}, neither chat_template.jinja nor `chat_template` in "
+            "tokenizer_config.json: give a plain prompt instead"
         )
-
-
-def _add_special_tokens(backend: tokenizers.Tokenizer, named: Mapping[str, Any]) -> None:
-    """Make special what is named so and is no more than a word of the vocabulary."""
-    package = import_extra("tokenizers", "text")
-    extra = named.get("extra_special_tokens") or named.get("additional_special_tokens")
-    tokens = [token for name, token in named.items() if name.endswith("_token")]
-    tokens += extra if isinstance(extra, list) else []
-    added = {token.content for token in backend.get_added_tokens_decoder().values()}
-    for token in tokens:
-        text = _read_token(token)
-        if text is None or text in added or backend.token_to_id(text) is None:
-            continue
-        flags = {n: bool(token[n]) for n in _FLAGS if n in token} if isinstance(token, dict) else {}
-        backend.add_special_tokens([package.AddedToken(text, special=True, **flags)])
-
-
-def _read_eos_ids(path: Path, settings: Mapping[str, Any]) -> list[int]:
-    found = settings.get("eos_token_id")
-    ids = found if isinstance(found, list) else [] if found is None else [found]
-    if not all(type(token) is int and token >= 0 for token in ids):
-        raise InputError(f"{path}: `eos_token_id` must be an id or a list of ids, found {found!r}")
-    return ids
-
-
-def _read_token(token: Any) -> str | None:
-    """The text of a token written as a string or as {"content": string, …}."""
-    text = token.get("content") if isinstance(token, dict) else token
-    return text if isinstance(text, str) else None
-
-
-def _list_decoder_stages(backend: tokenizers.Tokenizer) -> frozenset[str]:
-    """Names of the decoder's stages, as "ByteLevel"; its pickled state is its JSON."""
-    if backend.decoder is None:
-        return frozenset()
-    state = json.loads(backend.decoder.__getstate__())
-    return frozenset(stage["type"] for stage in state.get("decoders", [state]))
-
-
-@functools.cache
-def _byte_level_alphabet() -> dict[str, int]:
-    """GPT-2's alphabet of bytes: printable Latin-1 is itself, the others are U+0100, U+0101, …"""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = sorted(set(range(256)) - set(printable))
-    return {chr(byte): byte for byte in printable} | {
-        chr(0x100 + index): byte for index, byte in enumerate(others)
-    }
-
-
-def _read_byte_level(token: str) -> bytes:
-    alphabet = _byte_level_alphabet()
-    if all(character in alphabet for character in token):
-        return bytes(alphabet[character] for character in token)
-    return token.encode()  # an added token is written as it is

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -31,13 +32,13 @@ def edit_tree(draw: Callable, tree: Any) -> str:
     path, parent, key = pick(draw, places)
     kind = pick(draw, ["replace", "replace", "delete", "rename", "double", "swap", "wrap"])
     if kind == "replace":
-        parent[key] = pick(draw, WEIRD)
+        parent[key] = copy.deepcopy(pick(draw, WEIRD))  # which the next edit may be of
     elif kind == "delete":
         del parent[key]
     elif kind == "rename" and isinstance(parent, dict):
         parent[draw(st.text(max_size=6)) or f"{key} "] = parent.pop(key)
     elif kind == "double" and isinstance(parent, dict):
-        parent[f"{_DUPLICATE}{key}"] = pick(draw, [parent[key], *WEIRD])
+        parent[f"{_DUPLICATE}{key}"] = copy.deepcopy(pick(draw, [parent[key], *WEIRD]))
     elif kind == "swap":
         _, other, name = pick(draw, places)
         parent[key], other[name] = other[name], parent[key]

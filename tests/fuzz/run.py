@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import platform
+import re
 import secrets
 import sys
 import time
@@ -59,9 +60,25 @@ def main() -> int:
             print(_describe_row(mutation, tallies[mutation]), flush=True)
     report = "\n".join(_describe(tallies, args.seed, time.perf_counter() - start))
     if not failed and args.mutants >= _NIGHTLY:
+        old = REPORT.read_text("utf-8") if REPORT.exists() else ""
+        for mark in re.findall("<!-- /(.*) -->", old):
+            report = keep_part(report, mark, find_part(old, mark))
         REPORT.write_text(report, encoding="utf-8")
     print(report if not failed else f"broken by: {', '.join(failed)}; seed {args.seed}")
     return 1 if failed else 0
+
+
+def find_part(report: str, mark: str) -> str:
+    """What stands in a report between the marks of another run; "" if there is none."""
+    found = re.search(f"<!-- {mark} -->\n(.*?)\n<!-- /{mark} -->", report, re.DOTALL)
+    return found[1] if found else ""
+
+
+def keep_part(report: str, mark: str, part: str) -> str:
+    """The report with this part between its marks, at the end if they are not there yet."""
+    whole = f"<!-- {mark} -->\n{part}\n<!-- /{mark} -->\n"
+    old = f"<!-- {mark} -->\n{find_part(report, mark)}\n<!-- /{mark} -->\n"
+    return report.replace(old, whole) if old in report else f"{report.rstrip()}\n\n{whole}"
 
 
 def _describe(tallies: Mapping[str, Tally], seed: int, seconds: float) -> Iterator[str]:

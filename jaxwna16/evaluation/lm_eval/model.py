@@ -33,7 +33,7 @@ from jaxwna16.evaluation.lm_eval.thinking import cut_answer, read_end
 from jaxwna16.evaluation.perplexity import find_prefix
 from jaxwna16.generation.generate import Generation, continue_tokens
 from jaxwna16.generation.load_model import load_model
-from jaxwna16.generation.stop_strings import find_stop_tokens
+from jaxwna16.generation.streaming.stop_strings import find_stop_tokens
 from jaxwna16.generation.text import Tokenizer
 from jaxwna16.models.families import parse_config
 from loaders.open import open_plan

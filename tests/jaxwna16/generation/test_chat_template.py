@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -259,9 +260,46 @@ def test_messages_of_another_form_are_refused(folder, messages):
         tokenizer.render_chat(messages)
 
 
+DOUBLING = "{% set ns = namespace(x='ab') %}{% for i in range(60) %}{% set ns.x = ns.x ~ ns.x %}"
+LIMITS = {
+    "loops in loops": (
+        "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+        r"more than 0\.3 s",
+    ),
+    "a slice into 10^9": ("{{ [1, 2] | slice(10 ** 9) | list | length }}", r"more than 0\.3 s"),
+    "lipsum": ("{{ lipsum(n=10 ** 7) }}", r"more than 0\.3 s"),
+    "200,000 statements": ("{% set a = 1 %}" * 200_000, r"more than 0\.3 s"),
+    "a wide number": ("{{ '%900000000d' % 1 }}", r"more than (0\.3 s|512 MB)"),
+    "a wide format": ("{{ '{:900000000d}'.format(1) }}", r"more than (0\.3 s|512 MB)"),
+    "text that doubles": (DOUBLING + "{% endfor %}", r"more than (0\.3 s|512 MB)"),
+    "a long list": ("{{ [0] * 10 ** 10 }}", r"more than (0\.3 s|512 MB)"),
+    "a long text": ("{{ 'a' * 17_000_000 }}", "writes 17,000,000 characters, more than 8,000"),
+    "a long reason": ("{{ raise_exception('ab' * 10 ** 6) }}", "refused.*(ab){1000}$"),
+    "a circle": ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion depth"),
+}
+
+
+@pytest.mark.skipif(os.name != "posix", reason="limits are the system's")
+@pytest.mark.parametrize("name", LIMITS)
+def test_a_template_without_end_is_ended_with_a_reason(folder, monkeypatch, name):
+    template, reason = LIMITS[name]
+    monkeypatch.setattr(chat_template, "SECONDS", 0.3)
+    tokenizer = read_with(folder, chat_template=template)
+    with pytest.raises(InputError, match=reason) as caught:
+        tokenizer.render_chat([USER])
+    assert str(folder) in str(caught.value) and "chat template" in str(caught.value)
+    assert read_with(folder, chat_template="next").render_chat([USER]) == "next"
+
+
+def test_variables_that_are_no_json_are_refused(folder):
+    tokenizer = read_with(folder, chat_template="{{ more }}")
+    assert tokenizer.render_chat([USER], variables={"more": {"a": None}}) == "{'a': None}"
+    with pytest.raises(InputError, match="variables must be plain JSON values"):
+        tokenizer.render_chat([USER], variables={"more": {1j}})
+
+
 def test_a_missing_jinja2_says_how_to_install_it(folder, monkeypatch):
     tokenizer = read_with(folder, chat_template="x")
     monkeypatch.setitem(sys.modules, "jinja2", None)
-    chat_template._make_environment.cache_clear()
     with pytest.raises(InputError, match=r'jinja2.*pip install "jaxwna16\[text\]"'):
         tokenizer.render_chat([USER])

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from jaxwna16.errors import InputError
-from jaxwna16.generation.text import TextStream, Tokenizer
+from jaxwna16.generation.streaming.text_stream import TextStream
+from jaxwna16.generation.text import Tokenizer
 
 
 class StoppingText:
@@ -14,6 +15,9 @@ class StoppingText:
     What `push` and `flush` return is final: the beginning of what may become a stop string is held
     back until it does or cannot any more. Where several stop strings end with the same character,
     the text ends before the longest. It does not matter how the text is divided into tokens.
+
+    Where a text is final only as a whole (`TextStream.is_whole`), stop strings are looked for in
+    the text of all tokens so far, whenever one is added.
 
     Attributes:
       text: all that was returned.
@@ -36,7 +40,8 @@ class StoppingText:
             if self.stopped:
                 break
             self.tokens += 1
-            new += self._take(self._stream.push([token]))
+            text = self._stream.push([token])
+            new += self._look() if self._stream.is_whole else self._take(text)
         self.text += new
         return new
 
@@ -46,6 +51,15 @@ class StoppingText:
         self._held = ""
         self.text += rest
         return rest
+
+    def _look(self) -> str:
+        """The text of all tokens so far if a stop string ends it, else ""."""
+        if not self._stop:
+            return ""
+        text = self._stream.read_all()
+        ends = [(at + len(s), -len(s)) for s in self._stop if (at := text.find(s)) >= 0]
+        self.stopped = bool(ends)
+        return text[: sum(min(ends))] if ends else ""
 
     def _take(self, text: str) -> str:
         if not self._stop:

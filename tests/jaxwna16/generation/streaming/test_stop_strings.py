@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxwna16 import InputError, Tokenizer, generate, load_model
-from jaxwna16.generation.stop_strings import StoppingText
+from jaxwna16.generation.streaming.stop_strings import StoppingText
 from tests.jaxwna16.cli.checkpoints import END, write_float_checkpoint
 
 PROMPTS = ["A dark night", "Once", "It was the best of times"]

@@ -1,0 +1,1 @@
+"""Text while it is generated: what is final, and where a stop string ends it."""
