@@ -7,16 +7,17 @@ from collections.abc import Sequence
 from loaders.errors import cut_text, escape_line, list_first
 from pallas_kernels.errors import Wna16Error
 
-_MOST_REASONS = 1000
+_MOST_REASONS, _SHOWN = 1000, 100
 
 
 class _ListingError(Wna16Error, ValueError):
-    """An error that lists every reason it found, one a line."""
+    """An error that lists every reason it found, one a line; its text a hundred."""
 
     def __init__(self, summary: str, reasons: Sequence[str] = ()):
         self.summary = cut_text(summary)
         self.reasons = tuple(list_first(reasons, _MOST_REASONS))
-        super().__init__("\n  - ".join(map(escape_line, [self.summary, *self.reasons])))
+        lines = [self.summary, *list_first(reasons, _SHOWN)]
+        super().__init__("\n  - ".join(map(escape_line, lines)))
 
 
 class ModelError(_ListingError):

@@ -128,6 +128,8 @@ def test_all_faults_are_held_and_the_first_shown():
     assert limit_faults(faults, 2)[2].what == "… and 99,998 more"
     error = ModelError("wrong", [f"key{i}: wrong" for i in range(100_000)])
     assert error.reasons[-1] == "… and 99,000 more"
+    assert len(str(error).splitlines()) == 102
+    assert str(error).endswith("… and 99,900 more")
 
 
 def test_a_long_text_is_cut_in_the_middle():

@@ -150,7 +150,7 @@ Small valid checkpoints that generate ({bases}) are changed in one of the ways b
 A process then inspects, verifies and loads each mutant, reads its tokenizer, puts a prompt into its
 chat template and generates four tokens (after 16 at most, as XLA would compile for more). It has
 2 GB of addresses and 10 s of computing for a mutant; one that ends it, or any error that is not
-ours, fails the run. So do a message of more than 200,000 characters or with a control character in
+ours, fails the run. So do a message of more than 50,000 characters or with a control character in
 it, a report that is not JSON, text that was streamed and not returned, and anything that a library
 prints. Templates and tokenizers have 1 s here, so that more mutants meet that limit.
 

@@ -32,7 +32,7 @@ from pallas_kernels.errors import Wna16Error
 
 SECONDS = 10
 ADDRESSES = 2 << 30
-_MAX_MESSAGE = 200_000  # of a ModelError, which lists a thousand reasons
+_MAX_MESSAGE = 50_000
 _WARNINGS = ("`dropout`",)
 _PROMPT, _COMPILED = "ab a é", 16
 _MESSAGE = {"role": "user", "content": _PROMPT}
