@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
 
@@ -12,6 +13,10 @@ from tests.executed.compiled import compile_cases
 from tests.executed.mutations import KINDS, find_reason, list_mutations
 from tests.ptx import Fault, Refused
 
+of_one_compiler = pytest.mark.skipif(
+    jax.__version_info__ >= (0, 11),
+    reason="places and reasons are those of the code that jax 0.10 makes",
+)
 _FEW = 2
 """Places of each kind that `make test` breaks; `make thorough` breaks all."""
 
@@ -54,6 +59,7 @@ def _choose(text: str, *, thorough: bool):
         yield from found if thorough else found[:1] + found[1:][-(_FEW - 1) :]
 
 
+@of_one_compiler
 @pytest.mark.parametrize("case", list_mutated(), ids=lambda case: f"{case.arch} {name(case)}")
 def test_every_broken_kernel_is_noticed(launches, case, request, monkeypatch):
     monkeypatch.setattr("tests.ptx.schedule._MOST_STEPS", 50_000)
@@ -70,6 +76,7 @@ def test_every_broken_kernel_is_noticed(launches, case, request, monkeypatch):
     assert missed == []
 
 
+@of_one_compiler
 def test_every_kind_stands_in_some_kernel(launches):
     texts = [launch.text for launch in launches.values()]
     assert [k for k in KINDS if not any(any(list_mutations(t, [k])) for t in texts)] == []
