@@ -170,7 +170,8 @@ those have tests of their own (`tests/loaders/test_faults.py` shows each kind of
 
 The GPU kernels are proved in another way: their PTX, compiled for sm_80 to sm_100a, is executed on
 a CPU, where it gives the right numbers and breaks no rule as jax 0.10.2 compiles it
-([executed.md](executed.md), which names exceptions for jax 0.12). Not proved are NVIDIA's assembler, the weak order of memory, and the rounding of tensor cores.
+([executed.md](executed.md), which names exceptions for jax 0.12). Not proved are NVIDIA's
+assembler, the weak order of memory, and the rounding of tensor cores.
 
 ## What became of the mutants
 
