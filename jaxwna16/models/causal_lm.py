@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Collection, Mapping
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -14,26 +14,13 @@ from jax.typing import ArrayLike
 
 from jaxwna16.errors import InputError
 from jaxwna16.models.config.language_config import LanguageConfig
-from jaxwna16.models.parts.layers import Dense, Embedding, Linears, multiply
+from jaxwna16.models.parts.decoder import Decoder
+from jaxwna16.models.parts.layers import Dense, Linears, multiply
 from jaxwna16.programs import refuse_fork
 from pallas_kernels.format.spec import QuantSpec
 
 Array = jax.Array
 T = TypeVar("T")
-
-
-class Decoder(Protocol):
-    """The checkpoint's `model.`: embedding, layers and the last norm."""
-
-    embed_tokens: Embedding
-
-    def make_cache(self, batch: int, slots: int) -> Any:
-        """An empty cache."""
-        ...
-
-    def __call__(self, tokens: Array, start: Array, count: Array, cache: Any) -> tuple[Array, Any]:
-        """As `CausalLM.hidden`; without a cache, a piece that is whole rows."""
-        ...
 
 
 class Beside(Generic[T]):
@@ -176,9 +163,3 @@ def _read_tokens(value: Any, vocab_size: int) -> Array:
         least = -1 if jnp.issubdtype(tokens.dtype, jnp.signedinteger) else 0
         tokens = tokens.clip(least, vocab_size)
     return jnp.asarray(tokens, jnp.int32)
-
-
-@jax.jit
-def run_layer(layer: Callable[..., Any], *arguments: Any) -> Any:
-    """`layer(*arguments)`, jitted so that layers of one shape are traced once, not once each."""
-    return layer(*arguments)

@@ -23,14 +23,14 @@ from pallas_kernels.triton.grouping import group_few_pairs
 from tests.executed.bounds import DTYPES, Bounded, find_rounding
 from tests.executed.products import (
     add_splits,
-    choose_depth,
     draw_bias,
+    draw_weights,
     draw_x,
     find_device,
     take_leaves,
 )
 from tests.executed.work import Work
-from tests.pallas_kernels.exact import Case, make_case
+from tests.pallas_kernels.exact import Case
 
 _EXPERTS, _TOP_K = 5, 2
 _LARGE_EXPERTS, _LARGE_TOP_K = 128, 8
@@ -138,19 +138,7 @@ class Experts:
 
     def _draw_stack(self, tiles: Tiles, paired: bool) -> list[Case]:
         width = 2 * (tiles.block_n + 64) if paired else tiles.block_n + 72
-        depth = choose_depth(self.group_size, tiles)
-        return [
-            make_case(
-                (width, depth),
-                self.group_size or depth,
-                self.bits,
-                symmetric=self.symmetric,
-                scale_dtype=DTYPES[self.scale_dtype or self.dtype],
-                seed=expert,
-                whole=self.whole,
-            )
-            for expert in range(_EXPERTS)
-        ]
+        return draw_weights(self, [width] * _EXPERTS, tiles)
 
     def _bound(self, x, stack: list[Case], experts: np.ndarray, rows: np.ndarray, tiles: Tiles):
         """Each pair's row of x by its expert's weight."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from typing import Any
 
 import numpy as np
 
@@ -105,19 +106,7 @@ class Product:
         )
 
     def _draw_weights(self, tiles: Tiles) -> list[Case]:
-        depth = choose_depth(self.group_size, tiles)
-        return [
-            make_case(
-                (width, depth),
-                self.group_size or depth,
-                self.bits,
-                symmetric=self.symmetric,
-                scale_dtype=DTYPES[self.scale_dtype or self.dtype],
-                seed=seed,
-                whole=self.whole,
-            )
-            for seed, width in enumerate(self._list_widths(tiles))
-        ]
+        return draw_weights(self, self._list_widths(tiles), tiles)
 
     def _draw_bias(self, spec: QuantSpec) -> np.ndarray | None:
         return draw_bias((spec.out_features,), self.dtype, self.whole) if self.bias else None
@@ -153,6 +142,23 @@ class Product:
 
 def _multiply(x, leaves, *, specs, tiles: Tiles, gated: bool, interpret: bool = False):
     return multiply_packed(x, leaves, specs, tiles, gated=gated, interpret=interpret)
+
+
+def draw_weights(case: Any, widths: list[int], tiles: Tiles) -> list[Case]:
+    """Weights of these N, each with numbers of its own."""
+    depth = choose_depth(case.group_size, tiles)
+    return [
+        make_case(
+            (width, depth),
+            case.group_size or depth,
+            case.bits,
+            symmetric=case.symmetric,
+            scale_dtype=DTYPES[case.scale_dtype or case.dtype],
+            seed=seed,
+            whole=case.whole,
+        )
+        for seed, width in enumerate(widths)
+    ]
 
 
 def take_leaves(weight: Case, bias: np.ndarray | None = None) -> dict[str, np.ndarray]:

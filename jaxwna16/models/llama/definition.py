@@ -5,31 +5,25 @@ Sparse layers are in `jaxwna16.models.parts.moe`.
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 from flax import nnx
 
 from jaxwna16.layers.fused import project
-from jaxwna16.models.causal_lm import CausalLM, run_layer
+from jaxwna16.models.causal_lm import CausalLM
 from jaxwna16.models.llama.config import LlamaConfig
 from jaxwna16.models.parts.attention import (
     LayerCache,
     attend,
     fold_heads,
     make_layer_cache,
-    place_tokens,
-    see_slots,
     write_slots,
 )
-from jaxwna16.models.parts.layers import MLP, Embedding, Linears, RMSNorm
+from jaxwna16.models.parts.decoder import Decoder, Piece
+from jaxwna16.models.parts.layers import MLP, Linears, RMSNorm
 from jaxwna16.models.parts.moe import SparseBlock
-from jaxwna16.models.parts.rope import rotate, rotation_tables
+from jaxwna16.models.parts.rope import rotate
 
 Array = jax.Array
-Rotation = tuple[Array, Array]
-Cache = tuple[LayerCache, ...]
-"""One `LayerCache` per layer."""
 
 
 class Attention(nnx.Module):
@@ -54,7 +48,7 @@ class Attention(nnx.Module):
         return make_layer_cache(batch, slots, self.kv_heads, self.head_dim, self.dtype)
 
     def __call__(
-        self, x: Array, rotation: Rotation, seen: Array, slots: Array, cache: LayerCache | None
+        self, x: Array, piece: Piece, cache: LayerCache | None
     ) -> tuple[Array, LayerCache | None]:
         q, k, v = (
             y.reshape(*x.shape[:2], -1, self.head_dim)
@@ -62,12 +56,11 @@ class Attention(nnx.Module):
         )
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rotate(q, *rotation), rotate(k, *rotation)
-        new = LayerCache(fold_heads(k), fold_heads(v))
-        if cache is None:
-            return self.o_proj(attend(q, new, seen)), None
-        cache = write_slots(cache, new, slots)
-        return self.o_proj(attend(q, cache, seen)), cache
+        q, k = rotate(q, *piece.rotation), rotate(k, *piece.rotation)
+        held = LayerCache(fold_heads(k), fold_heads(v))
+        if cache is not None:
+            held = cache = write_slots(cache, held, piece.slots)
+        return self.o_proj(attend(q, held, piece.seen)), cache
 
 
 class DecoderLayer(nnx.Module):
@@ -89,49 +82,24 @@ class DecoderLayer(nnx.Module):
         return self.self_attn.make_cache(batch, slots)
 
     def __call__(
-        self, x: Array, rotation: Rotation, seen: Array, slots: Array, cache: LayerCache | None
+        self, x: Array, piece: Piece, cache: LayerCache | None
     ) -> tuple[Array, LayerCache | None]:
-        mixed, cache = self.self_attn(self.input_layernorm(x), rotation, seen, slots, cache)
+        mixed, cache = self.self_attn(self.input_layernorm(x), piece, cache)
         x = x + mixed
         return x + self.mlp(self.post_attention_layernorm(x)), cache
 
 
-class Decoder(nnx.Module):
-    """Embedding, layers and the last norm: the checkpoint's `model.`."""
+class LlamaDecoder(Decoder):
+    """The decoder of Llama and its relatives, some layers of which see windows only."""
 
-    def __init__(self, config: LlamaConfig, linears: Linears):
-        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, dtype=linears.dtype)
-        self.layers = nnx.List(
-            DecoderLayer(config, linears, layer) for layer in range(config.num_hidden_layers)
-        )
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=linears.dtype)
-        self.config = config
+    make_layer, make_norm = DecoderLayer, RMSNorm
 
-    def make_cache(self, batch: int, slots: int) -> Cache:
-        """An empty cache: keys and values of `slots` tokens of each row, in the model's dtype."""
-        return tuple(layer.make_cache(batch, slots) for layer in self.layers)
-
-    def __call__(
-        self, tokens: Array, start: Array, count: Array, cache: Cache | None
-    ) -> tuple[Array, Any]:
-        config, steps = self.config, tokens.shape[1]
-        places = place_tokens(start, count, steps)
-        slots = steps if cache is None else cache[0].slots
-        seen = {
-            window: see_slots(places.positions, slots, window) for window in set(config.windows)
-        }
-        x = self.embed_tokens(tokens)
-        rotation = rotation_tables(config.rope, config.rotary_dim, places.positions, x.dtype)
-        caches = []
-        for i, (layer, window) in enumerate(zip(self.layers, config.windows, strict=True)):
-            before = None if cache is None else cache[i]
-            x, after = run_layer(layer, x, rotation, seen[window], places.slots, before)
-            caches.append(after)
-        return self.norm(x), tuple(caches)
+    def list_windows(self) -> tuple[int | None, ...]:
+        return self.config.windows
 
 
 class Llama(CausalLM):
     """One of these as a language model; arguments as `CausalLM`."""
 
     def __init__(self, config: LlamaConfig, *arguments, **options):
-        super().__init__(Decoder, config, *arguments, **options)
+        super().__init__(LlamaDecoder, config, *arguments, **options)

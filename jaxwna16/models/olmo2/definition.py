@@ -11,23 +11,20 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxwna16.layers.fused import project
-from jaxwna16.models.causal_lm import CausalLM, run_layer
+from jaxwna16.models.causal_lm import CausalLM
 from jaxwna16.models.olmo2.config import Olmo2Config
 from jaxwna16.models.parts.attention import (
     LayerCache,
     attend,
     fold_heads,
     make_layer_cache,
-    place_tokens,
-    see_slots,
     write_slots,
 )
-from jaxwna16.models.parts.layers import MLP, Embedding, Linears, RMSNorm, normalise
-from jaxwna16.models.parts.rope import rotate, rotation_tables
+from jaxwna16.models.parts.decoder import Decoder, Piece
+from jaxwna16.models.parts.layers import MLP, Linears, RMSNorm, normalise
+from jaxwna16.models.parts.rope import rotate
 
 Array = jax.Array
-Rotation = tuple[Array, Array]
-Cache = tuple[LayerCache, ...]
 
 
 class LateRMSNorm(RMSNorm):
@@ -59,17 +56,17 @@ class Attention(nnx.Module):
         return make_layer_cache(batch, slots, self.kv_heads, self.head_dim, self.dtype)
 
     def __call__(
-        self, x: Array, rotation: Rotation, seen: Array, slots: Array, cache: LayerCache | None
+        self, x: Array, piece: Piece, cache: LayerCache | None
     ) -> tuple[Array, LayerCache | None]:
         q, k, v = project(x, (self.q_proj, self.k_proj, self.v_proj))
         q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = (y.reshape(*x.shape[:2], -1, self.head_dim) for y in (q, k, v))
         # cosines and sines are float32, and only the rotated heads are rounded
-        q, k = (rotate(y.astype(jnp.float32), *rotation).astype(x.dtype) for y in (q, k))
+        q, k = (rotate(y.astype(jnp.float32), *piece.rotation).astype(x.dtype) for y in (q, k))
         held = LayerCache(fold_heads(k), fold_heads(v))
         if cache is not None:
-            held = cache = write_slots(cache, held, slots)
-        return self.o_proj(attend(q, held, seen)), cache
+            held = cache = write_slots(cache, held, piece.slots)
+        return self.o_proj(attend(q, held, piece.seen)), cache
 
 
 class DecoderLayer(nnx.Module):
@@ -82,47 +79,26 @@ class DecoderLayer(nnx.Module):
         self.mlp = MLP(hidden, config.intermediate_size, False, linears, f"{path}.mlp")
         self.post_feedforward_layernorm = LateRMSNorm(hidden, eps, dtype=linears.dtype)
 
+    def make_cache(self, batch: int, slots: int) -> LayerCache:
+        """What the layer keeps of `slots` tokens of each row, empty."""
+        return self.self_attn.make_cache(batch, slots)
+
     def __call__(
-        self, x: Array, rotation: Rotation, seen: Array, slots: Array, cache: LayerCache | None
+        self, x: Array, piece: Piece, cache: LayerCache | None
     ) -> tuple[Array, LayerCache | None]:
-        mixed, cache = self.self_attn(x, rotation, seen, slots, cache)
+        mixed, cache = self.self_attn(x, piece, cache)
         x = x + self.post_attention_layernorm(mixed)
         return x + self.post_feedforward_layernorm(self.mlp(x)), cache
 
 
-class Decoder(nnx.Module):
-    """Embedding, layers and the last norm: the checkpoint's `model.`."""
+class Olmo2Decoder(Decoder):
+    """The decoder of OLMo 2, whose cosines and sines are float32."""
 
-    def __init__(self, config: Olmo2Config, linears: Linears):
-        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, dtype=linears.dtype)
-        self.layers = nnx.List(
-            DecoderLayer(config, linears, layer) for layer in range(config.num_hidden_layers)
-        )
-        self.norm = LateRMSNorm(config.hidden_size, config.rms_norm_eps, dtype=linears.dtype)
-        self.config = config
-
-    def make_cache(self, batch: int, slots: int) -> Cache:
-        """An empty cache: keys and values of `slots` tokens of each row, in the model's dtype."""
-        return tuple(layer.self_attn.make_cache(batch, slots) for layer in self.layers)
-
-    def __call__(
-        self, tokens: Array, start: Array, count: Array, cache: Cache | None
-    ) -> tuple[Array, tuple[LayerCache | None, ...]]:
-        steps = tokens.shape[1]
-        places = place_tokens(start, count, steps)
-        seen = see_slots(places.positions, steps if cache is None else cache[0].slots, None)
-        rope, features = self.config.rope, self.config.rotary_dim
-        rotation = rotation_tables(rope, features, places.positions, jnp.float32)
-        x, caches = self.embed_tokens(tokens), []
-        for i, layer in enumerate(self.layers):
-            before = None if cache is None else cache[i]
-            x, after = run_layer(layer, x, rotation, seen, places.slots, before)
-            caches.append(after)
-        return self.norm(x), tuple(caches)
+    make_layer, make_norm, rope_dtype = DecoderLayer, LateRMSNorm, jnp.float32
 
 
 class Olmo2(CausalLM):
     """An OLMo 2 as a language model; arguments as `CausalLM`."""
 
     def __init__(self, config: Olmo2Config, *arguments, **options):
-        super().__init__(Decoder, config, *arguments, **options)
+        super().__init__(Olmo2Decoder, config, *arguments, **options)

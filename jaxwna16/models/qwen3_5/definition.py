@@ -7,53 +7,34 @@ of whose heads a part is rotated.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from jaxwna16.layers.fused import project
-from jaxwna16.models.causal_lm import CausalLM, run_layer
+from jaxwna16.models.causal_lm import CausalLM
 from jaxwna16.models.parts.attention import (
     LayerCache,
     attend,
     fold_heads,
     make_layer_cache,
-    place_tokens,
-    see_slots,
     write_slots,
 )
+from jaxwna16.models.parts.decoder import Decoder, Piece
 from jaxwna16.models.parts.delta_rule import DeltaCache, convolve, make_delta_cache, run_delta_rule
-from jaxwna16.models.parts.layers import MLP, Embedding, Linears, OffsetRMSNorm, normalise
+from jaxwna16.models.parts.layers import MLP, Linears, OffsetRMSNorm, normalise
 from jaxwna16.models.parts.moe import SparseBlock
-from jaxwna16.models.parts.rope import rotate, rotation_tables
+from jaxwna16.models.parts.rope import rotate
 from jaxwna16.models.qwen3_5.config import Qwen35Config
 
 Array = jax.Array
-Cache = tuple[LayerCache | DeltaCache, ...]
 
 
 def round_sigmoid(x: Array) -> Array:
     """The sigmoid, computed in float32 and rounded to the dtype of x."""
     return jax.nn.sigmoid(x.astype(jnp.float32)).astype(x.dtype)
-
-
-class Piece(NamedTuple):
-    """What all layers are told of the tokens.
-
-    Attributes:
-      rotation: cosines and sines of the positions, see `rotation_tables`.
-      seen: bool [B, S, slots], which slots each token attends to.
-      slots: int32 [B, S], where its keys and values go.
-      lengths: int32 [B], how many tokens of each row are no padding.
-    """
-
-    rotation: tuple[Array, Array]
-    seen: Array
-    slots: Array
-    lengths: Array
 
 
 class GatedAttention(nnx.Module):
@@ -188,52 +169,24 @@ class DecoderLayer(nnx.Module):
         """Whichever it has: what carries tokens over to other tokens."""
         return self.self_attn if self.is_full else self.linear_attn
 
+    def make_cache(self, batch: int, slots: int) -> LayerCache | DeltaCache:
+        """What the layer keeps of `slots` tokens of each row, empty."""
+        return self.mixer.make_cache(batch, slots)
+
     def __call__(self, x: Array, piece: Piece, cache: Any) -> tuple[Array, Any]:
         mixed, cache = self.mixer(self.input_layernorm(x), piece, cache)
         x = x + mixed
         return x + self.mlp(self.post_attention_layernorm(x)), cache
 
 
-class Decoder(nnx.Module):
-    """Embedding, layers and the last norm: the checkpoint's `model.`."""
+class Qwen35Decoder(Decoder):
+    """The decoder of Qwen3.5: its cache holds keys and values, or the state of a delta net."""
 
-    def __init__(self, config: Qwen35Config, linears: Linears):
-        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, dtype=linears.dtype)
-        self.layers = nnx.List(
-            DecoderLayer(config, linears, layer) for layer in range(config.num_hidden_layers)
-        )
-        self.norm = OffsetRMSNorm(config.hidden_size, config.rms_norm_eps, dtype=linears.dtype)
-        self.config = config
-
-    def make_cache(self, batch: int, slots: int) -> Cache:
-        """An empty cache: in layers of attention keys and values, in the others their state."""
-        return tuple(layer.mixer.make_cache(batch, slots) for layer in self.layers)
-
-    def __call__(
-        self, tokens: Array, start: Array, count: Array, cache: Cache | None
-    ) -> tuple[Array, Cache]:
-        steps = tokens.shape[1]
-        places = place_tokens(start, count, steps)
-        x = self.embed_tokens(tokens)
-        piece = Piece(
-            rotation_tables(self.config.rope, self.config.rotary_dim, places.positions, x.dtype),
-            see_slots(places.positions, steps if cache is None else _count_slots(cache), None),
-            places.slots,
-            count,
-        )
-        caches = []
-        for i, layer in enumerate(self.layers):
-            x, after = run_layer(layer, x, piece, None if cache is None else cache[i])
-            caches.append(after)
-        return self.norm(x), tuple(caches)
+    make_layer, make_norm = DecoderLayer, OffsetRMSNorm
 
 
 class Qwen35(CausalLM):
     """A Qwen3.5 or Qwen3.6 as a language model; arguments as `CausalLM`."""
 
     def __init__(self, config: Qwen35Config, *arguments, **options):
-        super().__init__(Decoder, config, *arguments, **options)
-
-
-def _count_slots(cache: Sequence[LayerCache | DeltaCache]) -> int:
-    return next((layer.slots for layer in cache if isinstance(layer, LayerCache)), 0)
+        super().__init__(Qwen35Decoder, config, *arguments, **options)

@@ -7,6 +7,7 @@ import json
 from typing import Any
 
 from tests.fuzz.bases import make_bases as make_weights
+from tests.tokenizer_models import describe_bpe
 
 TOKENS = ["<s>", "</s>", "a", "b", "ab", " ", "▁", "é"]
 """Of the model's eight; the decoders below read some of them as spaces and bytes."""
@@ -36,18 +37,7 @@ def _describe(model: dict[str, Any], **chain: Any) -> dict[str, Any]:
 
 def _make_tokenizers() -> dict[str, dict[str, Any]]:
     words = {token: index for index, token in enumerate(TOKENS)}
-    bpe = {
-        "type": "BPE",
-        "dropout": None,
-        "unk_token": None,
-        "continuing_subword_prefix": None,
-        "end_of_word_suffix": None,
-        "fuse_unk": False,
-        "byte_fallback": False,
-        "ignore_merges": False,
-        "vocab": words,
-        "merges": [["a", "b"]],
-    }
+    bpe = describe_bpe(words)
     begin = [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
     template = {
         "type": "TemplateProcessing",

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from tests.tokenizer_models import describe_bpe
+
 VOCABULARY = {"a": 0, "b": 1, "ab": 2, "c": 3, "<s>": 4}
 GROW = {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}
 
@@ -17,18 +19,6 @@ def split(pattern: str) -> dict[str, Any]:
 
 def describe(*, model: dict[str, Any] | None = None, **members: Any) -> dict[str, Any]:
     """The members of a file, in the order in which `tokenizers` writes them."""
-    whole = {
-        "type": "BPE",
-        "dropout": None,
-        "unk_token": None,
-        "continuing_subword_prefix": None,
-        "end_of_word_suffix": None,
-        "fuse_unk": False,
-        "byte_fallback": False,
-        "ignore_merges": False,
-        "vocab": VOCABULARY,
-        "merges": [["a", "b"]],
-    }
     names = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
     chain = {name: members.pop(name, None) for name in names}
     return {
@@ -37,7 +27,7 @@ def describe(*, model: dict[str, Any] | None = None, **members: Any) -> dict[str
         "padding": None,
         "added_tokens": members.pop("added_tokens", []),
         **chain,
-        "model": {**whole, **(model or {})},
+        "model": {**describe_bpe(VOCABULARY), **(model or {})},
         **members,
     }
 
