@@ -169,9 +169,9 @@ Fuzzing does not reach GPUs, files larger than a few KB, or files that change wh
 those have tests of their own (`tests/loaders/test_faults.py` shows each kind of fault).
 
 The GPU kernels are proved in another way: their PTX, compiled for sm_80 to sm_100a, is executed on
-a CPU, where it gives the right numbers and breaks no rule as jax 0.10.2 compiles it
-([executed.md](executed.md), which names exceptions for jax 0.12). Not proved are NVIDIA's
-assembler, the weak order of memory, and the rounding of tensor cores.
+a CPU, where it gives the right numbers and breaks no rule but one, on sm_100a with jax 0.12
+([executed.md](executed.md) explains it). Not proved are NVIDIA's assembler, the weak order of
+memory, and the rounding of tensor cores.
 
 ## What became of the mutants
 

@@ -61,9 +61,18 @@ class Block:
             **dict.fromkeys(("%tid.y", "%tid.z", "%ctaid.y", "%ctaid.z"), self._fill(0, U32)),
         }
 
-    def read(self, operand, dtype: np.dtype, active: np.ndarray | None) -> np.ndarray:
-        """The values [threads] of an operand that has exactly the width of `dtype`."""
-        value = self._read_bits(operand, dtype, active)
+    def read(
+        self,
+        operand,
+        dtype: np.dtype,
+        active: np.ndarray | None,
+        dropped: frozenset[int] = frozenset(),
+    ) -> np.ndarray:
+        """The values [threads] of an operand that has exactly the width of `dtype`.
+
+        The bytes `dropped` are not used, and need no value.
+        """
+        value = self._read_bits(operand, dtype, active, dropped)
         if value.dtype != dtype:
             if value.dtype.itemsize != dtype.itemsize or dtype == BOOL:
                 raise Refused(f"{operand} read as {dtype}")
@@ -79,10 +88,16 @@ class Block:
             raise Refused(f"{operand} read as {dtype}")
         return value.view(dtype)
 
-    def write(self, operand, value: np.ndarray, active: np.ndarray | None) -> None:
-        """Set a register (or nothing, if it is `_`) in the active threads."""
+    def write(
+        self,
+        operand,
+        value: np.ndarray,
+        active: np.ndarray | None,
+        gaps: frozenset[int] = frozenset(),
+    ) -> None:
+        """Set a register (or nothing, if it is `_`) in the active threads, but for bytes `gaps`."""
         if isinstance(operand, Register):
-            self.registers.write(operand.name, value, active)
+            self.registers.write(operand.name, value, active, gaps)
         elif operand != Symbol("_"):
             raise Refused(f"{operand} written")
 
@@ -134,9 +149,15 @@ class Block:
             raise Fault("a wgmma was never waited for")
         self.tensor_memory.finish()
 
-    def _read_bits(self, operand, dtype: np.dtype, active: np.ndarray | None) -> np.ndarray:
+    def _read_bits(
+        self,
+        operand,
+        dtype: np.dtype,
+        active: np.ndarray | None,
+        dropped: frozenset[int] = frozenset(),
+    ) -> np.ndarray:
         if isinstance(operand, Register):
-            return self.registers.read(operand.name, active)
+            return self.registers.read(operand.name, active, dropped)
         if isinstance(operand, Literal):
             return self._fill(operand.value, dtype)
         if isinstance(operand, Negated):

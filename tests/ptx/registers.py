@@ -1,7 +1,8 @@
 """Registers: one array over the threads of a block for each.
 
 A register that no instruction has written has no value, in all threads or in some; reading it is a
-fault. Instructions that go on in the background hold registers: until they are waited for, sums
+fault. So is reading one that was put together of parts, if a part has no value and is not dropped
+at once. Instructions that go on in the background hold registers: until they are waited for, sums
 that they write may be neither read nor written, and what they read may not be written.
 
 Arrays are replaced, never changed, so a copy of a register is the same array.
@@ -41,16 +42,25 @@ class Registers:
         self._values: dict[str, np.ndarray] = {}
         self._written: dict[str, np.ndarray] = {}
         """Of registers with a value in some threads only: which."""
+        self._gaps: dict[str, frozenset[int]] = {}
+        """Of registers with parts that have no value: the bytes of these."""
         self._early = early
         self._loaded: set[str] = set()
         self._summed: collections.Counter[str] = collections.Counter()
         self._used: collections.Counter[str] = collections.Counter()
 
-    def read(self, name: str, active: np.ndarray | None) -> np.ndarray:
-        """The bits, of all threads; those of threads that are not active may be anything."""
+    def read(
+        self, name: str, active: np.ndarray | None, dropped: frozenset[int] = frozenset()
+    ) -> np.ndarray:
+        """The bits, of all threads; those of threads that are not active may be anything.
+
+        So may those of the bytes that are `dropped`.
+        """
         value = self._values.get(name)
         if value is None:
             raise Fault(f"register {name} is read and was never written")
+        if self._gaps.get(name, frozenset()) - dropped:
+            raise Fault(f"register {name} is read and a part of it was never written")
         if name in self._written:
             written = self._written[name]
             if not (written if active is None else written | ~active).all():
@@ -61,8 +71,18 @@ class Registers:
             raise EarlyRead(f"register {name} is read before the wait for its load")
         return value
 
-    def write(self, name: str, value: np.ndarray, active: np.ndarray | None) -> None:
-        """Set the bits in the active threads (all, if None)."""
+    def is_empty(self, name: str) -> bool:
+        """Whether no instruction has written it."""
+        return name not in self._values
+
+    def write(
+        self,
+        name: str,
+        value: np.ndarray,
+        active: np.ndarray | None,
+        gaps: frozenset[int] = frozenset(),
+    ) -> None:
+        """Set the bits in the active threads (all, if None); the bytes `gaps` get no value."""
         if name in self._summed or name in self._used or name in self._loaded:
             raise Fault(f"register {name} is overwritten before the wait for its use")
         raw = self.raw[name]
@@ -74,8 +94,12 @@ class Registers:
             value = np.full(self.threads, value)
         if active is not None:
             value = self._merge(name, value, active)
+            gaps |= self._gaps.get(name, frozenset())
         else:
             self._written.pop(name, None)
+        self._gaps.pop(name, None)
+        if gaps:
+            self._gaps[name] = gaps
         self._values[name] = value
         self.unfenced.add(name)
 
@@ -93,7 +117,7 @@ class Registers:
 
     def peek(self, name: str) -> np.ndarray:
         """The bits of a sum that may not be ready: the next sum of the same shape reads it."""
-        if name not in self._values or name in self._written:
+        if name not in self._values or name in self._written or name in self._gaps:
             raise Fault(f"register {name} is added to and was never written")
         return self._values[name]
 
@@ -101,6 +125,7 @@ class Registers:
         """Set the bits of a sum that is not ready yet."""
         self._values[name] = value
         self._written.pop(name, None)
+        self._gaps.pop(name, None)
 
     def hold(self, summed: Iterable[str], used: Iterable[str]) -> None:
         """Forbid to touch `summed`, and to write `used`, until they are released."""

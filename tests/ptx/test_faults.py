@@ -44,6 +44,11 @@ def _expect(body: str, what: str, **options) -> None:
         ("ld.shared.b32 r1, [r8];", "shared memory is read and was never written"),
         ("st.shared.b32 [r7], t;", "two threads write different values"),
         ("add.s32 r1, r2, 1;", "register r2 is read and was never written"),
+        (
+            "mov.b16 h1, 7; mov.b32 r1, {h1, h2}; add.s32 r2, r1, 1;",
+            "a part of it was never written",
+        ),
+        ("mov.b16 h1, 7; mov.b32 r1, {h1, h2}; mov.b32 {_, h3}, r1;", "a part of it was never"),
         ("div.s32 r1, t, t;", "division by zero"),
         (
             "setp.lt.u32 p1, t, 7; @p1 mov.b32 r1, 0; mov.b32 r2, r1;",
@@ -65,6 +70,14 @@ def test_what_keeps_the_rules_runs():
     # shared memory begins at 1024, so the exchange is between threads t and t ^ 32
     t = np.arange(128)
     np.testing.assert_array_equal(_run(body)[:128], (t ^ 32) + (t >= 7))
+
+
+def test_a_part_without_value_may_be_dropped():
+    body = (
+        "mov.b16 h1, 7; mov.b32 r1, {h1, h2}; mov.b32 {h3, _}, r1; mov.b32 r2, {h3, h3};"
+        "st.global.b32 [d9], r2;"
+    )
+    assert set(_run(body)[:128]) == {7 << 16 | 7}
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from tests.ptx.block import BOOL, U16, U32, U64, Block
 from tests.ptx.faults import Fault
 from tests.ptx.opcodes.floats import round_to, widen
 from tests.ptx.opcodes.table import TYPES, opcode, pure
-from tests.ptx.parse import Instruction, Refused, Vector
+from tests.ptx.parse import Instruction, Refused, Register, Symbol, Vector
 
 _FLOATS = ("f32", "f16", "bf16")
 
@@ -21,21 +21,38 @@ _FLOATS = ("f32", "f16", "bf16")
 @opcode(*(f"mov.{letter}{bits}" for letter in "bus" for bits in (16, 32, 64)), "mov.f32")
 @opcode("mov.pred")
 def move(block: Block, instruction: Instruction, active) -> None:
-    """Copy bits; a vector on one side takes a register apart or puts one together."""
+    """Copy bits; a vector on one side takes a register apart or puts one together.
+
+    Compilers put a value and nothing together where they need the value alone.
+    """
     target, source = instruction.operands
     kind = instruction.opcode.split(".")[1]
     dtype = BOOL if kind == "pred" else np.dtype(f"u{int(kind[1:]) // 8}")
     if isinstance(target, Vector):
         part = np.dtype(f"u{dtype.itemsize // len(target.items)}")
-        parts = block.read(source, dtype, active).view(part).reshape(block.threads, -1)
+        dropped = _find_bytes([item == Symbol("_") for item in target.items], part)
+        parts = block.read(source, dtype, active, dropped).view(part).reshape(block.threads, -1)
         for item, column in zip(target.items, parts.T, strict=True):
             block.write(item, np.ascontiguousarray(column), active)
     elif isinstance(source, Vector):
         part = np.dtype(f"u{dtype.itemsize // len(source.items)}")
-        parts = np.stack([block.read(item, part, active) for item in source.items], 1)
-        block.write(target, parts.view(dtype).reshape(-1), active)
+        empty = [isinstance(i, Register) and block.registers.is_empty(i.name) for i in source.items]
+        parts = [
+            np.zeros(block.threads, part) if is_empty else block.read(item, part, active)
+            for item, is_empty in zip(source.items, empty, strict=True)
+        ]
+        value = np.stack(parts, 1).view(dtype).reshape(-1)
+        block.write(target, value, active, _find_bytes(empty, part))
     else:
         block.write(target, block.read(source, dtype, active), active)
+
+
+def _find_bytes(chosen: list[bool], part: np.dtype) -> frozenset[int]:
+    """The bytes of the chosen ones among parts of a register."""
+    size = part.itemsize
+    return frozenset(
+        size * i + byte for i, this in enumerate(chosen) if this for byte in range(size)
+    )
 
 
 @opcode("cvta.to.global.u64", "cvta.to.shared.u64", "cvta.shared.u64")
