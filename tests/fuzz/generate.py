@@ -9,11 +9,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
 from tests.fuzz.bases import make_bases
 from tests.fuzz.check import Outcome, check_mutant, load_bases
+from tests.fuzz.drive import Figures, draw_mutants, drive
 from tests.fuzz.files import Entry
 from tests.fuzz.mutations import HARMLESS, MUTATIONS
 
@@ -50,37 +50,22 @@ class Mutant:
 
 
 @dataclasses.dataclass
-class Tally:
-    """What became of the mutants of one mutation: refusals by kind, and the worst figures."""
+class Tally(Figures):
+    """What became of the mutants of one mutation, with their refusals by kind."""
 
-    mutants: int = 0
-    distinct: int = 0
     loaded: int = 0
     kinds: Counter[int] = dataclasses.field(default_factory=Counter)
-    seconds: float = 0.0
-    worst_seconds: float = 0.0
-    worst_bytes: int = 0
 
     def count(self, outcome: Outcome) -> None:
         """Add one."""
-        self.mutants += 1
+        self.add(outcome.seconds, outcome.nbytes)
         self.loaded += not outcome.kinds
         self.kinds.update(outcome.kinds)
-        self.seconds += outcome.seconds
-        self.worst_seconds = max(self.worst_seconds, outcome.seconds)
-        self.worst_bytes = max(self.worst_bytes, outcome.nbytes)
 
 
 def make_mutants(mutation: str) -> st.SearchStrategy[Mutant]:
     """Mutants of every base by one mutation."""
-
-    @st.composite
-    def make(draw: st.DrawFn) -> Mutant:
-        base = draw(st.sampled_from(sorted(make_bases())))
-        files: dict[str, Entry] = dict(make_bases()[base])
-        return Mutant(base, MUTATIONS[mutation](draw, files), files)
-
-    return make()
+    return draw_mutants(Mutant, make_bases(), MUTATIONS[mutation])
 
 
 def run(mutation: str, mutants: int, start: int) -> Tally:
@@ -89,24 +74,13 @@ def run(mutation: str, mutants: int, start: int) -> Tally:
     Raises:
       AssertionError: with the smallest mutant that breaks the promise (or what it raised instead).
     """
-    tally, seen = Tally(), set()
+    tally = Tally()
     with tempfile.TemporaryDirectory() as root:
+        load_bases(Path(root))
 
-        @seed(start)
-        @settings(
-            max_examples=mutants,
-            database=None,
-            deadline=None,
-            phases=[Phase.generate, Phase.shrink],
-            suppress_health_check=list(HealthCheck),
-        )
-        @given(make_mutants(mutation))
         def check(mutant: Mutant) -> None:
             harmless = mutation in HARMLESS
             tally.count(check_mutant(mutant.base, mutant.files, Path(root), harmless=harmless))
-            seen.add(hash(tuple(sorted(mutant.files.items()))))
 
-        load_bases(Path(root))
-        check()
-    tally.distinct = len(seen)
+        tally.distinct = drive(make_mutants(mutation), mutants, start, check)
     return tally

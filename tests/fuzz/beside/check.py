@@ -16,11 +16,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hypothesis import HealthCheck, Phase, given, seed, settings
-from hypothesis import strategies as st
-
 from tests.fuzz.beside.bases import make_bases
 from tests.fuzz.beside.mutations import MUTATIONS
+from tests.fuzz.drive import Figures, draw_mutants, drive
 from tests.fuzz.files import Entry, write_entries
 
 STEPS = ("inspect", "verify", "load_model", "tokenizer", "chat", "generate")
@@ -109,28 +107,21 @@ class Mutant:
 
 
 @dataclasses.dataclass
-class Tally:
-    """What became of the mutants of one mutation: refusals by step, and the worst figures."""
+class Tally(Figures):
+    """What became of the mutants of one mutation, with their refusals by step."""
 
-    mutants: int = 0
-    distinct: int = 0
     generated: int = 0
     refused: Counter[str] = dataclasses.field(default_factory=Counter)
-    seconds: float = 0.0
-    worst_seconds: float = 0.0
-    worst_bytes: int = 0
     slowest: str = ""
 
     def count(self, what: str, found: Mapping[str, Any]) -> None:
         """Add one."""
-        self.mutants += 1
+        if found["seconds"] > self.worst_seconds:
+            self.slowest = what
+        self.add(found["seconds"], found["bytes"])
         self.refused.update(step for step, error in found["outcome"].items() if error)
         ends = [found["outcome"].get(step) for step in ("chat", "generate")]
         self.generated += "" in ends
-        self.seconds += found["seconds"]
-        if found["seconds"] > self.worst_seconds:
-            self.worst_seconds, self.slowest = found["seconds"], what
-        self.worst_bytes = max(self.worst_bytes, found["bytes"])
 
 
 def check_mutant(files: Mapping[str, Entry], root: Path, worker: Worker) -> dict[str, Any]:
@@ -158,30 +149,12 @@ def run(mutation: str, mutants: int, start: int, worker: Worker) -> Tally:
     Raises:
       AssertionError: with the smallest mutant that breaks the promise.
     """
-    tally, seen = Tally(), set()
-
-    @st.composite
-    def make(draw: st.DrawFn) -> Mutant:
-        base = draw(st.sampled_from(sorted(make_bases())))
-        files: dict[str, Entry] = dict(make_bases()[base])
-        return Mutant(base, MUTATIONS[mutation](draw, files), files)
-
+    tally = Tally()
     with tempfile.TemporaryDirectory() as root:
 
-        @seed(start)
-        @settings(
-            max_examples=mutants,
-            database=None,
-            deadline=None,
-            report_multiple_bugs=False,
-            phases=[Phase.generate, Phase.shrink],
-            suppress_health_check=list(HealthCheck),
-        )
-        @given(make())
         def check(mutant: Mutant) -> None:
             tally.count(mutant.what, check_mutant(mutant.files, Path(root), worker))
-            seen.add(hash(tuple(sorted(mutant.files.items()))))
 
-        check()
-    tally.distinct = len(seen)
+        drawn = draw_mutants(Mutant, make_bases(), MUTATIONS[mutation])
+        tally.distinct = drive(drawn, mutants, start, check, report_multiple_bugs=False)
     return tally
