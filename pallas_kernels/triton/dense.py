@@ -20,6 +20,7 @@ from pallas_kernels.errors import BackendError
 from pallas_kernels.format.spec import SLAB_K, TILE_N, QuantSpec
 from pallas_kernels.tiles.device import Device, find_device
 from pallas_kernels.tiles.tiles import Tiles, find_faults, fits
+from pallas_kernels.triton.parts import Parts, add_parts
 from pallas_kernels.triton.walk import Strip, Walk, divide
 
 _ACTIVATIONS = (jnp.bfloat16, jnp.float16)
@@ -50,6 +51,33 @@ def multiply_packed(
 
     Raises:
       BackendError: if x is not bfloat16 or float16 or has no rows, or the tiles do not fit.
+    """
+    parts = multiply_in_parts(x, weights, specs, tiles, gated=gated, interpret=interpret)
+    if len(parts) < len(weights) or not (gated or tiles.splits > 1):
+        return [part.sums[0] for part in parts]
+    sums = [add_parts(part) for part in parts]
+    if gated:
+        sums = [jax.nn.silu(sums[0]) * sums[1]]
+    return [y.astype(x.dtype) for y in sums]
+
+
+def multiply_in_parts(
+    x: jax.Array,
+    weights: Sequence[Weights],
+    specs: Sequence[QuantSpec],
+    tiles: Tiles,
+    *,
+    gated: bool = False,
+    interpret: bool = False,
+) -> list[Parts]:
+    """As `multiply_packed`, before the splits of K are added.
+
+    Returns:
+      `Parts` of [M, N] for each weight. If gated, those of gate and up, or the finished product
+      alone where one program holds both.
+
+    Raises:
+      BackendError: as `multiply_packed`.
     """
     if x.dtype not in _ACTIVATIONS or x.shape[0] < 1:
         raise BackendError(
@@ -95,15 +123,9 @@ def multiply_packed(
         compiler_params=plgpu.CompilerParams(num_warps=tiles.warps, num_stages=tiles.stages),
         interpret=interpret,
     )(x, inputs)
-    if paired or not (gated or split):
-        return list(out)
     if split:
-        sums = [_add_splits(part, w.get("bias")) for part, w in zip(out, weights, strict=True)]
-    else:
-        sums = [y.astype(jnp.float32) for y in out]
-    if gated:
-        sums = [jax.nn.silu(sums[0]) * sums[1]]
-    return [y.astype(x.dtype) for y in sums]
+        return [Parts(sums, w.get("bias")) for sums, w in zip(out, weights, strict=True)]
+    return [Parts(y[None]) for y in out]
 
 
 def can_pair(spec: QuantSpec, tiles: Tiles, scale_dtype, device: Device) -> bool:
@@ -123,14 +145,6 @@ def choose_block_n(spec: QuantSpec, tiles: Tiles) -> int:
     """Features of one program, at most those there are."""
     padded = spec.tiles_n * TILE_N
     return min(tiles.block_n, 1 << (padded.bit_length() - 1))
-
-
-def _add_splits(parts: jax.Array, bias: jax.Array | None) -> jax.Array:
-    """[splits, M, N] -> [M, N], added in order, so that equal inputs give equal bits."""
-    total = parts[0]
-    for part in parts[1:]:
-        total = total + part
-    return total if bias is None else total + bias.astype(jnp.float32)[None, :]
 
 
 def _multiply_tile(
