@@ -26,13 +26,15 @@ FAMILY = "FAMILY"
 WINGS = {
     "pallas_kernels": """
         __init__
+        step
         matmul moe
         lowering
         backends routing vmap_rule
         xla triton
         tiles
         format
-        activations arguments
+        formulas
+        arguments
         errors
     """,
     "loaders": """

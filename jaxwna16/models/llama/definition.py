@@ -8,7 +8,7 @@ from __future__ import annotations
 import jax
 from flax import nnx
 
-from jaxwna16.layers.fused import project
+from jaxwna16.layers.fused import project, project_onto
 from jaxwna16.models.causal_lm import CausalLM
 from jaxwna16.models.llama.config import LlamaConfig
 from jaxwna16.models.parts.attention import (
@@ -18,10 +18,11 @@ from jaxwna16.models.parts.attention import (
     make_layer_cache,
     write_slots,
 )
-from jaxwna16.models.parts.decoder import Decoder, Piece
+from jaxwna16.models.parts.decoder import Decoder, Piece, Stream
 from jaxwna16.models.parts.layers import MLP, Linears, RMSNorm
 from jaxwna16.models.parts.moe import SparseBlock
 from jaxwna16.models.parts.rope import rotate
+from pallas_kernels.formulas.norms import Norm, Onto
 
 Array = jax.Array
 
@@ -48,8 +49,8 @@ class Attention(nnx.Module):
         return make_layer_cache(batch, slots, self.kv_heads, self.head_dim, self.dtype)
 
     def __call__(
-        self, x: Array, piece: Piece, cache: LayerCache | None
-    ) -> tuple[Array, LayerCache | None]:
+        self, x: Array, piece: Piece, cache: LayerCache | None, onto: Onto
+    ) -> tuple[Stream, LayerCache | None]:
         q, k, v = (
             y.reshape(*x.shape[:2], -1, self.head_dim)
             for y in project(x, (self.q_proj, self.k_proj, self.v_proj))
@@ -60,7 +61,7 @@ class Attention(nnx.Module):
         held = LayerCache(fold_heads(k), fold_heads(v))
         if cache is not None:
             held = cache = write_slots(cache, held, piece.slots)
-        return self.o_proj(attend(q, held, piece.seen)), cache
+        return Stream(*project_onto(attend(q, held, piece.seen), self.o_proj, onto)), cache
 
 
 class DecoderLayer(nnx.Module):
@@ -82,11 +83,12 @@ class DecoderLayer(nnx.Module):
         return self.self_attn.make_cache(batch, slots)
 
     def __call__(
-        self, x: Array, piece: Piece, cache: LayerCache | None
-    ) -> tuple[Array, LayerCache | None]:
-        mixed, cache = self.self_attn(self.input_layernorm(x), piece, cache)
-        x = x + mixed
-        return x + self.mlp(self.post_attention_layernorm(x)), cache
+        self, stream: Stream, piece: Piece, cache: LayerCache | None, following: Norm
+    ) -> tuple[Stream, LayerCache | None]:
+        onto = Onto(stream.x, early=self.post_attention_layernorm.norm)
+        stream, cache = self.self_attn(stream.taken, piece, cache, onto)
+        onto = Onto(stream.x, early=following)
+        return Stream(*self.mlp.run_onto(stream.taken, onto)), cache
 
 
 class LlamaDecoder(Decoder):

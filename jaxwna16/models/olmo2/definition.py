@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxwna16.layers.fused import project
+from jaxwna16.layers.fused import project, project_onto
 from jaxwna16.models.causal_lm import CausalLM
 from jaxwna16.models.olmo2.config import Olmo2Config
 from jaxwna16.models.parts.attention import (
@@ -20,19 +20,12 @@ from jaxwna16.models.parts.attention import (
     make_layer_cache,
     write_slots,
 )
-from jaxwna16.models.parts.decoder import Decoder, Piece
-from jaxwna16.models.parts.layers import MLP, Linears, RMSNorm, normalise
+from jaxwna16.models.parts.decoder import Decoder, Piece, Stream
+from jaxwna16.models.parts.layers import MLP, LateRMSNorm, Linears
 from jaxwna16.models.parts.rope import rotate
+from pallas_kernels.formulas.norms import Norm, Onto
 
 Array = jax.Array
-
-
-class LateRMSNorm(RMSNorm):
-    """x / sqrt(mean(x^2) + eps) * weight, computed in float32 and rounded once."""
-
-    def __call__(self, x: Array) -> Array:
-        weight = jnp.expand_dims(self.weight[...].astype(jnp.float32), range(x.ndim - 1))
-        return (normalise(x, self.eps) * weight).astype(x.dtype)
 
 
 class Attention(nnx.Module):
@@ -56,8 +49,8 @@ class Attention(nnx.Module):
         return make_layer_cache(batch, slots, self.kv_heads, self.head_dim, self.dtype)
 
     def __call__(
-        self, x: Array, piece: Piece, cache: LayerCache | None
-    ) -> tuple[Array, LayerCache | None]:
+        self, x: Array, piece: Piece, cache: LayerCache | None, onto: Onto
+    ) -> tuple[Stream, LayerCache | None]:
         q, k, v = project(x, (self.q_proj, self.k_proj, self.v_proj))
         q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = (y.reshape(*x.shape[:2], -1, self.head_dim) for y in (q, k, v))
@@ -66,7 +59,7 @@ class Attention(nnx.Module):
         held = LayerCache(fold_heads(k), fold_heads(v))
         if cache is not None:
             held = cache = write_slots(cache, held, piece.slots)
-        return self.o_proj(attend(q, held, piece.seen)), cache
+        return Stream(*project_onto(attend(q, held, piece.seen), self.o_proj, onto)), cache
 
 
 class DecoderLayer(nnx.Module):
@@ -84,11 +77,12 @@ class DecoderLayer(nnx.Module):
         return self.self_attn.make_cache(batch, slots)
 
     def __call__(
-        self, x: Array, piece: Piece, cache: LayerCache | None
-    ) -> tuple[Array, LayerCache | None]:
-        mixed, cache = self.self_attn(x, piece, cache)
-        x = x + self.post_attention_layernorm(mixed)
-        return x + self.post_feedforward_layernorm(self.mlp(x)), cache
+        self, stream: Stream, piece: Piece, cache: LayerCache | None, following: Norm | None
+    ) -> tuple[Stream, LayerCache | None]:
+        onto = Onto(stream.x, late=self.post_attention_layernorm.norm)
+        stream, cache = self.self_attn(stream.taken, piece, cache, onto)
+        onto = Onto(stream.x, late=self.post_feedforward_layernorm.norm, early=following)
+        return Stream(*self.mlp.run_onto(stream.taken, onto)), cache
 
 
 class Olmo2Decoder(Decoder):

@@ -33,6 +33,23 @@ class Piece(NamedTuple):
     lengths: Array
 
 
+class Stream(NamedTuple):
+    """What goes from layer to layer, [B, S, hidden] both.
+
+    Attributes:
+      x: the residual stream.
+      normalised: its norm, which the next layer (or the head) takes; None if that takes x itself.
+    """
+
+    x: Array
+    normalised: Array | None = None
+
+    @property
+    def taken(self) -> Array:
+        """What the next product takes."""
+        return self.x if self.normalised is None else self.normalised
+
+
 class Decoder(nnx.Module):
     """Embedding, layers and the last norm: the checkpoint's `model.`.
 
@@ -40,7 +57,10 @@ class Decoder(nnx.Module):
 
     Attributes:
       make_layer: called as `make_layer(config, linears, layer)`. Makes a module with
-        `make_cache(batch, slots)` and `__call__(x, piece, cache)`, which returns x and the cache.
+        `make_cache(batch, slots)` and `__call__(stream, piece, cache, following)`, which returns
+        the `Stream` and the cache. `following` is the norm of the stream that comes after the
+        layer: `input_layernorm` of the next, if layers have it, and in the end the last norm. So
+        the layer's last product, its sum with the stream and that norm are one operation.
       make_norm: the class of the last norm.
       rope_dtype: dtype of cosines and sines; None is that of the stream.
     """
@@ -84,12 +104,15 @@ class Decoder(nnx.Module):
             window: Piece(rotation, see_slots(places.positions, slots, window), places.slots, count)
             for window in set(windows)
         }
+        first, *others = (getattr(layer, "input_layernorm", None) for layer in self.layers)
+        stream = Stream(x, None if first is None else first(x))
         caches = []
-        for i, (layer, window) in enumerate(zip(self.layers, windows, strict=True)):
+        for i, following in enumerate((*others, self.norm)):
             before = None if cache is None else cache[i]
-            x, after = run_layer(layer, x, pieces[window], before)
+            norm = None if following is None else following.norm
+            stream, after = run_layer(self.layers[i], stream, pieces[windows[i]], before, norm)
             caches.append(after)
-        return self.norm(x), tuple(caches)
+        return stream.normalised, tuple(caches)
 
 
 @jax.jit

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxwna16.layers.fused import project
+from jaxwna16.layers.fused import project, project_onto
 from jaxwna16.models.causal_lm import CausalLM
 from jaxwna16.models.parts.attention import (
     LayerCache,
@@ -22,12 +22,13 @@ from jaxwna16.models.parts.attention import (
     make_layer_cache,
     write_slots,
 )
-from jaxwna16.models.parts.decoder import Decoder, Piece
+from jaxwna16.models.parts.decoder import Decoder, Piece, Stream
 from jaxwna16.models.parts.delta_rule import DeltaCache, convolve, make_delta_cache, run_delta_rule
-from jaxwna16.models.parts.layers import MLP, Linears, OffsetRMSNorm, normalise
+from jaxwna16.models.parts.layers import MLP, Linears, OffsetRMSNorm
 from jaxwna16.models.parts.moe import SparseBlock
 from jaxwna16.models.parts.rope import rotate
 from jaxwna16.models.qwen3_5.config import Qwen35Config
+from pallas_kernels.formulas.norms import Norm, Onto, normalise
 
 Array = jax.Array
 
@@ -59,8 +60,8 @@ class GatedAttention(nnx.Module):
         return make_layer_cache(batch, slots, self.kv_heads, self.head_dim, self.dtype)
 
     def __call__(
-        self, x: Array, piece: Piece, cache: LayerCache | None
-    ) -> tuple[Array, LayerCache | None]:
+        self, x: Array, piece: Piece, cache: LayerCache | None, onto: Onto
+    ) -> tuple[Stream, LayerCache | None]:
         q, k, v = project(x, (self.q_proj, self.k_proj, self.v_proj))
         q, gate = jnp.split(q.reshape(*x.shape[:2], self.heads, -1), 2, axis=-1)
         k, v = (y.reshape(*x.shape[:2], -1, self.head_dim) for y in (k, v))
@@ -69,7 +70,8 @@ class GatedAttention(nnx.Module):
         if cache is not None:
             held = cache = write_slots(cache, held, piece.slots)
         mixed = attend(q, held, piece.seen)
-        return self.o_proj(mixed * round_sigmoid(gate).reshape(mixed.shape)), cache
+        mixed = mixed * round_sigmoid(gate).reshape(mixed.shape)
+        return Stream(*project_onto(mixed, self.o_proj, onto)), cache
 
 
 class Convolution(nnx.Module):
@@ -123,8 +125,8 @@ class GatedDeltaNet(nnx.Module):
         return make_delta_cache(batch, sizes.width, sizes.features, heads, self.dtype)
 
     def __call__(
-        self, x: Array, piece: Piece, cache: DeltaCache | None
-    ) -> tuple[Array, DeltaCache]:
+        self, x: Array, piece: Piece, cache: DeltaCache | None, onto: Onto
+    ) -> tuple[Stream, DeltaCache]:
         cache = self.make_cache(x.shape[0], 0) if cache is None else cache
         linears = (self.in_proj_qkv, self.in_proj_z, self.in_proj_b, self.in_proj_a)
         qkv, z, b, a = project(x, linears)
@@ -143,8 +145,8 @@ class GatedDeltaNet(nnx.Module):
         rate, bias = (p[...][None, None, :] for p in (self.A_log, self.dt_bias))
         g = -jnp.exp(rate) * jax.nn.softplus(a.astype(jnp.float32) + bias)
         mixed, state = run_delta_rule(q, k, v, g, beta, cache.state, piece.lengths)
-        y = self.norm(mixed, z.reshape(mixed.shape))
-        return self.out_proj(y.reshape(*x.shape[:2], -1)), DeltaCache(inputs, state)
+        y = self.norm(mixed, z.reshape(mixed.shape)).reshape(*x.shape[:2], -1)
+        return Stream(*project_onto(y, self.out_proj, onto)), DeltaCache(inputs, state)
 
 
 class DecoderLayer(nnx.Module):
@@ -173,10 +175,13 @@ class DecoderLayer(nnx.Module):
         """What the layer keeps of `slots` tokens of each row, empty."""
         return self.mixer.make_cache(batch, slots)
 
-    def __call__(self, x: Array, piece: Piece, cache: Any) -> tuple[Array, Any]:
-        mixed, cache = self.mixer(self.input_layernorm(x), piece, cache)
-        x = x + mixed
-        return x + self.mlp(self.post_attention_layernorm(x)), cache
+    def __call__(
+        self, stream: Stream, piece: Piece, cache: Any, following: Norm
+    ) -> tuple[Stream, Any]:
+        onto = Onto(stream.x, early=self.post_attention_layernorm.norm)
+        stream, cache = self.mixer(stream.taken, piece, cache, onto)
+        onto = Onto(stream.x, early=following)
+        return Stream(*self.mlp.run_onto(stream.taken, onto)), cache
 
 
 class Qwen35Decoder(Decoder):
