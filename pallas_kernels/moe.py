@@ -178,10 +178,10 @@ def _multiply_floats(x: jax.Array, leaves: Any) -> jax.Array:
 class Options:
     """What happens around the two products; see `quant_moe`."""
 
-    activation: str
-    gated: bool
-    interleaved: bool
-    weigh: str
+    activation: str = "silu"
+    gated: bool = True
+    interleaved: bool = False
+    weigh: str = "output"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -45,12 +45,12 @@ def _list_add_norm() -> Iterator[tuple[str, Small]]:
         specs = describe(splits, rows, hidden, dtype=F32), describe(rows, hidden), describe(hidden)
         yield f"add and norm, {model}, batch {rows}", Small(run, specs, "add_norm")
 
-    def run_experts(sums, residual, weight, kept):
+    def run_experts(sums, residual, weight, local):
         onto = Onto(residual, early=Norm(weight, 1e-6, "rounded"))
-        return finish_rows(Parts(sums), onto, Experts(kept))
+        return finish_rows(Parts(sums), onto, Experts(local, 128))
 
     specs = describe(4, 8, 2048, dtype=F32), describe(1, 2048), describe(2048)
     yield (
         "add experts and norm, Qwen3-30B-A3B, batch 1",
-        Small(run_experts, (*specs, describe(8, dtype=jnp.bool_)), "add_norm"),
+        Small(run_experts, (*specs, describe(8, dtype=jnp.int32)), "add_norm"),
     )

@@ -119,10 +119,10 @@ def run_experts_onto(
         def run(rows, others):
             x, ids, factors, shared, gate, residual = rows
             offset, stacks, *norms = others
-            product, kept = multiply_experts(
+            product, local = multiply_experts(
                 call, (x, ids, factors), offset, stacks, interpret=interpret
             )
-            experts = Experts(kept, shared, gate)
+            experts = Experts(local, call.experts, shared, gate)
             return finish_rows(product, Onto(residual, *norms), experts, interpret=interpret)
 
         ids, factors, offset, stacks, shared, gate = weights

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,16 +22,23 @@ _ELEMENTS = 8
 """Of a row, for each thread: two vectors of float32."""
 
 
-class Experts(NamedTuple):
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["local", "shared", "gate"], meta_fields=["held"]
+)
+@dataclasses.dataclass(frozen=True)
+class Experts:
     """What a sum over experts needs beside their results.
 
     Attributes:
-      kept: bool or int32 [T * top_k], whether a pair's result counts; others are undefined.
+      local: int32 [T * top_k], the expert of each pair; results of those that are not below `held`
+        are undefined, and left out.
+      held: how many experts are here.
       shared: [T, N], the result of shared experts, or None.
       gate: [T, 1], logits whose sigmoid multiplies `shared`, or None.
     """
 
-    kept: jax.Array
+    local: jax.Array
+    held: int
     shared: jax.Array | None = None
     gate: jax.Array | None = None
 
@@ -110,7 +117,7 @@ def _add_choices(product, experts, row, columns, mask, choices: int) -> jax.Arra
         pair = row * choices + choice
         y = load_sum(product, pair, columns, mask)
         if experts is not None:
-            y = jnp.where(experts.kept[pair] != 0, y, 0.0)
+            y = jnp.where(experts.local[pair] < experts.held, y, 0.0)
         total = total + y if choice else y
     return total
 

@@ -24,15 +24,15 @@ _FEW_TOKENS = 256
 
 def add_experts(call, rows, offset, stacks, *, interpret: bool) -> jax.Array:
     """Run the experts on rows (x, ids, weights), as `pallas_kernels.moe` does; float32 [T, H]."""
-    product, kept = multiply_experts(call, rows, offset, stacks, interpret=interpret)
-    y = jnp.where(kept[:, None], add_parts(product), 0.0)
+    product, local = multiply_experts(call, rows, offset, stacks, interpret=interpret)
+    y = jnp.where((local < call.experts)[:, None], add_parts(product), 0.0)
     return add_parts(Parts(y.reshape(*rows[1].shape, -1).swapaxes(0, 1)))
 
 
 def multiply_experts(call, rows, offset, stacks, *, interpret: bool) -> tuple[Parts, jax.Array]:
     """The same before the sums: `Parts` of [T * top_k, H], a row for each chosen expert, weighed.
 
-    Also which rows count, bool [T * top_k]: those of experts that are not here are undefined.
+    Also their experts, int32 [T * top_k]; rows of those from E on (not here) are undefined.
     """
     x, ids, weights = rows
     tokens, top_k = ids.shape
@@ -88,4 +88,4 @@ def multiply_experts(call, rows, offset, stacks, *, interpret: bool) -> tuple[Pa
         dtype=jnp.float32 if wide else x.dtype,
         interpret=interpret,
     )
-    return Parts(y if tiles.second.splits > 1 else y[None]), local < call.experts
+    return Parts(y if tiles.second.splits > 1 else y[None]), local

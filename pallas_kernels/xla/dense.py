@@ -19,7 +19,9 @@ def matmul(x: jax.Array, weights: Mapping[str, jax.Array], spec: QuantSpec) -> j
     features of x are reordered first.
     """
     if "perm" in weights:
-        x = jnp.take(x, weights["perm"], axis=1)
+        # The barrier keeps the product from reading x the other way round. jax 0.10 cannot run such
+        # a product in bfloat16 on a CPU that has instructions for it.
+        x = lax.optimization_barrier(jnp.take(x, weights["perm"], axis=1))
     tied = _tie({name: leaf for name, leaf in weights.items() if name not in ("bias", "perm")}, x)
     multiply = _multiply_slabs if x.shape[0] == 1 and has_whole_slabs(spec) else _multiply
     y = multiply(x, tied, spec)
