@@ -26,7 +26,7 @@ FAMILY = "FAMILY"
 WINGS = {
     "pallas_kernels": """
         __init__
-        matmul moe
+        attention matmul moe
         lowering
         backends routing vmap_rule
         xla triton
@@ -79,7 +79,7 @@ WINGS = {
 }
 MOST_LINES = 400
 MOST_ROOMS = 9
-LARGE_WINGS = {"jaxwna16/bench", "jaxwna16/cli"}
+LARGE_WINGS = {"jaxwna16/bench", "jaxwna16/cli", "pallas_kernels"}
 
 
 def _list_packages(path: Path) -> set[str]:

@@ -13,7 +13,6 @@ from jaxwna16.models.causal_lm import CausalLM
 from jaxwna16.models.llama.config import LlamaConfig
 from jaxwna16.models.parts.attention import (
     LayerCache,
-    attend,
     fold_heads,
     make_layer_cache,
     write_slots,
@@ -22,6 +21,7 @@ from jaxwna16.models.parts.decoder import Decoder, Piece
 from jaxwna16.models.parts.layers import MLP, Linears, RMSNorm
 from jaxwna16.models.parts.moe import SparseBlock
 from jaxwna16.models.parts.rope import rotate
+from pallas_kernels.attention import attend
 
 Array = jax.Array
 
@@ -41,7 +41,7 @@ class Attention(nnx.Module):
         self.q_norm, self.k_norm = norms if config.qk_norm else (None, None)
         self.head_dim = head_dim
         self.kv_heads = config.num_key_value_heads
-        self.dtype = linears.dtype
+        self.dtype, self.backend = linears.dtype, linears.backend
 
     def make_cache(self, batch: int, slots: int) -> LayerCache:
         """An empty cache for `slots` tokens of each row."""
@@ -60,7 +60,7 @@ class Attention(nnx.Module):
         held = LayerCache(fold_heads(k), fold_heads(v))
         if cache is not None:
             held = cache = write_slots(cache, held, piece.slots)
-        return self.o_proj(attend(q, held, piece.seen)), cache
+        return self.o_proj(attend(q, *held, *piece.seen, backend=self.backend)), cache
 
 
 class DecoderLayer(nnx.Module):

@@ -15,7 +15,6 @@ from jaxwna16.models.causal_lm import CausalLM
 from jaxwna16.models.olmo2.config import Olmo2Config
 from jaxwna16.models.parts.attention import (
     LayerCache,
-    attend,
     fold_heads,
     make_layer_cache,
     write_slots,
@@ -23,6 +22,7 @@ from jaxwna16.models.parts.attention import (
 from jaxwna16.models.parts.decoder import Decoder, Piece
 from jaxwna16.models.parts.layers import MLP, Linears, RMSNorm, normalise
 from jaxwna16.models.parts.rope import rotate
+from pallas_kernels.attention import attend
 
 Array = jax.Array
 
@@ -49,7 +49,7 @@ class Attention(nnx.Module):
         self.q_norm = LateRMSNorm(q_features, eps, dtype=linears.dtype)
         self.k_norm = LateRMSNorm(kv_features, eps, dtype=linears.dtype)
         self.kv_heads, self.head_dim = config.num_key_value_heads, config.head_dim
-        self.dtype = linears.dtype
+        self.dtype, self.backend = linears.dtype, linears.backend
 
     def make_cache(self, batch: int, slots: int) -> LayerCache:
         """Room for keys and values of `slots` tokens of each row."""
@@ -66,7 +66,7 @@ class Attention(nnx.Module):
         held = LayerCache(fold_heads(k), fold_heads(v))
         if cache is not None:
             held = cache = write_slots(cache, held, piece.slots)
-        return self.o_proj(attend(q, held, piece.seen)), cache
+        return self.o_proj(attend(q, *held, *piece.seen, backend=self.backend)), cache
 
 
 class DecoderLayer(nnx.Module):

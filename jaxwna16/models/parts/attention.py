@@ -1,4 +1,4 @@
-"""Causal attention over a preallocated cache in which every row keeps its own positions."""
+"""The preallocated cache of attention, in which every row keeps its own positions."""
 
 from __future__ import annotations
 
@@ -80,39 +80,3 @@ def write_slots(cache: LayerCache, new: LayerCache, slots: jax.Array) -> LayerCa
         cache.k.at[line, slots].set(new.k, mode="drop"),
         cache.v.at[line, slots].set(new.v, mode="drop"),
     )
-
-
-def see_slots(positions: jax.Array, slots: int, window: int | None) -> jax.Array:
-    """Which slots each query sees, bool [B, S, C]: slot <= position, and > position - window."""
-    slot = jnp.arange(slots)[None, None, :]
-    position = positions[:, :, None]
-    seen = slot <= position
-    return seen if window is None else seen & (slot > position - window)
-
-
-def attend(q: jax.Array, cache: LayerCache, seen: jax.Array) -> jax.Array:
-    """Attention of q [B, S, H, D] over the cache, softmax in float32; returns [B, S, H * D].
-
-    The H / kv_heads query heads that share a key head are rows of one product, so keys and values
-    are not repeated in memory.
-    """
-    batch, steps, heads, head_dim = q.shape
-    lines, precision = cache.k.shape[0], matmul_precision(q.dtype)
-    grouped = q.reshape(batch, steps, lines // batch, -1, head_dim).transpose(0, 2, 3, 1, 4)
-    scores = lax.dot_general(
-        grouped.reshape(lines, -1, head_dim),
-        cache.k,
-        (((2,), (2,)), ((0,), (0,))),
-        precision=precision,
-        preferred_element_type=jnp.float32,
-    )
-    scores = scores.reshape(*grouped.shape[:4], cache.slots) * head_dim**-0.5
-    weights = jax.nn.softmax(jnp.where(seen[:, None, None, :, :], scores, -jnp.inf), axis=-1)
-    mixed = lax.dot_general(
-        weights.astype(q.dtype).reshape(lines, -1, cache.slots),
-        cache.v,
-        (((2,), (1,)), ((0,), (0,))),
-        precision=precision,
-    )
-    mixed = mixed.reshape(grouped.shape).transpose(0, 3, 1, 2, 4)
-    return mixed.reshape(batch, steps, heads * head_dim)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import jax
 from flax import nnx
 
-from jaxwna16.models.parts.attention import LayerCache, place_tokens, see_slots
+from jaxwna16.models.parts.attention import place_tokens
 from jaxwna16.models.parts.layers import Embedding, Linears
 from jaxwna16.models.parts.rope import rotation_tables
 
@@ -17,20 +19,33 @@ Cache = tuple[Any, ...]
 """What each layer keeps of the tokens before: a `LayerCache` if it is attention."""
 
 
-class Piece(NamedTuple):
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("rotation", "slots", "start", "lengths"),
+    meta_fields=("window",),
+)
+@dataclasses.dataclass(frozen=True)
+class Piece:
     """What a layer is told of the tokens.
 
     Attributes:
       rotation: cosines and sines of the positions, see `rotation_tables`.
-      seen: bool [B, S, slots], which slots each token attends to.
       slots: int32 [B, S], where its keys and values go.
+      start: int32 [B], how many tokens of each row come before.
       lengths: int32 [B], how many tokens of each row are no padding.
+      window: how many tokens each attends to, itself included; None is all before it.
     """
 
     rotation: tuple[Array, Array]
-    seen: Array
     slots: Array
+    start: Array
     lengths: Array
+    window: int | None
+
+    @property
+    def seen(self) -> tuple[Array, Array, int | None]:
+        """What decides which slots each token attends to; see `pallas_kernels.attention.attend`."""
+        return self.start, self.lengths, self.window
 
 
 class Decoder(nnx.Module):
@@ -72,22 +87,17 @@ class Decoder(nnx.Module):
         self, tokens: Array, start: Array, count: Array, cache: Cache | None
     ) -> tuple[Array, Cache]:
         """As `CausalLM.hidden`; without a cache, a piece that is whole rows."""
-        config, steps = self.config, tokens.shape[1]
-        places = place_tokens(start, count, steps)
-        slots = steps if cache is None else _count_slots(cache)
+        config = self.config
+        places = place_tokens(start, count, tokens.shape[1])
         x = self.embed_tokens(tokens)
         rotation = rotation_tables(
             config.rope, config.rotary_dim, places.positions, self.rope_dtype or x.dtype
         )
-        windows = self.list_windows()
-        pieces = {
-            window: Piece(rotation, see_slots(places.positions, slots, window), places.slots, count)
-            for window in set(windows)
-        }
         caches = []
-        for i, (layer, window) in enumerate(zip(self.layers, windows, strict=True)):
+        for i, (layer, window) in enumerate(zip(self.layers, self.list_windows(), strict=True)):
+            piece = Piece(rotation, places.slots, start, count, window)
             before = None if cache is None else cache[i]
-            x, after = run_layer(layer, x, pieces[window], before)
+            x, after = run_layer(layer, x, piece, before)
             caches.append(after)
         return self.norm(x), tuple(caches)
 
@@ -96,7 +106,3 @@ class Decoder(nnx.Module):
 def run_layer(layer: Callable[..., Any], *arguments: Any) -> Any:
     """`layer(*arguments)`, so that layers of one shape are traced once and not once each."""
     return layer(*arguments)
-
-
-def _count_slots(cache: Cache) -> int:
-    return next((layer.slots for layer in cache if isinstance(layer, LayerCache)), 0)

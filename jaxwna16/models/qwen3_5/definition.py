@@ -17,7 +17,6 @@ from jaxwna16.layers.fused import project
 from jaxwna16.models.causal_lm import CausalLM
 from jaxwna16.models.parts.attention import (
     LayerCache,
-    attend,
     fold_heads,
     make_layer_cache,
     write_slots,
@@ -28,6 +27,7 @@ from jaxwna16.models.parts.layers import MLP, Linears, OffsetRMSNorm, normalise
 from jaxwna16.models.parts.moe import SparseBlock
 from jaxwna16.models.parts.rope import rotate
 from jaxwna16.models.qwen3_5.config import Qwen35Config
+from pallas_kernels.attention import attend
 
 Array = jax.Array
 
@@ -53,6 +53,7 @@ class GatedAttention(nnx.Module):
         self.k_norm = OffsetRMSNorm(head_dim, config.rms_norm_eps, dtype=linears.dtype)
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.head_dim, self.dtype = head_dim, linears.dtype
+        self.backend = linears.backend
 
     def make_cache(self, batch: int, slots: int) -> LayerCache:
         """Room for keys and values of `slots` tokens of each row."""
@@ -68,7 +69,7 @@ class GatedAttention(nnx.Module):
         held = LayerCache(fold_heads(k), fold_heads(v))
         if cache is not None:
             held = cache = write_slots(cache, held, piece.slots)
-        mixed = attend(q, held, piece.seen)
+        mixed = attend(q, *held, *piece.seen, backend=self.backend)
         return self.o_proj(mixed * round_sigmoid(gate).reshape(mixed.shape)), cache
 
 
