@@ -81,7 +81,7 @@ WINGS = {
 }
 MOST_LINES = 400
 MOST_ROOMS = 9
-LARGE_WINGS = {"jaxwna16/bench", "jaxwna16/cli"}
+LARGE_WINGS = {"jaxwna16/bench", "jaxwna16/cli", "pallas_kernels"}
 
 
 def _list_packages(path: Path) -> set[str]:

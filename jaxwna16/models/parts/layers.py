@@ -12,7 +12,6 @@ from jax import lax
 from jaxwna16.errors import ModelError
 from jaxwna16.layers.dense import QuantDense
 from jaxwna16.layers.fused import gated, project_onto
-from jaxwna16.models.parts.attention import matmul_precision
 from pallas_kernels.format.spec import QuantSpec
 from pallas_kernels.formulas.norms import Norm, Onto, apply_norm
 
@@ -103,6 +102,11 @@ class MLP(nnx.Module):
     def run_onto(self, x: Array, onto: Onto) -> tuple[Array, Array | None]:
         """Add the result for x to a stream; see `project_onto`."""
         return project_onto(gated(x, self.gate_proj, self.up_proj), self.down_proj, onto)
+
+
+def matmul_precision(dtype: jax.typing.DTypeLike) -> lax.Precision:
+    """HIGHEST for float32 (an accelerator would otherwise round its inputs), else the default."""
+    return lax.Precision.HIGHEST if dtype == jnp.float32 else lax.Precision.DEFAULT
 
 
 def multiply(x: Array, weight: Array) -> Array:
