@@ -206,7 +206,7 @@ def attend_splits(
         compiler_params=plgpu.CompilerParams(num_warps=division.warps, num_stages=division.stages),
         interpret=interpret,
         name="flash_decode",
-    )(*caches, projected, weights, rotation, places)
+    )(*caches, projected, weights, rotation if task.features.rotated else None, places)
     if division.splits == 1:
         result = result.reshape(batch, -1)
     return result, *caches_out

@@ -102,6 +102,8 @@ def load_head(
         factor = lax.rsqrt(mean + norm.eps)[:, None]
         x = _scale(x, factor, norm, own, features.inside)
         other = _scale(other, factor, norm, partner, features.inside)
+    if not features.rotated:
+        return x
     turned = _turn(x, other, row, features, rotation)
     return jnp.where(jnp.broadcast_to(own < features.rotated, shape), turned, x)
 
