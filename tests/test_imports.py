@@ -26,13 +26,13 @@ FAMILY = "FAMILY"
 WINGS = {
     "pallas_kernels": """
         __init__
-        matmul moe
+        matmul moe routing
         lowering
-        backends routing vmap_rule
+        backends vmap_rule
         xla triton
         tiles
         format
-        activations arguments
+        activations arguments router
         errors
     """,
     "loaders": """

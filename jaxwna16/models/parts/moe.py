@@ -82,11 +82,11 @@ class FloatStack(nnx.Module):
 class FloatExperts(nnx.Module):
     """Experts that are floats in the model; called as `QuantMoE` is."""
 
-    def __init__(self, moe: MoeConfig, hidden: int, *, dtype):
+    def __init__(self, moe: MoeConfig, hidden: int, *, dtype, backend: str | None = None):
         inner = moe.intermediate_size
         self.w13 = FloatStack(moe.experts, 2 * inner, hidden, dtype=dtype)
         self.w2 = FloatStack(moe.experts, hidden, inner, dtype=dtype)
-        self.routing = moe.routing
+        self.routing, self.backend = moe.routing, backend
 
     def __call__(
         self,
@@ -98,7 +98,9 @@ class FloatExperts(nnx.Module):
         shared_gate: Array | None = None,
     ) -> Array:
         options = dataclasses.asdict(self.routing)
-        ids, weights = route(router_logits, correction_bias=correction_bias, **options)
+        ids, weights = route(
+            router_logits, correction_bias=correction_bias, backend=self.backend, **options
+        )
         return float_moe(
             x,
             ids,
@@ -114,7 +116,7 @@ def make_experts(moe: MoeConfig, hidden: int, linears: Linears, path: str) -> An
     spec13 = linears.find_spec(f"{path}.w13", 2 * moe.intermediate_size, hidden)
     spec2 = linears.find_spec(f"{path}.w2", hidden, moe.intermediate_size)
     if spec13 is None or spec2 is None:
-        return FloatExperts(moe, hidden, dtype=linears.dtype)
+        return FloatExperts(moe, hidden, dtype=linears.dtype, backend=linears.backend)
     return QuantMoE(
         spec13,
         spec2,
