@@ -27,14 +27,14 @@ WINGS = {
     "pallas_kernels": """
         __init__
         step
-        matmul moe
+        matmul moe routing
         lowering
-        backends routing vmap_rule
+        backends vmap_rule
         xla triton
         tiles
         format
         formulas
-        arguments
+        arguments router
         errors
     """,
     "loaders": """

@@ -21,6 +21,17 @@ _MOST_SPLITS = 64
 _LEAST_SLOTS = 128
 """Of a full cache, for each split. With less than two blocks nothing hides behind a load."""
 
+_STAGES = 3
+_STAGE = 32 * 1024
+"""Bytes of a block: while one is used, two of them are under way, and most cores hold two programs
+or three. That is some times what a core's share of the bandwidth brings within its latency."""
+
+_TENSOR_ROWS = 64
+"""Slots that four warps multiply at once. Fewer leave some of them idle."""
+
+_OTHER_BYTES = 16 * 1024
+"""Of shared memory: queries, weights, and what reductions exchange."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Division:
@@ -35,7 +46,7 @@ class Division:
     splits: int
     block: int
     warps: int = 4
-    stages: int = 2
+    stages: int = _STAGES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,14 +68,17 @@ def choose_division(
       slots: C.
       key_features, value_features: of one slot, in 16 bits.
     """
-    features = pad(key_features) + pad(value_features)
-    # A stage of 32 KiB: two of them keep a core's share of the memory busy, and leave room for a
-    # second program on the smallest core. 64 slots are one row of tensor cores for 4 warps.
-    block = 128 if features <= 128 else 64 if features <= 512 else 32
+    bytes_a_slot = 2 * (pad(key_features) + pad(value_features))
+    block = min(128, max(_TENSOR_ROWS, _STAGE // bytes_a_slot))
+    ahead = _STAGES - 1
+    while ahead * block * bytes_a_slot > device.shared_memory - _OTHER_BYTES and block > _GRANULE:
+        block //= 2
     wanted = max(1, 2 * device.cores // lines)
     most = max(1, slots // _LEAST_SLOTS)
     splits = min(_round_down(wanted), _round_down(most), _MOST_SPLITS)
-    return Division(splits, min(block, max(_GRANULE, pad(slots))))
+    # many features leave room for one program a core, and fill the registers of four warps
+    warps = 8 if bytes_a_slot >= 1024 else 4
+    return Division(splits, min(block, max(_GRANULE, pad(slots))), warps)
 
 
 def find_seen(

@@ -115,7 +115,7 @@ class FloatExperts(nnx.Module):
         self.backend = backend
         self.w13 = FloatStack(moe.experts, 2 * inner, hidden, dtype=dtype)
         self.w2 = FloatStack(moe.experts, hidden, inner, dtype=dtype)
-        self.routing = moe.routing
+        self.routing, self.backend = moe.routing, backend
 
     def __call__(
         self,
@@ -127,7 +127,9 @@ class FloatExperts(nnx.Module):
         shared_gate: Array | None = None,
     ) -> Array:
         options = dataclasses.asdict(self.routing)
-        ids, weights = route(router_logits, correction_bias=correction_bias, **options)
+        ids, weights = route(
+            router_logits, correction_bias=correction_bias, backend=self.backend, **options
+        )
         return float_moe(
             x,
             ids,
