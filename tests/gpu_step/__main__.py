@@ -17,6 +17,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 
 from tests.gpu_step.readings import Program, Reading, from_json, to_json
@@ -112,7 +113,7 @@ def main() -> int:
     if options.json:
         print(json.dumps([json.loads(to_json(r)) for _, r in results if isinstance(r, Reading)]))
     elif not options.only:
-        REPORT.write_text(write_report(results))
+        REPORT.write_text(write_report(results, version("jax")), "utf-8")
     return int(failed)
 
 

@@ -16,11 +16,14 @@ from tests import gpu_aot
 from tests.gpu_step.configurations import Configuration, make_abstract
 from tests.gpu_step.hlo import Module, count_command_buffers, read_module, read_thunks, sum_bytes
 from tests.gpu_step.kernels import Load, list_kernels
-from tests.gpu_step.readings import Program, Reading
+from tests.gpu_step.readings import (
+    DECODE_POSITION,
+    DECODE_SLOTS,
+    PREFILL_SLOTS,
+    Program,
+    Reading,
+)
 
-DECODE_SLOTS, DECODE_POSITION = 4096, 2048
-PREFILL_SLOTS = 4224
-"""No other dimension of the models, so that an array with such an axis is of scores."""
 WIDTH = 128
 """Room for that many new tokens."""
 

@@ -9,6 +9,10 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
+DECODE_SLOTS, DECODE_POSITION = 4096, 2048
+PREFILL_SLOTS = 4224
+"""No other dimension of the models, so that an array with such an axis is of scores."""
+
 BEGIN = -1
 """The layer of what depends on none: embedding, rotation, keys of sampling."""
 END = 1 << 20
