@@ -150,9 +150,9 @@ def attend(
 ) -> jax.Array:
     """Causal attention of the queries of a piece, softmax in float32.
 
-    Query i of row b has position start[b] + min(i, count[b] - 1). It sees the slots up to its
-    position, with a window only the last `window` of them. On a GPU, 16-bit queries of more than
-    one token run in one kernel, without scores in memory. Derivatives are those of the XLA form.
+    Query i of row b has position start[b] + i. It sees the slots up to its position, with a window
+    only the last `window` of them. On a GPU, 16-bit queries of more than one token run in one
+    kernel, without scores in memory. Derivatives are those of the XLA form.
 
     Args:
       q: [B, S, H, D].

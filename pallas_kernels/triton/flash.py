@@ -48,9 +48,9 @@ def attend_piece(
 ) -> jax.Array:
     """Attention of the queries of a piece over the slots that each of them sees.
 
-    Query i of row b has position start[b] + min(i, count[b] - 1), and sees the slots up to it that
-    hold a token (below start[b] + count[b]), with a window only the last `window` of them. What is
-    in a slot that no query of a tile sees has no influence, even if it is NaN.
+    Query i of row b has position start[b] + i, and sees the slots up to it, with a window only the
+    last `window` of them. What is in a slot that no query of a tile sees has no influence, even if
+    it is NaN.
 
     Args:
       q: [B, S, H, D] bfloat16 or float16.
@@ -117,8 +117,8 @@ def _attend_tile(
         line,
         features,
         q,
-        positions=start + jnp.minimum(step, count - 1),
-        lowest=start + jnp.minimum(first_step, count - 1),
+        positions=start + step,
+        lowest=start + first_step,
         # a tile of padding alone sees nothing, and gives zeros
         end=jnp.where(first_step < count, start + jnp.minimum(final_step + 1, count), 0),
         tiles=tiles,

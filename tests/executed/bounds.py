@@ -14,7 +14,7 @@ import ml_dtypes
 import numpy as np
 
 U = 2.0**-24
-_UNITS = {"bfloat16": (2.0**-8, 0.0), "float16": (2.0**-11, 2.0**-25), "float32": (U, 0.0)}
+UNITS = {"bfloat16": (2.0**-8, 0.0), "float16": (2.0**-11, 2.0**-25), "float32": (U, 0.0)}
 _SILU_SLOPE = 1.1
 _SILU_STEPS = 16
 """Roundings of silu: exponential, sum and quotient of 2 units each, and the products around."""
@@ -39,7 +39,7 @@ class Bounded:
         gamma = roundings * U / (1 - roundings * U)
         error = gamma * magnitude
         if rounded:
-            v, tiny = _UNITS[rounded]
+            v, tiny = UNITS[rounded]
             change = (v + 2 * U) * magnitude + tiny * np.abs(x).sum(1, keepdims=True)
             error = error + (1 + gamma) * change
         return cls(x @ weight.T, error)
@@ -67,7 +67,7 @@ class Bounded:
 
     def round_to(self, dtype) -> Bounded:
         """Once, to a 16-bit dtype; float32 stays."""
-        v, tiny = _UNITS[np.dtype(dtype).name]
+        v, tiny = UNITS[np.dtype(dtype).name]
         return self if np.dtype(dtype) == np.float32 else self._round(v, tiny)
 
     def _round(self, v: float, tiny: float = 0.0) -> Bounded:

@@ -14,15 +14,7 @@ import pytest
 from hypothesis import given as draw_from
 from hypothesis import settings
 from hypothesis import strategies as st
-
-from jaxwna16.models.parts.rope import rotate
-from pallas_kernels.errors import BackendError
-from pallas_kernels.formulas.norms import Norm
-from pallas_kernels.tiles.attention_rules import Division
-from pallas_kernels.triton.decode_attention import attend_token
-from pallas_kernels.triton.parts import Parts
-from tests.grids import cover, sample
-from tests.pallas_kernels.attention import (
+from tests.pallas_kernels.step.attention import (
     EPS,
     Arguments,
     Step,
@@ -32,6 +24,14 @@ from tests.pallas_kernels.attention import (
     name_arguments,
     poison,
 )
+
+from jaxwna16.models.parts.rope import rotate
+from pallas_kernels.errors import BackendError
+from pallas_kernels.formulas.norms import Norm
+from pallas_kernels.tiles.attention_rules import Division
+from pallas_kernels.triton.decode_attention import attend_token
+from pallas_kernels.triton.parts import Parts
+from tests.grids import cover, sample
 
 as_written = {"xla_allow_excess_precision": False}
 """Otherwise XLA drops roundings on a CPU where it compiles operations together."""

@@ -15,13 +15,13 @@ import numpy as np
 import pytest
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
+from tests.pallas_kernels.step.attention import attend_exactly
 
 from pallas_kernels.tiles.attention_rules import Division, find_seen, find_span
 from pallas_kernels.triton.combine import Partials, combine_splits, store_partials
 from pallas_kernels.triton.slots import LOG2_E, Sums, walk_slots
 from pallas_kernels.triton.walk import divide
 from tests.executed.bounds import Bounded
-from tests.pallas_kernels.attention import attend_exactly
 
 LATENT, ROTATED, HEADS, BLOCK_HEADS = 64, 16, 24, 16
 SCALE = 0.1
