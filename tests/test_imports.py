@@ -26,13 +26,15 @@ FAMILY = "FAMILY"
 WINGS = {
     "pallas_kernels": """
         __init__
-        attention matmul moe
+        step
+        matmul moe routing
         lowering
-        backends routing vmap_rule
+        backends vmap_rule
         xla triton
         tiles
         format
-        activations arguments
+        formulas
+        arguments router
         errors
     """,
     "loaders": """

@@ -2,9 +2,84 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jax import lax
+
+from pallas_kernels.formulas.heads import Heads
+from pallas_kernels.formulas.norms import Norm, apply_norm
+from pallas_kernels.formulas.rotation import rotate
+
+Array = jax.Array
+Cache = tuple[Array, Array]
+
+
+def mix(
+    products: tuple[Array, Array, Array],
+    norms: tuple[Norm | None, Norm | None],
+    rotation: tuple[Array, Array],
+    start: Array,
+    count: Array,
+    cache: Cache | None,
+    *,
+    heads: Heads,
+    attend: Callable[..., Array],
+) -> tuple[Array, Cache | None]:
+    """From q, k and v [B, S, N] to the mixed values [B, S, H * D], and the cache with the piece.
+
+    Args:
+      attend: attention over the cache, or over the piece's own keys and values without one.
+    """
+    q, k, v = products
+    lead = q.shape[:2]
+    if heads.norms_across:
+        q, k = (
+            y if norm is None else apply_norm(y, norm)
+            for y, norm in zip((q, k), norms, strict=True)
+        )
+        norms = None, None
+    gate = None
+    if heads.gated:
+        q, gate = jnp.split(q.reshape(*lead, -1, 2 * heads.head_dim), 2, axis=-1)
+    q, k, v = (y.reshape(*lead, -1, heads.head_dim) for y in (q, k, v))
+    q, k = (
+        rotate(y if norm is None else apply_norm(y, norm), *rotation)
+        for y, norm in zip((q, k), norms, strict=True)
+    )
+    held = _fold_heads(k), _fold_heads(v)
+    if cache is not None:
+        held = cache = _write_slots(cache, held, _find_slots(start, count, lead[1]))
+    mixed = attend(q, *held, start, count)
+    if gate is not None:
+        factor = jax.nn.sigmoid(gate.astype(jnp.float32)).astype(mixed.dtype)
+        mixed = mixed * factor.reshape(mixed.shape)
+    return mixed, cache
+
+
+def _fold_heads(x: Array) -> Array:
+    """Keys or values [B, S, kv_heads, D] in the cache's order, [B * kv_heads, S, D]."""
+    batch, steps, heads, head_dim = x.shape
+    return x.swapaxes(1, 2).reshape(batch * heads, steps, head_dim)
+
+
+def _find_slots(start: Array, count: Array, steps: int) -> Array:
+    """Where the keys of a piece go, int32 [B, S]; padding goes to a slot that no cache has."""
+    step = jnp.arange(steps, dtype=jnp.int32)[None, :]
+    nowhere = jnp.iinfo(jnp.int32).max
+    return jnp.where(step < count[:, None], start[:, None] + step, nowhere)
+
+
+def _write_slots(cache: Cache, new: Cache, slots: Array) -> Cache:
+    """Put folded keys and values of S tokens into `slots`, int32 [B, S], where there are such."""
+    lines = cache[0].shape[0]
+    slots = jnp.repeat(slots, lines // slots.shape[0], axis=0)
+    line = jnp.arange(lines)[:, None]
+    keys, values = (
+        held.at[line, slots].set(x, mode="drop") for held, x in zip(cache, new, strict=True)
+    )
+    return keys, values
 
 
 def attend(
@@ -17,7 +92,7 @@ def attend(
     window: int | None,
     scale: float | None = None,
 ) -> jax.Array:
-    """As `pallas_kernels.attention.attend`, with float32 scores [B, H, S, C] in memory.
+    """As `pallas_kernels.step.attention.attend`, with float32 scores [B, H, S, C] in memory.
 
     The query heads that share a key head are rows of one product, so keys and values are not
     repeated in memory. What is in a slot that is not seen must be finite.

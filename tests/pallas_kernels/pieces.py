@@ -16,7 +16,7 @@ LEAST_BLOCK = 16
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """Queries, keys and values of a piece; arguments as `pallas_kernels.attention.attend`."""
+    """Queries, keys and values of a piece; arguments as `pallas_kernels.step.attention.attend`."""
 
     q: np.ndarray
     k: np.ndarray

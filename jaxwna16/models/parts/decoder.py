@@ -2,50 +2,19 @@
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import jax
 from flax import nnx
 
-from jaxwna16.models.parts.attention import place_tokens
 from jaxwna16.models.parts.layers import Embedding, Linears
+from jaxwna16.models.parts.piece import Piece, Stream, find_positions
 from jaxwna16.models.parts.rope import rotation_tables
 
 Array = jax.Array
 Cache = tuple[Any, ...]
 """What each layer keeps of the tokens before: a `LayerCache` if it is attention."""
-
-
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=("rotation", "slots", "start", "lengths"),
-    meta_fields=("window",),
-)
-@dataclasses.dataclass(frozen=True)
-class Piece:
-    """What a layer is told of the tokens.
-
-    Attributes:
-      rotation: cosines and sines of the positions, see `rotation_tables`.
-      slots: int32 [B, S], where its keys and values go.
-      start: int32 [B], how many tokens of each row come before.
-      lengths: int32 [B], how many tokens of each row are no padding.
-      window: how many tokens each attends to, itself included; None is all before it.
-    """
-
-    rotation: tuple[Array, Array]
-    slots: Array
-    start: Array
-    lengths: Array
-    window: int | None
-
-    @property
-    def seen(self) -> tuple[Array, Array, int | None]:
-        """What decides which slots each token attends to; see `pallas_kernels.attention.attend`."""
-        return self.start, self.lengths, self.window
 
 
 class Decoder(nnx.Module):
@@ -55,7 +24,10 @@ class Decoder(nnx.Module):
 
     Attributes:
       make_layer: called as `make_layer(config, linears, layer)`. Makes a module with
-        `make_cache(batch, slots)` and `__call__(x, piece, cache)`, which returns x and the cache.
+        `make_cache(batch, slots)` and `__call__(stream, piece, cache, following)`, which returns
+        the `Stream` and the cache. `following` is the norm of the stream that comes after the
+        layer: `input_layernorm` of the next, if layers have it, and in the end the last norm. So
+        the layer's last product, its sum with the stream and that norm are one operation.
       make_norm: the class of the last norm.
       rope_dtype: dtype of cosines and sines; None is that of the stream.
     """
@@ -88,18 +60,23 @@ class Decoder(nnx.Module):
     ) -> tuple[Array, Cache]:
         """As `CausalLM.hidden`; without a cache, a piece that is whole rows."""
         config = self.config
-        places = place_tokens(start, count, tokens.shape[1])
+        positions = find_positions(start, count, tokens.shape[1])
         x = self.embed_tokens(tokens)
         rotation = rotation_tables(
-            config.rope, config.rotary_dim, places.positions, self.rope_dtype or x.dtype
+            config.rope, config.rotary_dim, positions, self.rope_dtype or x.dtype
         )
+        first, *others = (getattr(layer, "input_layernorm", None) for layer in self.layers)
+        stream = Stream(x, None if first is None else first(x))
         caches = []
-        for i, (layer, window) in enumerate(zip(self.layers, self.list_windows(), strict=True)):
-            piece = Piece(rotation, places.slots, start, count, window)
+        for i, (following, window) in enumerate(
+            zip((*others, self.norm), self.list_windows(), strict=True)
+        ):
+            piece = Piece(rotation, start, count, window)
             before = None if cache is None else cache[i]
-            x, after = run_layer(layer, x, piece, before)
+            norm = None if following is None else following.norm
+            stream, after = run_layer(self.layers[i], stream, piece, before, norm)
             caches.append(after)
-        return self.norm(x), tuple(caches)
+        return stream.normalised, tuple(caches)
 
 
 @jax.jit

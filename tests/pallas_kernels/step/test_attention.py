@@ -12,8 +12,8 @@ import pytest
 from jax import export
 from jax.sharding import AbstractDevice, AbstractMesh
 
-from pallas_kernels.attention import attend
 from pallas_kernels.errors import BackendError
+from pallas_kernels.step.attention import attend
 from pallas_kernels.xla.attention import attend as attend_by_xla
 from tests.jaxprs import find_kernels
 from tests.pallas_kernels.pieces import Piece, attend_exactly, draw_piece
