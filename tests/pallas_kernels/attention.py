@@ -97,7 +97,7 @@ class Arguments:
 
 
 def draw(step: Step, seed: int = 0) -> Arguments:
-    """Arguments of a step; positions of inactive rows lie outside of the cache."""
+    """Arguments of a step; of inactive rows, every other position lies outside of the cache."""
     rng, batch, dim = np.random.default_rng(seed), len(step.positions), step.head_dim
     dtype, heads = step.np_dtype, step.kv_heads * step.group
     sizes = (heads * dim * (2 if step.gated else 1), step.kv_heads * dim, step.kv_heads * dim)
@@ -120,14 +120,17 @@ def draw(step: Step, seed: int = 0) -> Arguments:
     if step.whole:
         rotation = [np.round(f(np.pi / 2 * np.round(angles))) for f in (np.cos, np.sin)]
     table = np.dtype(np.float32) if step.wide else dtype
-    outside = step.slots + 100
+    anywhere = (step.slots + 100, step.slots // 2)
     lines = (batch * step.kv_heads, step.slots, dim)
     return Arguments(
         tuple(sums),
         tuple(normal(n).astype(dtype) if step.bias else None for n in sizes),
         tuple(normal(dim).astype(dtype) if step.norm else None for _ in range(2)),
         tuple(t.astype(table) for t in rotation),
-        np.array([outside if p is None else p for p in step.positions], np.int32),
+        np.array(
+            [anywhere[i % 4 // 2] if p is None else p for i, p in enumerate(step.positions)],
+            np.int32,
+        ),
         step.active,
         tuple(normal(*lines).astype(dtype) for _ in range(2)),
     )
