@@ -187,9 +187,10 @@ def _turn(x: Bounded, other: Bounded, cos: np.ndarray, sin: np.ndarray, step: St
 
 @dataclasses.dataclass(frozen=True)
 class Expected:
-    """Of active rows: results [B, H, D], and the new keys and values [B, kv_heads, D]."""
+    """Results [B, H, D], means before rounding and gate, new keys and values [B, kv_heads, D]."""
 
     result: Bounded
+    mean: Bounded
     key: Bounded
     value: np.ndarray
 
@@ -221,17 +222,18 @@ def expect(step: Step, given: Arguments, division: Division) -> Expected:
         found.value[row, head], found.error[row, head] = attend_exactly(
             query, key, value, step.scale, step.dtype, division
         )
-    found = found.round_to(step.np_dtype)
+    result = found.round_to(step.np_dtype)
     if step.gated:
-        found = _gate(found, q[..., dim:].astype(np.float64), step)
-    return Expected(found, keys, values)
+        result = expect_gate(result, q[..., dim:].astype(np.float64), step.np_dtype)
+    return Expected(result, found, keys, values)
 
 
-def _gate(found: Bounded, gate: np.ndarray, step: Step) -> Bounded:
+def expect_gate(found: Bounded, gate: np.ndarray, dtype: np.dtype) -> Bounded:
+    """Times the sigmoid of a gate of 16 bits."""
     sigmoid = 1 / (1 + np.exp(-gate))
-    sigmoid = Bounded(sigmoid, 8 * U * sigmoid).round_to(step.np_dtype)
+    sigmoid = Bounded(sigmoid, 8 * U * sigmoid).round_to(dtype)
     error = found.error * (sigmoid.value + sigmoid.error) + np.abs(found.value) * sigmoid.error
-    return Bounded(found.value * sigmoid.value, error).round_to(step.np_dtype)
+    return Bounded(found.value * sigmoid.value, error).round_to(dtype)
 
 
 def attend_exactly(
@@ -268,6 +270,11 @@ def poison(step: Step, given: Arguments, filler: float) -> Arguments:
             changed[line, seen] = cache[line, seen]
         caches.append(changed)
     return dataclasses.replace(given, caches=tuple(caches))
+
+
+def to_float(array: np.ndarray) -> np.ndarray:
+    """float64, also of bfloat16."""
+    return array.astype(np.float64)
 
 
 def name_arguments(given: Arguments) -> tuple[Any, ...]:
