@@ -44,6 +44,10 @@ class Bounded:
             error = error + (1 + gamma) * change
         return cls(x @ weight.T, error)
 
+    def choose(self, rows: np.ndarray) -> Bounded:
+        """Some rows."""
+        return Bounded(self.value[rows], self.error[rows])
+
     def add(self, bias: np.ndarray) -> Bounded:
         """In float32."""
         return Bounded(self.value + bias, self.error)._round(U)
