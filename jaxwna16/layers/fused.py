@@ -155,12 +155,18 @@ def gather(x: jax.Array, layers: Sequence[Layer]) -> tuple[list[Linear], str | N
 
     Those that cannot be one call with what follows are computed here.
     """
-    found = {_find_settings(layer) for layer in layers}
-    settings = found.pop()
-    if found or settings is None or settings[0] not in (None, x.dtype):
-        return list(project(x, layers)), getattr(layers[0], "backend", None), "speed"
+    settings = [_find_settings(layer) for layer in layers]
+    shared = set(settings) - {None}
+    [alike] = shared if len(shared) == 1 else [None]
+    if alike is None or alike[0] not in (None, x.dtype):
+        backend = next((layer.backend for layer in layers if hasattr(layer, "backend")), None)
+        return list(project(x, layers)), backend, "speed"
     packed: list[Any] = list(layers)
-    return [(layer.weights, layer.spec) for layer in packed], *settings[1:]
+    linears = [
+        layer(x) if found is None else (layer.weights, layer.spec)
+        for layer, found in zip(packed, settings, strict=True)
+    ]
+    return linears, *alike[1:]
 
 
 def _find_settings(layer: Any) -> tuple[Any, str | None, str] | None:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.formulas.activations import round_sigmoid
 from pallas_kernels.formulas.heads import Heads
 from pallas_kernels.formulas.norms import Norm, apply_norm
 from pallas_kernels.formulas.rotation import rotate
@@ -53,8 +54,7 @@ def mix(
         held = cache = _write_slots(cache, held, _find_slots(start, count, lead[1]))
     mixed = attend(q, *held, start, count)
     if gate is not None:
-        factor = jax.nn.sigmoid(gate.astype(jnp.float32)).astype(mixed.dtype)
-        mixed = mixed * factor.reshape(mixed.shape)
+        mixed = mixed * round_sigmoid(gate).reshape(mixed.shape)
     return mixed, cache
 
 

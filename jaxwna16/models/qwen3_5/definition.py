@@ -1,7 +1,7 @@
 """Qwen3.5 and Qwen3.6 (`Qwen35Config`), dense or with experts: a hybrid model.
 
 Most layers are gated delta nets, which keep a state of fixed size
-(`jaxwna16.models.parts.delta_rule`); every fourth is full attention, whose output passes a gate and
+(`pallas_kernels.xla.delta_rule`); every fourth is full attention, whose output passes a gate and
 of whose heads a part is rotated.
 """
 
@@ -13,23 +13,20 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxwna16.layers.fused import project, project_onto
+from jaxwna16.layers.fused import gather, project_onto
 from jaxwna16.models.causal_lm import CausalLM
 from jaxwna16.models.parts.attention import LayerCache, SelfAttention
 from jaxwna16.models.parts.decoder import Decoder
-from jaxwna16.models.parts.delta_rule import DeltaCache, convolve, make_delta_cache, run_delta_rule
 from jaxwna16.models.parts.layers import MLP, Linears, OffsetRMSNorm
 from jaxwna16.models.parts.moe import SparseBlock
 from jaxwna16.models.parts.piece import Piece, Stream
 from jaxwna16.models.qwen3_5.config import Qwen35Config
-from pallas_kernels.formulas.norms import Norm, Onto, normalise
+from pallas_kernels.formulas.delta_net import DeltaCache, DeltaNet, make_delta_cache
+from pallas_kernels.formulas.norms import Norm, Onto
+from pallas_kernels.step.delta_rule import project_and_update
+from pallas_kernels.xla.delta_rule import gate_norm
 
 Array = jax.Array
-
-
-def round_sigmoid(x: Array) -> Array:
-    """The sigmoid, computed in float32 and rounded to the dtype of x."""
-    return jax.nn.sigmoid(x.astype(jnp.float32)).astype(x.dtype)
 
 
 class Convolution(nnx.Module):
@@ -47,10 +44,7 @@ class GatedRMSNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: Array, gate: Array) -> Array:
-        weight = jnp.expand_dims(self.weight[...], range(x.ndim - 1))
-        normalised = normalise(x.astype(gate.dtype), self.eps).astype(gate.dtype)
-        scaled = (normalised * weight).astype(jnp.float32)
-        return (scaled * jax.nn.silu(gate.astype(jnp.float32))).astype(gate.dtype)
+        return gate_norm(x, gate, self.weight[...], self.eps)
 
 
 class GatedDeltaNet(nnx.Module):
@@ -86,25 +80,19 @@ class GatedDeltaNet(nnx.Module):
         self, x: Array, piece: Piece, cache: DeltaCache | None, onto: Onto
     ) -> tuple[Stream, DeltaCache]:
         cache = self.make_cache(x.shape[0], 0) if cache is None else cache
-        linears = (self.in_proj_qkv, self.in_proj_z, self.in_proj_b, self.in_proj_a)
-        qkv, z, b, a = project(x, linears)
-        weight = self.conv1d.weight[...][:, 0]
-        qkv, inputs = convolve(qkv, weight, cache.inputs, piece.lengths)
-        keys = self.sizes.key_features
-        q, k, v = (
-            part.reshape(*x.shape[:2], -1, size)
-            for part, size in zip(
-                jnp.split(qkv, [keys, 2 * keys], axis=-1),
-                (self.sizes.key_dim, self.sizes.key_dim, self.sizes.value_dim),
-                strict=True,
-            )
+        layers = (self.in_proj_qkv, self.in_proj_z, self.in_proj_b, self.in_proj_a)
+        linears, backend, prefer = gather(x, layers)
+        net = DeltaNet(
+            self.conv1d.weight[...][:, 0],
+            self.A_log[...],
+            self.dt_bias[...],
+            self.norm.weight[...],
+            norm_eps=self.norm.eps,
+            key_heads=self.sizes.key_heads,
         )
-        beta = round_sigmoid(b)
-        rate, bias = (p[...][None, None, :] for p in (self.A_log, self.dt_bias))
-        g = -jnp.exp(rate) * jax.nn.softplus(a.astype(jnp.float32) + bias)
-        mixed, state = run_delta_rule(q, k, v, g, beta, cache.state, piece.lengths)
-        y = self.norm(mixed, z.reshape(mixed.shape)).reshape(*x.shape[:2], -1)
-        return Stream(*project_onto(y, self.out_proj, onto)), DeltaCache(inputs, state)
+        options = {"backend": backend, "prefer": prefer}
+        y, cache = project_and_update(x, linears, net, cache, piece.lengths, **options)
+        return Stream(*project_onto(y, self.out_proj, onto)), cache
 
 
 class DecoderLayer(nnx.Module):

@@ -20,11 +20,15 @@ padding: they leave states as they are, whatever they hold, and their outputs me
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+
+from pallas_kernels.formulas.activations import round_sigmoid
+from pallas_kernels.formulas.delta_net import DeltaCache, DeltaNet
+from pallas_kernels.formulas.norms import normalise
 
 Array = jax.Array
 
@@ -33,35 +37,37 @@ CHUNK = 64
 _EPS = 1e-6
 
 
-class DeltaCache(NamedTuple):
-    """What a gated delta-net layer keeps of the tokens before.
+def mix(
+    products: Sequence[Array], net: DeltaNet, cache: DeltaCache, count: Array
+) -> tuple[Array, DeltaCache]:
+    """From qkv, z, b and a [B, S, N] to the normalised and gated result [B, S, Hv * Dv].
 
-    Attributes:
-      inputs: [B, W - 1, C], the last inputs of the convolution of width W, the newest last.
-      state: float32 [B, value heads, Dk, Dv].
+    Also the cache with the first `count` tokens of each row, int32 [B].
     """
+    qkv, z, b, a = products
+    qkv, inputs = convolve(qkv, net.conv_weight, cache.inputs, count)
+    keys = net.key_heads * net.key_dim
+    q, k, v = (
+        part.reshape(*qkv.shape[:2], -1, size)
+        for part, size in zip(
+            jnp.split(qkv, [keys, 2 * keys], axis=-1),
+            (net.key_dim, net.key_dim, net.value_dim),
+            strict=True,
+        )
+    )
+    beta = round_sigmoid(b)
+    rate, bias = (p[None, None, :] for p in (net.A_log, net.dt_bias))
+    g = -jnp.exp(rate) * jax.nn.softplus(a.astype(jnp.float32) + bias)
+    mixed, state = run_delta_rule(q, k, v, g, beta, cache.state, count)
+    y = gate_norm(mixed, z.reshape(mixed.shape), net.norm_weight, net.norm_eps)
+    return y.reshape(*qkv.shape[:2], -1), DeltaCache(inputs, state)
 
-    inputs: Array
-    state: Array
 
-
-def make_delta_cache(
-    batch: int,
-    width: int,
-    features: int,
-    heads: tuple[int, int, int],
-    dtype: jax.typing.DTypeLike,
-) -> DeltaCache:
-    """What stands before the first token: zeros.
-
-    Args:
-      width: W, tokens that the convolution spans.
-      features: C, of its inputs.
-      heads: value heads, Dk and Dv.
-      dtype: of the inputs.
-    """
-    inputs = jnp.zeros((batch, width - 1, features), dtype)
-    return DeltaCache(inputs, jnp.zeros((batch, *heads), jnp.float32))
+def gate_norm(x: Array, gate: Array, weight: Array, eps: float) -> Array:
+    """The norm of x in the gate's dtype, times silu(gate) in float32; in the gate's dtype."""
+    normalised = normalise(x.astype(gate.dtype), eps).astype(gate.dtype)
+    scaled = (normalised * jnp.expand_dims(weight, range(x.ndim - 1))).astype(jnp.float32)
+    return (scaled * jax.nn.silu(gate.astype(jnp.float32))).astype(gate.dtype)
 
 
 def mark_tokens(count: Array, steps: int) -> Array:

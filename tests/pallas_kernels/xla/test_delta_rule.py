@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers.models.qwen3_5 import modeling_qwen3_5 as theirs
 
-from jaxwna16.models.parts.delta_rule import CHUNK, convolve, run_delta_rule
+from pallas_kernels.xla.delta_rule import CHUNK, convolve, run_delta_rule
 
 ROWS, KEY_HEADS, HEADS, DK, DV = 2, 2, 4, 16, 8
 run = jax.jit(run_delta_rule)
