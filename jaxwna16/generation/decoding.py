@@ -120,7 +120,7 @@ def make_progress(
         lengths=lengths,
         done=jnp.zeros(batch, bool),
         unsound=jnp.zeros(batch, bool),
-        hidden=jnp.zeros((batch, model.model.embed_tokens.features), model.dtype),
+        hidden=jnp.zeros((batch, model.config.hidden_size), model.dtype),
         cache=model.make_cache(batch, slots),
     )
 

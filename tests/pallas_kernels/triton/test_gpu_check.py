@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests import gpu_aot
-from tests.gpu_cases import Case, Grouping, list_core
+from tests.gpu_cases import Between, Case, Grouping, list_core
 from tests.gpu_check import Finding, write_report
 
 _ROOT = Path(__file__).parents[3]
@@ -52,8 +52,8 @@ def check(*options: str) -> list[dict]:
 @pytest.fixture(scope="module")
 def findings() -> dict[str, dict]:
     """The finding of each core case."""
-    kinds = {True: Case, False: Grouping}
-    return {str(kinds["bits" in f["case"]](**f["case"])): f for f in check("--core")}
+    kinds = {kind.__match_args__: kind for kind in (Case, Grouping, Between)}
+    return {str(kinds[tuple(f["case"])](**f["case"])): f for f in check("--core")}
 
 
 @pytest.mark.parametrize("case", list_core(), ids=str)
