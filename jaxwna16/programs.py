@@ -48,13 +48,13 @@ class Compilation:
     """Programs that are compiled at the same time, in threads, since XLA releases Python's lock.
 
     They are lowered in the caller's thread, since tracing holds that lock; a program is compiled
-    while the next one is traced. As many are compiled at once as there are cores, in the order in
-    which they were started; each needs memory of its own. After an interrupt they go on in the
+    while the next one is traced. One is compiled at once for each two cores, as XLA by itself uses
+    several, in the order in which they were started; each needs memory of its own. After an interrupt they go on in the
     background, since XLA cannot be stopped.
     """
 
     def __init__(self):
-        self._pool = ThreadPoolExecutor(_count_cores(), "jaxwna16-compile")
+        self._pool = ThreadPoolExecutor(max(1, _count_cores() // 2), "jaxwna16-compile")
         self._futures: dict[str, Future[Any]] = {}
 
     def start(self, name: str, program: jax.stages.Lowered) -> None:

@@ -124,10 +124,10 @@ def compile_all(programs: dict) -> Compilation:
 
 
 def test_programs_are_compiled_at_the_same_time_where_there_are_cores(monkeypatch):
-    monkeypatch.setattr(programs, "_count_cores", lambda: 2)
+    monkeypatch.setattr(programs, "_count_cores", lambda: 4)
     barrier = threading.Barrier(2, timeout=60)  # breaks unless both are there at once
     compile_all({"a": Slow(barrier.wait), "b": Slow(barrier.wait)}).wait()
-    monkeypatch.setattr(programs, "_count_cores", lambda: 1)
+    monkeypatch.setattr(programs, "_count_cores", lambda: 2)
     order = []
     compile_all({name: Slow(lambda name=name: order.append(name)) for name in "abc"}).wait()
     assert order == ["a", "b", "c"]
