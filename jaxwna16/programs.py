@@ -49,8 +49,8 @@ class Compilation:
 
     They are lowered in the caller's thread, since tracing holds that lock; a program is compiled
     while the next one is traced. One is compiled at once for each two cores, as XLA by itself uses
-    several, in the order in which they were started; each needs memory of its own. After an interrupt they go on in the
-    background, since XLA cannot be stopped.
+    several, in the order in which they were started; each needs memory of its own.
+    After an interrupt they go on in the background, since XLA cannot be stopped.
     """
 
     def __init__(self):
