@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import collections
 import os
-from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from jaxwna16.errors import InputError
 
 trace_counts: collections.Counter[str] = collections.Counter()
-"""How often functions were traced in this process: "prefill", "first" and "decode" of generation,
+"""How often functions were traced in this process: "prefill" and "decode" of generation,
 "perplexity", "divergence" and "loglikelihood" of evaluation."""
 _processes: list[int] = []  # where a checkpoint was loaded first: this one, or one it is a fork of
 
@@ -48,19 +47,19 @@ def refuse_fork(*, loads: bool = False) -> None:
 class Compilation:
     """Programs that are compiled at the same time, in threads, since XLA releases Python's lock.
 
-    They must be lowered before, in the caller's thread, since tracing holds that lock. As many are
-    compiled at once as there are cores, in the given order; each needs memory of its own. After an
-    interrupt they go on in the background, since XLA cannot be stopped.
-
-    Args:
-      programs: name -> the result of `jax.jit(…).lower(…)`. A later call of the jitted function
-        uses the compiled program.
+    They are lowered in the caller's thread, since tracing holds that lock; a program is compiled
+    while the next one is traced. One is compiled at once for each two cores, as XLA by itself uses
+    several, in the order in which they were started; each needs memory of its own.
+    After an interrupt they go on in the background, since XLA cannot be stopped.
     """
 
-    def __init__(self, programs: Mapping[str, jax.stages.Lowered]):
-        pool = ThreadPoolExecutor(min(len(programs), _count_cores()), "jaxwna16-compile")
-        self._futures = {name: pool.submit(p.compile) for name, p in programs.items()}
-        pool.shutdown(wait=False)
+    def __init__(self):
+        self._pool = ThreadPoolExecutor(max(1, _count_cores() // 2), "jaxwna16-compile")
+        self._futures: dict[str, Future[Any]] = {}
+
+    def start(self, name: str, program: jax.stages.Lowered) -> None:
+        """Compile the result of `jax.jit(…).lower(…)`: a later call of the function uses it."""
+        self._futures[name] = self._pool.submit(program.compile)
 
     def wait(self, *names: str) -> None:
         """Wait until these programs are compiled, all of them if none is named.

@@ -19,9 +19,9 @@ from jaxwna16.generation.decoding import (
     Options,
     Progress,
     Scores,
-    choose_first,
     decode,
     make_options,
+    make_progress,
     prefill,
     round_up,
 )
@@ -184,7 +184,7 @@ def start_rows(
     logprobs: int | None = None,
     prefill_chunk: int | None = None,
 ) -> tuple[Progress, float, Compilation]:
-    """Run the prompts and choose the first tokens, while the decode loop is still compiled.
+    """Run the prompts and draw the first tokens, while the decode loop is still compiled.
 
     Also the seconds that takes once compiled, and what compiles the loop.
     """
@@ -196,32 +196,27 @@ def start_rows(
     tokens = np.zeros((batch, -(-longest // chunk) * chunk), np.int32)
     for row, prompt in zip(tokens, prompts, strict=True):
         row[: len(prompt)] = prompt
-    cache = _make_cache(model, batch, slots)
+    progress = make_progress(
+        model, jax.device_put(lengths), slots=slots, width=width, likeliest=logprobs
+    )
 
     def cut_piece(begin: int) -> tuple[jax.Array, jax.Array, jax.Array]:
         start = np.minimum(begin, lengths)
         count = np.minimum(lengths - start, chunk)
         return jax.device_put((tokens[:, begin : begin + chunk], start, count))
 
-    facts = {"width": width, "likeliest": logprobs}
-    sent = jax.device_put(lengths)
-    programs = {"prefill": prefill.lower(model, *cut_piece(0), cache)}
-    if not is_spread(model):
-        last, filled = foresee(programs["prefill"], model)
-        programs["first"] = choose_first.lower(model, last, sent, filled, options, **facts)
-        if max_new_tokens > 1:
-            begun = foresee(programs["first"], model)
-            until = jax.ShapeDtypeStruct((), jnp.int32)
-            programs["decode"] = decode.lower(model, begun, options, until)
-    compilation = Compilation(programs)
-    compilation.wait("prefill", "first")
+    compilation = Compilation()
+    program = prefill.lower(model, *cut_piece(0), progress, options)
+    compilation.start("prefill", program)
+    if max_new_tokens > 1 and not is_spread(model):
+        until = jax.ShapeDtypeStruct((), jnp.int32)
+        begun = foresee(program, model)
+        compilation.start("decode", decode.lower(model, begun, options, until))
+    compilation.wait("prefill")
 
     started = time.perf_counter()
-    hidden, cache = prefill(model, *cut_piece(0), cache)
-    for begin in range(chunk, longest, chunk):
-        last, cache = prefill(model, *cut_piece(begin), cache)
-        hidden = jnp.where(jax.device_put(lengths > begin)[:, None], last, hidden)
-    progress = choose_first(model, hidden, sent, cache, options, **facts)
+    for begin in range(0, longest, chunk):
+        progress = prefill(model, *cut_piece(begin), progress, options)
     jax.block_until_ready(progress)
     return progress, time.perf_counter() - started, compilation
 
@@ -265,10 +260,6 @@ def _finish_rows(
         progress = jax.block_until_ready(decode(model, progress, options, _send(until)))
         seconds = (time.perf_counter() - began) / (jax.device_get(progress.step) - step)
         steps = max(1, int(STREAM_SECONDS / seconds))
-
-
-_make_cache = jax.jit(CausalLM.make_cache, static_argnums=(1, 2))
-"""Under `jit`, since zeros made one by one would be implicit transfers to the device."""
 
 
 def _send(number: int) -> jax.Array:

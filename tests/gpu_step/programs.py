@@ -82,23 +82,12 @@ def _list_arguments(program: Program, model: CausalLM, load: Load) -> tuple[Any,
     rows, steps = load.rows, load.steps
     number = jax.ShapeDtypeStruct((), jnp.int32)
     each = jax.ShapeDtypeStruct((rows,), jnp.int32)
-    cache = jax.eval_shape(lambda: model.make_cache(rows, load.slots))
+    facts = {"slots": load.slots, "width": WIDTH, "likeliest": None}
+    progress = jax.eval_shape(lambda n: decoding.make_progress(model, n, **facts), each)
+    options = jax.eval_shape(lambda: decoding.make_options(0.0, 0, 1.0, 0, ()))
     if program.kind == "prefill":
         piece = jax.ShapeDtypeStruct((rows, steps), jnp.int32)
-        return decoding.prefill, (model, piece, each, each, cache)
-    flags = jax.ShapeDtypeStruct((rows,), bool)
-    known = {
-        "step": number,
-        "tokens": jax.ShapeDtypeStruct((rows, WIDTH), jnp.int32),
-        "scores": None,
-        "lengths": each,
-        "done": flags,
-        "unsound": flags,
-        "cache": cache,
-        "hidden": jax.ShapeDtypeStruct((rows, model.config.hidden_size), model.dtype),
-    }
-    progress = decoding.Progress(**{name: known[name] for name in decoding.Progress._fields})
-    options = jax.eval_shape(lambda: decoding.make_options(0.0, 0, 1.0, 0, ()))
+        return decoding.prefill, (model, piece, each, each, progress, options)
     return decoding.decode, (model, progress, options, number)
 
 

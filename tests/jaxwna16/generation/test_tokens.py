@@ -80,7 +80,7 @@ def test_decoding_is_traced_once_whatever_the_number_of_tokens_and_the_options(m
 def test_the_first_call_of_a_shape_traces_decoding_once(model):
     decoding.trace_counts.clear()
     generate_tokens(model, [PROMPTS[0]] * 5, max_new_tokens=40)
-    assert decoding.trace_counts == {"prefill": 1, "first": 1, "decode": 1}
+    assert decoding.trace_counts == {"prefill": 1, "decode": 1}
 
 
 @pytest.mark.parametrize(("seconds", "sizes"), [(0.0, [1] * NEW), (1e9, [1, 1, NEW - 2])])

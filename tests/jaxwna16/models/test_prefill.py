@@ -12,7 +12,7 @@ import transformers
 from flax import nnx
 from jax.sharding import AbstractDevice, AbstractMesh
 
-from jaxwna16.generation.decoding import prefill
+from jaxwna16.generation.decoding import make_options, make_progress, prefill
 from jaxwna16.models.causal_lm import CausalLM
 from jaxwna16.models.families import find_family
 from tests.jaxwna16.models.family_rows import BASES, MODELS, ROWS, Row
@@ -43,8 +43,10 @@ def _trace(model: CausalLM):
     """A piece with a cache, and whole rows without one."""
     tokens = jax.ShapeDtypeStruct((BATCH, STEPS), jnp.int32)
     bound = jax.ShapeDtypeStruct((BATCH,), jnp.int32)
-    cache = jax.eval_shape(lambda: model.make_cache(BATCH, SLOTS))
-    yield prefill.trace(model, tokens, bound, bound, cache), SLOTS
+    facts = {"slots": SLOTS, "width": 16, "likeliest": None}
+    progress = jax.eval_shape(lambda lengths: make_progress(model, lengths, **facts), bound)
+    options = jax.eval_shape(lambda: make_options(0.0, 0, 1.0, 0, ()))
+    yield prefill.trace(model, tokens, bound, bound, progress, options), SLOTS
     yield jax.jit(CausalLM.__call__).trace(model, tokens), STEPS
 
 
