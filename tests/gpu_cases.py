@@ -1,4 +1,4 @@
-"""What `tests.gpu_check` compiles: products, experts and groupings, each for a GPU that is absent.
+"""What `tests.gpu_check` compiles: products, experts, groupings, attention, for absent GPUs.
 
 A product is what `pallas_kernels.tiles.dense_rules.choose` makes of a 4096 x 4096 weight with zero
 points, for a number of tokens that fills its tile or leaves masked rows in it; an expert's is one
@@ -22,6 +22,7 @@ from pallas_kernels.tiles.tiles import Schedule, Tiles
 from pallas_kernels.triton.dense import can_pair
 from pallas_kernels.triton.grouping import MOST_PAIRS
 from tests import gpu_aot
+from tests.gpu_attention import Decode, list_attention, list_core_attention
 
 SIZE = 4096
 GROUPS = (32, 64, 128, SIZE)
@@ -119,7 +120,7 @@ class Grouping:
     block: int
 
 
-def list_core() -> list[Case | Grouping]:
+def list_core() -> list[Case | Grouping | Decode]:
     """Some of the budgeted cases, and of the other schedules and GPUs."""
     return [
         *(Case("sm_90a", tokens, 4, "bfloat16", 128) for tokens in (8, 64, 250)),
@@ -132,10 +133,11 @@ def list_core() -> list[Case | Grouping]:
         Case("sm_90a", 16, 4, "bfloat16", 16),
         Case("sm_89", 256, 4, "bfloat16", 80, experts=FIRST, scale_dtype="float32"),
         Grouping("sm_90a", 512, 4096, 8),
+        *list_core_attention(),
     ]
 
 
-def list_all() -> list[Case | Grouping]:
+def list_all() -> list[Case | Grouping | Decode]:
     """Every kind of kernel for every GPU, with the numbers of tokens that users run."""
     archs, tokens = tuple(gpu_aot.TARGETS), (*_FULL, *_MANY)
     products = (
@@ -156,6 +158,7 @@ def list_all() -> list[Case | Grouping]:
         ),
         *_list_experts(),
         *(Grouping(arch, *facts) for arch in archs for facts in _list_groupings()),
+        *list_attention(),
     ]
 
 
