@@ -103,12 +103,12 @@ def _choose_backend(spec: QuantSpec, dtype, platform: str, backend: str | None) 
     return Choice("triton", f"fused {spec.bits}-bit kernel for 16-bit activations on cuda")
 
 
-def check_backend(backend: str | None, dtype) -> None:
-    """Raise a BackendError unless `backend` exists and serves x of `dtype`."""
+def check_backend(backend: str | None, dtype=None) -> None:
+    """Raise a BackendError unless `backend` exists and serves x of `dtype`; None for no x."""
     if backend is not None and backend not in BACKENDS:
         raise BackendError(f"backend must be None or one of {BACKENDS}, got {backend!r}")
-    dtype = jnp.dtype(dtype)
-    if backend == "triton" and dtype not in TRITON_DTYPES:
+    dtype = None if dtype is None else jnp.dtype(dtype)
+    if backend == "triton" and dtype is not None and dtype not in TRITON_DTYPES:
         raise BackendError(
             f'backend "triton" multiplies bfloat16 or float16 activations, x is '
             f'{dtype.name}: cast x, or use backend="xla"'

@@ -23,7 +23,10 @@ from pallas_kernels.errors import BackendError
 
 
 def choose_at_lowering(
-    by_xla: Callable[..., Any], by_triton: Callable[..., Any], backend: str | None, dtype: Any
+    by_xla: Callable[..., Any],
+    by_triton: Callable[..., Any],
+    backend: str | None,
+    dtype: Any = None,
 ) -> Callable[..., Any]:
     """Choose the path by `backend` and platform; derivatives are those of `by_xla`.
 
@@ -31,10 +34,10 @@ def choose_at_lowering(
       by_xla: a function of trees of arrays.
       by_triton: the same function, with a keyword `interpret`.
       backend: as in `quant_matmul`.
-      dtype: of the activations.
+      dtype: of the activations that tensor cores multiply; None where there are none.
     """
     compiled, interpreted = (functools.partial(by_triton, interpret=i) for i in (False, True))
-    if backend == "xla" or dtype not in TRITON_DTYPES:
+    if backend == "xla" or dtype not in (None, *TRITON_DTYPES):
         run = by_xla
     elif backend is None:
         run = functools.partial(lax.platform_dependent, cuda=compiled, default=by_xla)

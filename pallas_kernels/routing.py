@@ -15,121 +15,19 @@ with `renormalize`.
 
 from __future__ import annotations
 
-import dataclasses
-import math
+import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
-from pallas_kernels.errors import SpecError
-
-_TINY = 1e-20  # avoids a division by 0 if all scores are 0, as in DeepSeek's code
-_LIFT = 2.0**40  # changes no rounding; keeps the square of `_TINY`, in the derivative, above 0
-
-
-def _root_softplus(logits: jax.Array) -> jax.Array:
-    positive = jax.nn.softplus(logits)
-    # the derivative of a square root is infinite at 0, which would make NaN of a vanished score's
-    vanished = positive == 0
-    return jnp.where(vanished, 0.0, jnp.sqrt(jnp.where(vanished, 1.0, positive)))
-
-
-def _add_best_two(choice: jax.Array) -> jax.Array:
-    return lax.top_k(choice, 2)[0].sum(-1)
-
-
-SCORINGS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "softmax": lambda logits: jax.nn.softmax(logits, axis=-1),
-    "sigmoid": jax.nn.sigmoid,
-    "sqrt_softplus": _root_softplus,
-}
-"""Name -> the scores of logits, float32 [..., E] both."""
-
-
-class GroupScore(NamedTuple):
-    """How good a group of experts is: `rate` makes [..., groups] of c [..., groups, experts].
-
-    Attributes:
-      least: how many experts a group must have.
-    """
-
-    rate: Callable[[jax.Array], jax.Array]
-    least: int
-
-
-GROUP_SCORES = {
-    "max": GroupScore(lambda choice: choice.max(-1), least=1),
-    "top2_sum": GroupScore(_add_best_two, least=2),
-}
-"""Name -> how groups are compared."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Routing:
-    """The options of `route`, hashable.
-
-    Attributes:
-      top_k: experts of a token.
-      scoring: one of `SCORINGS`.
-      renormalize: whether the weights of a token add up to `scaling_factor`.
-      groups: number of groups; each is a run of consecutive experts.
-      top_groups: how many of the groups a token may choose from.
-      group_score: one of `GROUP_SCORES`.
-      scaling_factor: multiplies the weights.
-
-    Raises:
-      SpecError: if a value is impossible.
-    """
-
-    top_k: int
-    scoring: str = "softmax"
-    renormalize: bool = True
-    groups: int = 1
-    top_groups: int = 1
-    group_score: str = "max"
-    scaling_factor: float = 1.0
-
-    def __post_init__(self):
-        faults = [
-            f"{name} must be an integer of at least 1, got {getattr(self, name)!r}"
-            for name in ("top_k", "groups", "top_groups")
-            if type(getattr(self, name)) is not int or getattr(self, name) < 1
-        ]
-        for name, table in (("scoring", SCORINGS), ("group_score", GROUP_SCORES)):
-            names, found = tuple(table), getattr(self, name)
-            if found not in names:
-                faults.append(f"{name} must be one of {names}, got {found!r}")
-        if not isinstance(self.renormalize, bool):
-            faults.append(f"renormalize must be True or False, got {self.renormalize!r}")
-        factor = self.scaling_factor
-        if isinstance(factor, bool) or not isinstance(factor, int | float):
-            faults.append(f"scaling_factor must be a number, got {factor!r}")
-        elif not math.isfinite(factor):
-            faults.append(f"scaling_factor must be finite, got {factor!r}")
-        if not faults and self.top_groups > self.groups:
-            faults.append(f"top_groups = {self.top_groups} must be at most groups = {self.groups}")
-        if faults:
-            raise SpecError("; ".join(faults))
-
-    def check_experts(self, experts: int) -> None:
-        """Raise a SpecError unless these options fit `experts` experts."""
-        if experts % self.groups:
-            raise SpecError(f"groups = {self.groups} must divide the {experts} experts")
-        size = experts // self.groups
-        if self.top_k > self.top_groups * size:
-            raise SpecError(
-                f"top_k = {self.top_k} must be at most {self.top_groups * size} "
-                f"(top_groups = {self.top_groups}, groups of {size} experts)"
-            )
-        least = GROUP_SCORES[self.group_score].least
-        if self.groups > 1 and size < least:
-            raise SpecError(
-                f"group_score {self.group_score!r} needs groups of at least {least} experts, "
-                f"got {size}"
-            )
+from pallas_kernels.backends import check_backend
+from pallas_kernels.errors import BackendError, SpecError
+from pallas_kernels.lowering import choose_at_lowering, has_symbolic
+from pallas_kernels.router.options import Routing
+from pallas_kernels.vmap_rule import fold_vmap
+from pallas_kernels.xla.routing import choose_experts
 
 
 def route(
@@ -143,6 +41,7 @@ def route(
     group_score: str = "max",
     correction_bias: jax.Array | None = None,
     scaling_factor: float = 1.0,
+    backend: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Choose the experts of every token. `Routing` explains the options, the module the formulas.
 
@@ -159,12 +58,14 @@ def route(
     Args:
       router_logits: float [..., E].
       correction_bias: float [E], added to the scores for the choice only.
+      backend: None, "triton" or "xla", see `quant_matmul`; logits of every dtype can have either.
 
     Returns:
       ids int32 [..., top_k], best first, and weights float32 [..., top_k].
 
     Raises:
       SpecError: if options and shapes contradict each other.
+      BackendError: if the named backend does not exist or cannot do it.
 
     Example:
       ```python
@@ -190,37 +91,49 @@ def route(
         )
     experts = logits.shape[-1]
     routing.check_experts(experts)
-    scores = SCORINGS[scoring](logits.astype(jnp.float32))
-    choice = lax.stop_gradient(scores)
+    bias = None
     if correction_bias is not None:
         bias = jnp.asarray(correction_bias)
         if bias.shape != (experts,) or not jnp.issubdtype(bias.dtype, jnp.floating):
             raise SpecError(
                 f"correction_bias must be float [{experts}], got {bias.dtype} {list(bias.shape)}"
             )
-        bias = lax.stop_gradient(bias).astype(jnp.float32)
-        choice = choice + jnp.expand_dims(bias, range(choice.ndim - 1))
-    broken = (~jnp.isfinite(scores) | jnp.isnan(choice)).any(-1, keepdims=True)
-    # Finite, so that two biases never add up to NaN, and only experts of other groups are -inf.
-    # Where broken, all are equal: so the first are chosen, whatever a device's top_k does with NaN.
-    finite = jnp.finfo(jnp.float32)
-    choice = jnp.where(broken, 0.0, jnp.clip(choice, finite.min, finite.max))
-    if groups > top_groups:
-        choice = _mask_groups(choice, routing)
-    ids = lax.top_k(choice, top_k)[1]
-    weights = jnp.take_along_axis(scores, ids, axis=-1)
-    if renormalize:
-        lifted = weights * _LIFT
-        weights = lifted / (lifted.sum(-1, keepdims=True) + _TINY * _LIFT)
-    return ids, jnp.where(broken, jnp.nan, weights * scaling_factor)
+        bias = bias.astype(jnp.float32)
+    check_backend(backend)
+    lead, rows = logits.shape[:-1], logits.reshape(-1, experts)
+    ids, weights = _choose_form(routing, rows, backend)(rows, bias)
+    return ids.reshape(*lead, top_k), weights.reshape(*lead, top_k)
 
 
-def _mask_groups(choice: jax.Array, routing: Routing) -> jax.Array:
-    """-inf for experts outside the best groups."""
-    size = choice.shape[-1] // routing.groups
-    grouped = choice.reshape(*choice.shape[:-1], routing.groups, size)
-    quality = GROUP_SCORES[routing.group_score].rate(grouped)
-    best = lax.top_k(quality, routing.top_groups)[1]
-    groups = jnp.expand_dims(jnp.arange(routing.groups, dtype=best.dtype), range(best.ndim))
-    kept = (best[..., None] == groups).any(-2)
-    return jnp.where(kept[..., None], grouped, -jnp.inf).reshape(choice.shape)
+def _choose_form(routing: Routing, rows: jax.Array, backend: str | None) -> Callable[..., Any]:
+    """The function (logits [T, E], bias) for this backend.
+
+    The kernel is for any number of tokens. A few hundred of them take the time of one, since each
+    is one warp. Above that, it executes about as many instructions as XLA's sort of E numbers does,
+    but in one kernel that reads the logits once instead of about eight.
+    """
+    by_xla = functools.partial(_choose_by_xla, routing)
+    if has_symbolic(rows.shape) and backend == "triton":
+        raise BackendError(
+            f'backend "triton" needs a known number of tokens, got router_logits '
+            f"{list(rows.shape)}: export the function once for each number of tokens"
+        )
+    if has_symbolic(rows.shape) or not rows.shape[0]:
+        return by_xla
+    return choose_at_lowering(by_xla, functools.partial(_choose_by_triton, routing), backend)
+
+
+def _choose_by_xla(routing: Routing, rows: jax.Array, bias: jax.Array | None) -> tuple:
+    return choose_experts(rows, routing, bias)
+
+
+def _choose_by_triton(
+    routing: Routing, rows: jax.Array, bias: jax.Array | None, *, interpret: bool
+) -> tuple:
+    # imported here, so that all else works where a later jax has no Pallas-Triton
+    from pallas_kernels.triton.routing import choose_experts as choose_by_triton
+
+    def run(rows: jax.Array, bias: jax.Array | None) -> tuple:
+        return choose_by_triton(rows, routing, bias, interpret=interpret)
+
+    return fold_vmap(run)(rows, bias)

@@ -9,10 +9,10 @@ from collections.abc import Iterator
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.formulas.norms import Norm
 from pallas_kernels.tiles.attention_rules import Division, choose_division
 from pallas_kernels.tiles.device import Device
 from pallas_kernels.triton.decode_attention import attend_token
-from pallas_kernels.triton.heads import HeadNorm
 from pallas_kernels.triton.parts import Parts
 from tests import gpu_aot
 
@@ -67,7 +67,7 @@ class Decode:
         lines = (self.rows * self.kv_heads, SLOTS, size)
 
         def run(q, k, v, weights, rotation, position, active, caches):
-            norms = [HeadNorm(w, 1e-6, self.norm) if self.norm else None for w in weights]
+            norms = [Norm(w, 1e-6, self.norm) if self.norm else None for w in weights]
             return attend_token(
                 Parts(q),
                 Parts(k),

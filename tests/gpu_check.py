@@ -41,12 +41,15 @@ from tests.gpu_cases import (
     MIXED_GROUPS,
     SIZE,
     TOP_K,
+    AnyCase,
+    Between,
     Case,
     Grouping,
     draw_cases,
     list_all,
     list_core,
 )
+from tests.gpu_small import list_small
 
 REPORT = Path(__file__).parents[1] / "docs" / "machine_code.md"
 _MAX_REGISTERS = 255
@@ -73,7 +76,7 @@ class Finding:
         number of the cache.
     """
 
-    case: Case | Grouping | Decode
+    case: AnyCase
     schedule: str
     block_m: int
     registers: int
@@ -104,7 +107,7 @@ class Finding:
                 f"{self.programs} programs a core with {self.tensor_columns} of "
                 f"{_TENSOR_COLUMNS} columns of tensor memory each"
             )
-        if self.per_weight is None or isinstance(self.case, Grouping):
+        if self.per_weight is None or not isinstance(self.case, Case | Decode):
             return faults
         wanted = "HGMMA" if self.case.arch == "sm_90a" and self.block_m >= 16 else "HMMA"
         if not any(wanted in opcode for opcode in self.opcodes):
@@ -123,11 +126,17 @@ class Finding:
         return BUDGETS.get((case.bits, self.block_m)) if is_typical else None
 
 
-def compile_case(case: Case | Grouping | Decode) -> Finding:
+def compile_case(case: AnyCase) -> Finding:
     """Compile one case and read its kernel."""
     block_m, estimated, programs, per_weight = 0, None, 1, None
     if isinstance(case, Grouping):
         schedule, kernels = f"blocks of {case.block} rows", _compile_grouping(case)
+    elif isinstance(case, Between):
+        small = list_small()[case.name]
+        schedule, kernels = (
+            "",
+            gpu_aot.compile(small.fn, *small.specs, arch=case.arch, only=small.only),
+        )
     elif isinstance(case, Decode):
         schedule, kernels, block_m = str(case.choose()), case.compile(), case.block_heads
     else:
@@ -148,7 +157,7 @@ def compile_case(case: Case | Grouping | Decode) -> Finding:
         programs = count_programs(schedule, case.spec, case.device)
     return Finding(
         case,
-        schedule if isinstance(schedule, str) else describe(schedule, case.tokens),
+        describe(schedule, case.tokens) if isinstance(case, Case) else schedule,
         block_m,
         kernel.registers,
         kernel.spill_bytes,
@@ -247,6 +256,7 @@ def write_report(findings: list[Finding]) -> str:
         for groups in (GROUPS, MIXED_GROUPS):
             lines += _write_table([f for f in products if f.case.group_size in groups], groups)
         lines += _write_groupings([f for f in group if isinstance(f.case, Grouping)])
+        lines += _write_between([f for f in group if isinstance(f.case, Between)])
         lines += write_attention([f for f in group if isinstance(f.case, Decode)])
     return "\n".join(lines) + "\n"
 
@@ -282,6 +292,17 @@ def _write_groupings(findings: list[Finding]) -> list[str]:
     for f in findings:
         facts = f"{f.case.pairs} pairs, {f.case.experts} experts"
         lines.append(f"| {facts} | {sum(f.opcodes.values())} | {f.registers} |")
+    return [*lines, ""]
+
+
+def _write_between(findings: list[Finding]) -> list[str]:
+    if not findings:
+        return []
+    head = "| between the products | instructions | registers | KiB of shared memory |"
+    lines = [head, "| --- | --- | --- | --- |"]
+    for f in findings:
+        figures = f"{sum(f.opcodes.values())} | {f.registers} | {f.shared_bytes / 1024:.1f}"
+        lines.append(f"| {f.case.name} | {figures} |")
     return [*lines, ""]
 
 

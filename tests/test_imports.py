@@ -26,13 +26,15 @@ FAMILY = "FAMILY"
 WINGS = {
     "pallas_kernels": """
         __init__
-        matmul moe
+        step
+        matmul moe routing
         lowering
-        backends routing vmap_rule
+        backends vmap_rule
         xla triton
         tiles
         format
-        activations arguments
+        formulas
+        arguments router
         errors
     """,
     "loaders": """
@@ -79,7 +81,7 @@ WINGS = {
 }
 MOST_LINES = 400
 MOST_ROOMS = 9
-LARGE_WINGS = {"jaxwna16/bench", "jaxwna16/cli"}
+LARGE_WINGS = {"jaxwna16/bench", "jaxwna16/cli", "jaxwna16/generation", "pallas_kernels"}
 
 
 def _list_packages(path: Path) -> set[str]:

@@ -22,6 +22,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.errors import BackendError
+from pallas_kernels.formulas.norms import KINDS, Norm
 from pallas_kernels.tiles.attention_rules import (
     Division,
     choose_division,
@@ -31,7 +32,7 @@ from pallas_kernels.tiles.attention_rules import (
 )
 from pallas_kernels.tiles.device import find_device
 from pallas_kernels.triton.combine import Partials, apply_gate, combine_splits, store_partials
-from pallas_kernels.triton.heads import KINDS, Features, HeadNorm, load_head
+from pallas_kernels.triton.heads import Features, load_head
 from pallas_kernels.triton.parts import Parts, load_sum
 from pallas_kernels.triton.slots import LOG2_E, Sums, walk_slots
 from pallas_kernels.triton.walk import divide
@@ -81,8 +82,8 @@ def attend_token(
     k: Parts,
     v: Parts,
     *,
-    q_norm: HeadNorm | None,
-    k_norm: HeadNorm | None,
+    q_norm: Norm | None,
+    k_norm: Norm | None,
     rotation: tuple[Array, Array],
     position: Array,
     active: Array,
@@ -176,7 +177,7 @@ def _check(task: Task, q: Parts, k: Parts, v: Parts, norms, batch: int, cache_k,
 
 def attend_splits(
     projected: tuple[Parts, Parts, Parts],
-    norms: tuple[HeadNorm | None, HeadNorm | None],
+    norms: tuple[Norm | None, Norm | None],
     rotation: tuple[Array, Array],
     places: tuple[Array, Array],
     caches: tuple[Array, Array],
@@ -196,7 +197,7 @@ def attend_splits(
         result: Any = Partials.describe(heads, division.splits, head_dim)
     else:
         result = jax.ShapeDtypeStruct((heads, head_dim), dtype)
-    kinds = [None if norm is None else norm._replace(weight=None) for norm in norms]
+    kinds = [None if norm is None else dataclasses.replace(norm, weight=None) for norm in norms]
     weights = [None if norm is None else norm.weight for norm in norms]
     *caches_out, result = pl.pallas_call(
         functools.partial(_attend_split, kinds=kinds, task=task, division=division),
@@ -235,7 +236,7 @@ def _attend_split(
     position, active = (ref[row] for ref in places)
     q, k, v = projected
     q_norm, k_norm = (
-        None if kind is None else kind._replace(weight=weight)
+        None if kind is None else dataclasses.replace(kind, weight=weight)
         for kind, weight in zip(kinds, weights, strict=True)
     )
     features, dtype = task.features, keys_ref.dtype

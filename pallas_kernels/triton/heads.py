@@ -10,32 +10,16 @@ float32, so with cosines and sines of 16 bits a head has the same bits on every 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import triton as plgpu
 
+from pallas_kernels.formulas.norms import Norm
 from pallas_kernels.tiles.attention_rules import pad
 from pallas_kernels.triton.parts import load_sum
-
-
-class HeadNorm(NamedTuple):
-    """x / sqrt(mean(x^2) + eps) of each head, computed in float32.
-
-    Attributes:
-      weight: [D].
-      kind: "rounded": rounded, then times the weight in that dtype; "offset": times 1 + weight,
-        rounded once; "wide": times the weight, rounded once.
-    """
-
-    weight: jax.Array
-    eps: float
-    kind: str
-
-
-KINDS = ("rounded", "offset", "wide")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +58,7 @@ def load_head(
     starts: jax.Array,
     features: Features,
     rotation: tuple[Any, Any],
-    norm: HeadNorm | None,
+    norm: Norm | None,
     dtype: Any,
     wanted: jax.Array | None = None,
 ) -> jax.Array:
@@ -109,10 +93,11 @@ def load_head(
 
 
 def _scale(
-    x: jax.Array, factor: jax.Array, norm: HeadNorm, columns: jax.Array, mask: jax.Array
+    x: jax.Array, factor: jax.Array, norm: Norm, columns: jax.Array, mask: jax.Array
 ) -> jax.Array:
     """Times the norm's factor [G, 1] and the weights of these features, in the dtype of x."""
-    weight = plgpu.load(norm.weight.at[columns], mask=mask, other=0).astype(jnp.float32)
+    ref: Any = norm.weight
+    weight = plgpu.load(ref.at[columns], mask=mask, other=0).astype(jnp.float32)
     normalised = x.astype(jnp.float32) * factor
     if norm.kind == "rounded":
         normalised = normalised.astype(x.dtype).astype(jnp.float32)

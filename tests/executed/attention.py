@@ -12,10 +12,11 @@ import functools
 
 import numpy as np
 
+from pallas_kernels.formulas.norms import Norm
 from pallas_kernels.tiles.attention_rules import Division, choose_division
 from pallas_kernels.triton.combine import Partials, combine_splits
 from pallas_kernels.triton.decode_attention import Task, attend_splits
-from pallas_kernels.triton.heads import Features, HeadNorm
+from pallas_kernels.triton.heads import Features
 from pallas_kernels.triton.parts import Parts
 from tests.executed.bounds import DTYPES, Bounded, U
 from tests.executed.products import find_device
@@ -117,7 +118,7 @@ class Attention:
 
 
 def _attend(sums, biases, weights, rotation, position, active, caches, *, interpret=False, **facts):
-    norms = [None if w is None else HeadNorm(w, EPS, facts["norm"]) for w in weights]
+    norms = [None if w is None else Norm(w, EPS, facts["norm"]) for w in weights]
     result, *caches = attend_splits(
         tuple(map(Parts, sums, biases)),
         tuple(norms),

@@ -8,11 +8,12 @@ from collections.abc import Iterator
 
 from pallas_kernels.tiles.tiles import Tiles
 from tests import gpu_aot
+from tests.executed.add_norm import AddNorm
 from tests.executed.attention import Attention, Combination
 from tests.executed.experts import Experts, Grouping
 from tests.executed.products import Expansion, Product
 
-Case = Product | Expansion | Experts | Grouping | Attention | Combination
+Case = Product | Expansion | Experts | Grouping | AddNorm | Attention | Combination
 ARCHS = tuple(gpu_aot.TARGETS)
 _B, _F = "bfloat16", "float16"
 _BITS, _DTYPES = (4, 8), (_B, _F)
@@ -62,6 +63,9 @@ def list_core() -> list[Case]:
         Product("sm_100a", 16, 4, _B, 48),
         Product("sm_100a", 130, 4, _B, 32),
         Grouping("sm_100a", 8, 140, 8),
+        AddNorm("sm_80", 3, 320, _F, late="wide", early=""),
+        AddNorm("sm_90a", 2, 96, _B, splits=3),
+        AddNorm("sm_100a", 2, 128, _B, splits=2, top_k=4, shared=True, early="offset"),
         *_list_core_attention(),
     ]
 
@@ -110,6 +114,11 @@ def _list_for(arch: str) -> Iterator[Case]:
         yield Combination(arch, *facts)
     yield Combination(arch, 256, 64, _B, gated=True, parts=3)
     yield Combination(arch, 128, 4, _F, gated=True)
+    for dtype, early in itertools.product(_DTYPES, ("rounded", "offset", "wide")):
+        yield AddNorm(arch, 2, 96, dtype, splits=3, early=early)
+        yield AddNorm(arch, 3, 1024, dtype, late=early, early="")
+        yield AddNorm(arch, 2, 128, dtype, splits=2, top_k=8, shared=True, early=early)
+    yield AddNorm(arch, 1, 4096, _B, splits=8)
 
 
 def _list_attention() -> Iterator[tuple[tuple, dict]]:

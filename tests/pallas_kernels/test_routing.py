@@ -15,7 +15,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from pallas_kernels import SpecError, route
-from pallas_kernels.routing import GROUP_SCORES, SCORINGS, Routing
+from pallas_kernels.router.options import GROUP_SCORES, Routing
+from pallas_kernels.router.scores import SCORINGS
 from tests.grids import sample
 
 U = 2.0**-24

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Protocol
 
 from jaxwna16.models.config.config_reader import ConfigReader
-from pallas_kernels.routing import Routing
+from pallas_kernels.router.options import Routing
 
 _INNER, _TOP_K = "moe_intermediate_size", "num_experts_per_tok"
 

@@ -12,8 +12,10 @@ from flax import nnx
 from jaxwna16.layers.moe import QuantMoE, weigh_shared
 from jaxwna16.models.config.moe_config import MoeConfig
 from jaxwna16.models.parts.layers import MLP, Dense, Linears, multiply
-from pallas_kernels.moe import float_moe
+from pallas_kernels.formulas.norms import Onto
+from pallas_kernels.moe import Options, float_moe
 from pallas_kernels.routing import route
+from pallas_kernels.step.residual import add_onto, run_experts_onto
 
 Array = jax.Array
 
@@ -41,6 +43,32 @@ class SparseBlock(nnx.Module):
             correction_bias=self.gate.read_bias(),
             shared=None if self.shared is None else getattr(self, self.shared)(x),
             shared_gate=None if gate is None else gate(x),
+        )
+
+    def run_onto(self, x: Array, onto: Onto) -> tuple[Array, Array | None]:
+        """Add the result for x to a stream; see `project_onto`."""
+        experts, gate = self.experts, self.shared_expert_gate
+        if type(experts) is not QuantMoE:
+            return add_onto(self(x), onto, backend=experts.backend)
+        options = experts.options
+        ids, factors = route(
+            self.gate(x),
+            correction_bias=self.gate.read_bias(),
+            **dataclasses.asdict(options.routing),
+        )
+        return run_experts_onto(
+            x,
+            ids,
+            factors,
+            experts.w13.weights,
+            experts.w2.weights,
+            experts.spec13,
+            experts.spec2,
+            onto,
+            options=Options(options.activation, options.gated, options.interleaved, options.weigh),
+            shared=None if self.shared is None else getattr(self, self.shared)(x),
+            shared_gate=None if gate is None else gate(x),
+            backend=options.backend,
         )
 
 
@@ -82,11 +110,12 @@ class FloatStack(nnx.Module):
 class FloatExperts(nnx.Module):
     """Experts that are floats in the model; called as `QuantMoE` is."""
 
-    def __init__(self, moe: MoeConfig, hidden: int, *, dtype):
+    def __init__(self, moe: MoeConfig, hidden: int, *, dtype, backend: str | None = None):
         inner = moe.intermediate_size
+        self.backend = backend
         self.w13 = FloatStack(moe.experts, 2 * inner, hidden, dtype=dtype)
         self.w2 = FloatStack(moe.experts, hidden, inner, dtype=dtype)
-        self.routing = moe.routing
+        self.routing, self.backend = moe.routing, backend
 
     def __call__(
         self,
@@ -98,7 +127,9 @@ class FloatExperts(nnx.Module):
         shared_gate: Array | None = None,
     ) -> Array:
         options = dataclasses.asdict(self.routing)
-        ids, weights = route(router_logits, correction_bias=correction_bias, **options)
+        ids, weights = route(
+            router_logits, correction_bias=correction_bias, backend=self.backend, **options
+        )
         return float_moe(
             x,
             ids,
@@ -114,7 +145,7 @@ def make_experts(moe: MoeConfig, hidden: int, linears: Linears, path: str) -> An
     spec13 = linears.find_spec(f"{path}.w13", 2 * moe.intermediate_size, hidden)
     spec2 = linears.find_spec(f"{path}.w2", hidden, moe.intermediate_size)
     if spec13 is None or spec2 is None:
-        return FloatExperts(moe, hidden, dtype=linears.dtype)
+        return FloatExperts(moe, hidden, dtype=linears.dtype, backend=linears.backend)
     return QuantMoE(
         spec13,
         spec2,

@@ -15,11 +15,11 @@ from hypothesis import given as draw_from
 from hypothesis import settings
 from hypothesis import strategies as st
 
-from jaxwna16.models.parts.rope import rotate
 from pallas_kernels.errors import BackendError
+from pallas_kernels.formulas.norms import Norm
+from pallas_kernels.formulas.rotation import rotate
 from pallas_kernels.tiles.attention_rules import Division
 from pallas_kernels.triton.decode_attention import attend_token
-from pallas_kernels.triton.heads import HeadNorm
 from pallas_kernels.triton.parts import Parts
 from tests.grids import cover, sample
 from tests.pallas_kernels.attention import (
@@ -43,7 +43,7 @@ ONE = Division(splits=1, block=32)
 @functools.partial(jax.jit, static_argnames=("step", "division"), compiler_options=as_written)
 def _run(arguments, step: Step, division: Division):
     sums, biases, weights, rotation, position, active, caches = arguments
-    norms = [None if w is None else HeadNorm(w, EPS, step.norm) for w in weights]
+    norms = [None if w is None else Norm(w, EPS, step.norm) for w in weights]
     return attend_token(
         *map(Parts, sums, biases),
         q_norm=norms[0],
@@ -234,7 +234,7 @@ def test_what_does_not_fit_is_refused(change, message):
     parts = Parts(jnp.zeros((1, 2, 16), dtype))
     cache = jnp.zeros((2, 8, 16), dtype)
     table = jnp.ones((2, change.get("rotated", 16) // 2), dtype)
-    norm = HeadNorm(jnp.ones(16, dtype), EPS, change.get("kind", "wide"))
+    norm = Norm(jnp.ones(16, dtype), EPS, change.get("kind", "wide"))
     with pytest.raises(BackendError, match=message):
         attend_token(
             parts,

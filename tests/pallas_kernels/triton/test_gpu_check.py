@@ -14,7 +14,7 @@ import pytest
 
 from tests import gpu_aot
 from tests.gpu_attention import Decode
-from tests.gpu_cases import Case, Grouping, list_core
+from tests.gpu_cases import Between, Case, Grouping, list_core
 from tests.gpu_check import Finding, write_report
 
 _ROOT = Path(__file__).parents[3]
@@ -53,12 +53,8 @@ def check(*options: str) -> list[dict]:
 @pytest.fixture(scope="module")
 def findings() -> dict[str, dict]:
     """The finding of each core case."""
-    kinds = {"bits": Case, "experts": Grouping, "head_dim": Decode}
-    found = {}
-    for finding in check("--core"):
-        kind = next(kind for key, kind in kinds.items() if key in finding["case"])
-        found[str(kind(**finding["case"]))] = finding
-    return found
+    kinds = {kind.__match_args__: kind for kind in (Case, Grouping, Between, Decode)}
+    return {str(kinds[tuple(f["case"])](**f["case"])): f for f in check("--core")}
 
 
 @pytest.mark.parametrize("case", list_core(), ids=str)

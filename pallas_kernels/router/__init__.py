@@ -1,0 +1,1 @@
+"""How a router's logits choose experts: what all forms of `route` share."""
