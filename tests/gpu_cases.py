@@ -22,6 +22,7 @@ from pallas_kernels.tiles.tiles import Schedule, Tiles
 from pallas_kernels.triton.dense import can_pair
 from pallas_kernels.triton.grouping import MOST_PAIRS
 from tests import gpu_aot
+from tests.gpu_attention import Decode, list_attention, list_core_attention
 from tests.gpu_small import list_small
 
 SIZE = 4096
@@ -128,7 +129,7 @@ class Between:
     name: str
 
 
-AnyCase = Case | Grouping | Between
+AnyCase = Case | Grouping | Between | Decode
 
 
 def list_core() -> list[AnyCase]:
@@ -145,6 +146,7 @@ def list_core() -> list[AnyCase]:
         Case("sm_89", 256, 4, "bfloat16", 80, experts=FIRST, scale_dtype="float32"),
         Grouping("sm_90a", 512, 4096, 8),
         *(Between("sm_90a", name) for name in list_small()),
+        *list_core_attention(),
     ]
 
 
@@ -170,6 +172,7 @@ def list_all() -> list[AnyCase]:
         *_list_experts(),
         *(Grouping(arch, *facts) for arch in archs for facts in _list_groupings()),
         *(Between(arch, name) for arch in archs for name in list_small()),
+        *list_attention(),
     ]
 
 

@@ -34,8 +34,9 @@ class Partials(NamedTuple):
     @classmethod
     def describe(cls, heads: int, splits: int, features: int) -> Partials:
         """Their shapes, for B * H heads."""
-        flat = jax.ShapeDtypeStruct((heads, splits), jnp.float32)
-        return cls(jax.ShapeDtypeStruct((heads, splits, features), jnp.float32), flat, flat)
+        flat: Any = jax.ShapeDtypeStruct((heads, splits), jnp.float32)
+        mixed: Any = jax.ShapeDtypeStruct((heads, splits, features), jnp.float32)
+        return cls(mixed, flat, flat)
 
 
 def store_partials(

@@ -155,7 +155,7 @@ def attend_token(
             dtype=cache_k.dtype,
             interpret=interpret,
         )
-    return result, cache_k, cache_v
+    return result.reshape(position.shape[0], -1), cache_k, cache_v
 
 
 def _check(task: Task, q: Parts, k: Parts, v: Parts, norms, batch: int, cache_k, cache_v) -> None:
@@ -189,7 +189,7 @@ def attend_splits(
     """The first kernel alone; arguments as `attend_token`.
 
     Returns:
-      `Partials`, or the finished result [B, H * D] if there is one split; and both caches.
+      `Partials`, or the finished result [B * H, D] if there is one split; and both caches.
     """
     batch, dtype = places[0].shape[0], caches[0].dtype
     heads, head_dim = batch * task.kv_heads * task.group, task.features.head_dim
@@ -208,8 +208,6 @@ def attend_splits(
         interpret=interpret,
         name="flash_decode",
     )(*caches, projected, weights, rotation if task.features.rotated else None, places)
-    if division.splits == 1:
-        result = result.reshape(batch, -1)
     return result, *caches_out
 
 

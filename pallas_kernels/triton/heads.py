@@ -96,7 +96,8 @@ def _scale(
     x: jax.Array, factor: jax.Array, norm: Norm, columns: jax.Array, mask: jax.Array
 ) -> jax.Array:
     """Times the norm's factor [G, 1] and the weights of these features, in the dtype of x."""
-    weight = plgpu.load(norm.weight.at[columns], mask=mask, other=0).astype(jnp.float32)
+    ref: Any = norm.weight
+    weight = plgpu.load(ref.at[columns], mask=mask, other=0).astype(jnp.float32)
     normalised = x.astype(jnp.float32) * factor
     if norm.kind == "rounded":
         normalised = normalised.astype(x.dtype).astype(jnp.float32)

@@ -51,7 +51,7 @@ def walk_slots(
     scale: float,
     start: Sums,
 ) -> Sums:
-    """Add the slots of a span to `start`.
+    """Add the slots of a span to `start`; of no slot at all, if neither has any, it is NaN.
 
     Args:
       block: slots of one step.
@@ -78,7 +78,9 @@ def walk_slots(
         added = plgpu.dot(values.T, weights.astype(values.dtype))
         return Sums(largest, total, sums.mixed * shrink[None, :] + added)
 
-    return lax.fori_loop(0, count_blocks(span, block), take_step, start)
+    # at least one: on sm_100 Triton reads the sums of the first step whether there is one or not
+    steps = jnp.maximum(count_blocks(span, block), 1)
+    return lax.fori_loop(0, steps, take_step, start)
 
 
 def sum_all(terms: Sequence[jax.Array]) -> jax.Array:

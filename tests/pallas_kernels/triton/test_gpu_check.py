@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests import gpu_aot
+from tests.gpu_attention import Decode
 from tests.gpu_cases import Between, Case, Grouping, list_core
 from tests.gpu_check import Finding, write_report
 
@@ -52,7 +53,7 @@ def check(*options: str) -> list[dict]:
 @pytest.fixture(scope="module")
 def findings() -> dict[str, dict]:
     """The finding of each core case."""
-    kinds = {kind.__match_args__: kind for kind in (Case, Grouping, Between)}
+    kinds = {kind.__match_args__: kind for kind in (Case, Grouping, Between, Decode)}
     return {str(kinds[tuple(f["case"])](**f["case"])): f for f in check("--core")}
 
 
@@ -110,6 +111,29 @@ def test_every_fault_is_found_and_reported(changes, fault):
     finding = dataclasses.replace(_GOOD, **changes)
     assert finding.find_faults() == [fault]
     assert fault in write_report([finding])
+
+
+@pytest.mark.parametrize(
+    ("changes", "fault"),
+    [
+        ({"spill_bytes": 4}, "4 bytes spilled"),
+        ({"per_weight": 2.6}, "2.60 instructions per weight, budget 2.5"),
+        ({"opcodes": {"LDGSTS.E.BYPASS.128": 1}}, "no HMMA in the loop"),
+    ],
+)
+def test_attention_spills_nothing_and_has_budgets_of_its_own(changes, fault):
+    opcodes = {"HMMA.16816.F32.BF16": 16, "LDGSTS.E.BYPASS.128": 16}
+    good = dataclasses.replace(
+        _GOOD,
+        case=Decode("sm_90a", 128, 4, "bfloat16"),
+        block_m=8,
+        estimated_bytes=None,
+        per_weight=2.2,
+        opcodes=opcodes,
+    )
+    assert good.find_faults() == []
+    assert dataclasses.replace(good, **changes).find_faults() == [fault]
+    assert "| heads of 128 | 4 | 1 | bfloat16 | 2.20 · 128 · 88 |" in write_report([good])
 
 
 def test_the_report_names_the_assembler(monkeypatch):
