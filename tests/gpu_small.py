@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.formulas.norms import Norm, Onto
 from pallas_kernels.triton.add_norm import Experts, finish_rows
+from pallas_kernels.triton.flash import attend_piece
 from pallas_kernels.triton.parts import Parts
 
 BF16, F32 = jnp.bfloat16, jnp.float32
@@ -25,7 +26,7 @@ class Small(NamedTuple):
 
 def list_small() -> dict[str, Small]:
     """What it does, and for which model and batch -> the kernel."""
-    return dict(_list_add_norm())
+    return {**dict(_list_add_norm()), **dict(_list_pieces())}
 
 
 def describe(*shape: int, dtype: Any = BF16) -> jax.ShapeDtypeStruct:
@@ -54,3 +55,28 @@ def _list_add_norm() -> Iterator[tuple[str, Small]]:
         "add experts and norm, Qwen3-30B-A3B, batch 1",
         Small(run_experts, (*specs, describe(8, dtype=jnp.int32)), "add_norm"),
     )
+
+
+def _list_pieces() -> Iterator[tuple[str, Small]]:
+    """Attention of a piece in the middle of a prompt; Gemma 4's widest heads among them."""
+    for model, tokens, heads, kv_heads, head_dim, window, dtype in (
+        ("Llama-3.1-8B", 2048, 32, 8, 128, None, BF16),
+        ("Llama-3.1-8B", 2048, 32, 8, 128, None, jnp.float16),
+        ("Mistral-7B", 2048, 32, 8, 128, 4096, BF16),
+        ("SmolLM2-135M", 512, 9, 3, 64, None, BF16),
+        ("Qwen3.6-27B", 2048, 24, 4, 256, None, BF16),
+        ("gemma-4, windows", 2048, 32, 16, 256, 1024, BF16),
+        ("gemma-4, wide heads", 2048, 32, 4, 512, None, BF16),
+        ("a head of 80", 16, 32, 32, 80, None, BF16),
+    ):
+
+        def run(q, k, v, start, count, window=window):
+            return attend_piece(q, k, v, start=start, count=count, window=window)
+
+        cache, bound = describe(kv_heads, 8192, head_dim, dtype=dtype), describe(1, dtype=jnp.int32)
+        queries = describe(1, tokens, heads, head_dim, dtype=dtype)
+        sixteen = "" if dtype == BF16 else ", float16"
+        yield (
+            f"attention of {tokens} tokens, {model}{sixteen}",
+            Small(run, (queries, cache, cache, bound, bound), "attend_piece"),
+        )

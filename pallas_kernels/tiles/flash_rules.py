@@ -7,7 +7,9 @@ import dataclasses
 from pallas_kernels.tiles.device import Device
 
 _LEAST = 16
-"""The fewest rows and slots that a tensor core multiplies."""
+"""The fewest rows, slots and features that a tensor core multiplies."""
+_SPARE = 1024
+"""Bytes of shared memory for barriers."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,39 +29,47 @@ class FlashTiles:
     stages: int
 
 
-def choose_flash(rows: int, head_dim: int, device: Device) -> FlashTiles:
-    """The tiles for `rows` rows of one key head.
+# Registers hold the sums of a program, block_m x D, and its scores, block_m x block_n. So both
+# shrink as heads grow. These are the largest without spills, with and without a window, that
+# shared memory holds; a larger block_n has fewer instructions for each slot.
+_RECENT = {
+    64: FlashTiles(block_m=128, block_n=128, warps=8, stages=3),
+    128: FlashTiles(block_m=128, block_n=128, warps=8, stages=2),
+    256: FlashTiles(block_m=128, block_n=64, warps=8, stages=2),
+    512: FlashTiles(block_m=64, block_n=16, warps=8, stages=2),
+}
+"""By features of a head, for tensor cores that read queries from shared memory."""
+_OLDER = {
+    64: FlashTiles(block_m=128, block_n=64, warps=8, stages=3),
+    128: FlashTiles(block_m=128, block_n=64, warps=8, stages=3),
+    256: FlashTiles(block_m=64, block_n=32, warps=8, stages=2),
+    512: FlashTiles(block_m=32, block_n=32, warps=8, stages=1),
+}
 
-    Registers hold the sums of a program, block_m x head_dim, and its scores, block_m x block_n. So
-    both blocks shrink as heads grow; the blocks are the largest that were compiled without spills.
-    """
-    wide = pad_head_dim(head_dim)
-    if device.is_hopper or device.is_blackwell:
-        block_m, block_n, warps, stages = _RECENT[min(wide, 512)]
-    else:
-        block_m, block_n, warps, stages = _OLDER[min(wide, 512)]
+
+def choose_flash(rows: int, head_dim: int, device: Device) -> FlashTiles:
+    """The tiles for `rows` rows of one key head: of a short piece, no more than it has."""
+    table = _RECENT if device.is_hopper or device.is_blackwell else _OLDER
+    tiles = table[min(max(pad_head_dim(head_dim), min(table)), max(table))]
     fitting = max(_LEAST, 1 << (rows - 1).bit_length())
-    return FlashTiles(block_m=min(block_m, fitting), block_n=block_n, warps=warps, stages=stages)
+    tiles = dataclasses.replace(tiles, block_m=min(tiles.block_m, fitting))
+    if measure_flash_memory(tiles, head_dim, device) > device.shared_memory:
+        tiles = dataclasses.replace(tiles, stages=tiles.stages - 1)
+    return tiles
 
 
 def pad_head_dim(head_dim: int) -> int:
-    """The power of two that a block has."""
+    """The features that a block has: a power of two."""
     return max(_LEAST, 1 << (head_dim - 1).bit_length())
 
 
-_RECENT = {
-    16: (128, 64, 4, 3),
-    32: (128, 64, 4, 3),
-    64: (128, 128, 8, 3),
-    128: (128, 128, 8, 2),
-    256: (128, 64, 8, 2),
-    512: (64, 16, 8, 2),
-}
-_OLDER = {
-    16: (128, 64, 4, 2),
-    32: (128, 64, 4, 2),
-    64: (128, 64, 4, 2),
-    128: (128, 64, 8, 2),
-    256: (64, 32, 8, 2),
-    512: (32, 32, 8, 1),
-}
+def measure_flash_memory(tiles: FlashTiles, head_dim: int, device: Device) -> int:
+    """Bytes of shared memory one program takes at most, as the compiler was seen to lay it out.
+
+    Keys and values of each stage, the queries where tensor cores read them there, and the weights
+    of a step where several warps have the same rows and exchange them.
+    """
+    recent = device.is_hopper or device.is_blackwell
+    lines = 2 * tiles.stages * tiles.block_n + (tiles.block_m if recent else 0)
+    exchanged = tiles.block_m * tiles.block_n if tiles.block_m < 16 * tiles.warps else 0
+    return 2 * (lines * pad_head_dim(head_dim) + exchanged) + _SPARE

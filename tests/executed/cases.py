@@ -11,9 +11,10 @@ from tests import gpu_aot
 from tests.executed.add_norm import AddNorm
 from tests.executed.attention import Attention, Combination
 from tests.executed.experts import Experts, Grouping
+from tests.executed.pieces import PieceAttention
 from tests.executed.products import Expansion, Product
 
-Case = Product | Expansion | Experts | Grouping | AddNorm | Attention | Combination
+Case = Product | Expansion | Experts | Grouping | AddNorm | Attention | Combination | PieceAttention
 ARCHS = tuple(gpu_aot.TARGETS)
 _B, _F = "bfloat16", "float16"
 _BITS, _DTYPES = (4, 8), (_B, _F)
@@ -67,6 +68,9 @@ def list_core() -> list[Case]:
         AddNorm("sm_90a", 2, 96, _B, splits=3),
         AddNorm("sm_100a", 2, 128, _B, splits=2, top_k=4, shared=True, early="offset"),
         *_list_core_attention(),
+        PieceAttention("sm_80", 64, 4, _B, window=40),
+        PieceAttention("sm_90a", 64, 4, _F),
+        PieceAttention("sm_100a", 64, 3, _B),
     ]
 
 
@@ -119,6 +123,22 @@ def _list_for(arch: str) -> Iterator[Case]:
         yield AddNorm(arch, 3, 1024, dtype, late=early, early="")
         yield AddNorm(arch, 2, 128, dtype, splits=2, top_k=8, shared=True, early=early)
     yield AddNorm(arch, 1, 4096, _B, splits=8)
+    yield from (PieceAttention(arch, *facts, **more) for facts, more in _list_pieces())
+
+
+def _list_pieces() -> Iterator[tuple[tuple, dict]]:
+    """Size of a head, query heads of a key head, dtype; and the rest."""
+    grids = (
+        (((64, 128), (1, 4), _DTYPES), {}),
+        (((64, 128), (4,), (_B,)), {"window": 90}),
+        (((80, 96), (7,), _DTYPES), {"kv_heads": 2}),
+        (((256,), (6,), _DTYPES), {}),
+        (((256,), (2,), (_B,)), {"window": 100, "blocks": 1}),
+        (((512,), (8,), (_B,)), {}),
+    )
+    for axes, more in grids:
+        for facts in itertools.product(*axes):
+            yield facts, more
 
 
 def _list_attention() -> Iterator[tuple[tuple, dict]]:
