@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from typing import Any
 
 import jax
@@ -119,7 +120,7 @@ class _Convolution:
         total = line[0].astype(jnp.float32) * taps[0]
         for x, tap in zip(line[1:], taps[1:], strict=True):
             total = total + x.astype(jnp.float32) * tap
-        for i, (old, new) in enumerate(zip(line, line[1:], strict=False)):
+        for i, (old, new) in enumerate(itertools.pairwise(line)):
             plgpu.store(
                 self.new_inputs.at[self.row, i, features],
                 jnp.where(self.is_active, new, old),
@@ -153,13 +154,7 @@ def _step_head(
 
     coming = load(blocks[0])
     convolution = _Convolution(qkv, kept["conv_weight"], inputs, new_inputs, row, is_active)
-    q, k = (
-        _divide_by_length(
-            convolution.run((first + key_head) * key_dim + keys, keys < key_dim, is_mine=place == 0)
-        )
-        for first in (0, key_heads)
-    )
-    q = q * key_dim**-0.5
+    q, k = _find_directions(convolution, keys, key_head, key_heads, key_dim, place == 0)
     dtype = inputs.dtype
     beta, decay = _load_factors(b, a, kept, row, head, dtype)
     mixed = []
@@ -185,6 +180,28 @@ def _step_head(
         plgpu.store(y_ref.at[row, features], y, mask=exists)
 
 
+def _find_directions(
+    convolution: _Convolution,
+    keys: jax.Array,
+    key_head: jax.Array,
+    key_heads: int,
+    key_dim: int,
+    is_mine: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """q / sqrt(Dk) and k of a key head, both divided by their lengths; float32 [Dk].
+
+    One tile holds both. It has a number for each thread: Triton would take less for cheap, and
+    compute it again for each number of the state that a thread holds.
+    """
+    which = jnp.arange(2, dtype=jnp.int32)[:, None]
+    features = (which * key_heads + key_head) * key_dim + keys[None, :]
+    exists = (which >= 0) & (keys < key_dim)[None, :]
+    both = convolution.run(features, exists, is_mine)
+    both = both * lax.rsqrt(jnp.sum(both * both, axis=1) + _EPS)[:, None]
+    q, k = (jnp.sum(jnp.where(which == i, both, 0.0), axis=0) for i in range(2))
+    return q * key_dim**-0.5, k
+
+
 def _load_factors(
     b: Any, a: Any, kept: Any, row: jax.Array, head: jax.Array, dtype: Any
 ) -> tuple[jax.Array, jax.Array]:
@@ -199,7 +216,3 @@ def _load_factors(
 def _round(x: jax.Array, dtype: Any) -> jax.Array:
     """To a narrower dtype, and float32 again."""
     return x.astype(dtype).astype(jnp.float32)
-
-
-def _divide_by_length(x: jax.Array) -> jax.Array:
-    return x * lax.rsqrt(jnp.sum(x * x) + _EPS)
