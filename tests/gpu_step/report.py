@@ -37,7 +37,8 @@ Weights are W4A16, asymmetric, in groups of 128; heads, embeddings and routers a
 are the linears of delta nets, which published checkpoints leave plain ("all packed": not these).
 {layers} layers are compiled. What is said of a whole step counts a layer between two others as
 often as the model has such layers. Decoding: {slots} slots, of which {position} are seen. Prefill:
-one piece of one row, no tokens before it.
+one piece of one row, no tokens before it. XLA tries products in several ways where there is a GPU;
+here it takes the first, so its own products may be other kernels there.
 
 Bytes of a kernel: its operands and results, each once; of what XLA slices, gathers or updates in
 place, that part; of experts, those that are touched on average if each token chooses at random;
