@@ -78,7 +78,7 @@ class Compilation:
 def is_spread(model: Any) -> bool:
     """Whether a pytree's arrays are on several devices, so that only the compiler knows where
     results will be."""
-    return len(_list_devices(model)) > 1
+    return len(list_devices(model)) > 1
 
 
 def foresee(program: jax.stages.Lowered, model: Any) -> Any:
@@ -91,7 +91,7 @@ def foresee(program: jax.stages.Lowered, model: Any) -> Any:
     """
     if not any(array.committed for array in _list_arrays(model)):
         return program.out_info
-    place = jax.sharding.SingleDeviceSharding(*_list_devices(model))
+    place = jax.sharding.SingleDeviceSharding(*list_devices(model))
     return jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), program.out_info
     )
@@ -101,7 +101,8 @@ def _list_arrays(model: Any) -> list[jax.Array]:
     return [leaf for leaf in jax.tree.leaves(model) if isinstance(leaf, jax.Array)]
 
 
-def _list_devices(model: Any) -> set[Any]:
+def list_devices(model: Any) -> set[Any]:
+    """The devices that hold some of a model."""
     return {device for array in _list_arrays(model) for device in array.devices()}
 
 

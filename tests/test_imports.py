@@ -81,7 +81,7 @@ WINGS = {
 }
 MOST_LINES = 400
 MOST_ROOMS = 9
-LARGE_WINGS = {"jaxwna16/bench", "jaxwna16/cli", "pallas_kernels"}
+LARGE_WINGS = {"jaxwna16/bench", "jaxwna16/cli", "jaxwna16/generation", "pallas_kernels"}
 
 
 def _list_packages(path: Path) -> set[str]:

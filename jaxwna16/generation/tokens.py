@@ -25,6 +25,7 @@ from jaxwna16.generation.decoding import (
     prefill,
     round_up,
 )
+from jaxwna16.generation.pieces import choose_piece
 from jaxwna16.models.causal_lm import CausalLM
 from jaxwna16.programs import Compilation, foresee, is_spread, refuse_fork
 
@@ -35,10 +36,6 @@ Stream = Callable[[list[list[int]]], Mapping[int, int] | None]
 
 STREAM_SECONDS = 0.1
 """About so much time passes between two calls of `stream`, unless one token takes longer."""
-
-PREFILL_CHUNK = 512
-PREFILL_TOKENS = 8192
-"""Default size of a piece of the prompts: tokens of a row, and of all rows together."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -122,9 +119,9 @@ def generate_tokens(
       logprobs: how many of the likeliest tokens to score beside the chosen one, or None for no
         scores. Scores are float32 log-probabilities of the model's own distribution, before
         temperature, top-k and top-p.
-      prefill_chunk: tokens of each prompt that are run at once. Memory for attention's weights is
-        that many times the row's whole length. None is up to 512, fewer in a wide batch, or the
-        whole prompt where the model's rope asks for that.
+      prefill_chunk: tokens of each prompt that are run at once. None is up to 2048 on a GPU and up
+        to 512 elsewhere, fewer in a wide batch or where a device has little free memory (see
+        `jaxwna16.generation.pieces`), or the whole prompt where the model's rope asks for that.
       stream: called with the new tokens of each row, first with one each, as soon as the prompts
         have run (the decode loop may still be compiling), and then about every `STREAM_SECONDS`,
         or for every token where one takes longer. It may return {row: n}: these rows end, and n of
@@ -193,13 +190,13 @@ def start_rows(
     """
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
     longest, batch = int(lengths.max()), len(prompts)
-    whole = model.config.whole_prompts
-    chunk = round_up(longest) if whole else _choose_chunk(longest, batch, prefill_chunk)
+    width = round_up(max_new_tokens)
+    slots = round_up(longest) + width
+    chunk = choose_piece(model, longest, batch, slots, prefill_chunk)
     tokens = np.zeros((batch, -(-longest // chunk) * chunk), np.int32)
     for row, prompt in zip(tokens, prompts, strict=True):
         row[: len(prompt)] = prompt
-    width = round_up(max_new_tokens)
-    cache = _make_cache(model, batch, round_up(longest) + width)
+    cache = _make_cache(model, batch, slots)
 
     def cut_piece(begin: int) -> tuple[jax.Array, jax.Array, jax.Array]:
         start = np.minimum(begin, lengths)
@@ -276,15 +273,6 @@ _make_cache = jax.jit(CausalLM.make_cache, static_argnums=(1, 2))
 
 def _send(number: int) -> jax.Array:
     return jax.device_put(np.int32(number))
-
-
-def _choose_chunk(longest: int, batch: int, prefill_chunk: int | None) -> int:
-    """Tokens of a row in a piece; by default all pieces are about equally long."""
-    if prefill_chunk is not None:
-        return min(prefill_chunk, round_up(longest))
-    limit = max(16, min(PREFILL_CHUNK, PREFILL_TOKENS // batch))
-    pieces = -(-longest // limit)
-    return min(round_up(-(-longest // pieces)), round_up(longest))
 
 
 def _measure_rows(tokens: np.ndarray, stop_tokens: tuple[int, ...]) -> np.ndarray:

@@ -27,7 +27,7 @@ from jaxwna16.layers import linen
 from jaxwna16.layers.dense import QuantDense, cast_input
 from pallas_kernels.formulas.norms import Onto
 from pallas_kernels.matmul import quant_matmul_gated, quant_matmul_many
-from pallas_kernels.step.attention import Linear
+from pallas_kernels.step.linears import Linear
 from pallas_kernels.step.residual import add_onto, multiply_onto
 
 Layer = Callable[[jax.Array], jax.Array]
@@ -151,7 +151,7 @@ def project_onto(x: jax.Array, layer: Layer, onto: Onto) -> tuple[jax.Array, jax
 
 
 def gather(x: jax.Array, layers: Sequence[Layer]) -> tuple[list[Linear], str | None, str]:
-    """The layers of x as `pallas_kernels.step.attention` takes them, with backend and prefer.
+    """The layers of x as `pallas_kernels.step` takes them, with backend and prefer.
 
     Those that cannot be one call with what follows are computed here.
     """

@@ -8,23 +8,19 @@ rotation, the write into the cache and the seen slots; and what joins the progra
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.format.spec import QuantSpec
 from pallas_kernels.formulas.heads import Heads
 from pallas_kernels.formulas.norms import Norm, apply_norm
 from pallas_kernels.lowering import choose_at_lowering, has_symbolic, refuse_at_lowering
-from pallas_kernels.matmul import check_call, quant_matmul_many
+from pallas_kernels.step.linears import Linear, separate
 from pallas_kernels.xla.attention import attend as attend_by_xla
 from pallas_kernels.xla.attention import mix
-from pallas_kernels.xla.dense import matmul
 
 Cache = tuple[jax.Array, jax.Array]
-Linear = tuple[Mapping[str, jax.Array], QuantSpec] | jax.Array
 
 _SYMBOLIC = (
     "a GPU kernel needs known sizes, got queries {q} and keys {k}: export the function once for "
@@ -50,7 +46,7 @@ def project_and_attend(
 
     Args:
       x: [B, S, K].
-      linears: of q, k and v: a leaf dict and its spec, or the product [B, S, N] itself.
+      linears: of q, k and v.
       norms: of queries and keys, or None.
       rotation: cosines and sines of the positions, [B, S, R / 2].
       start, count, window: as in `attend`.
@@ -64,41 +60,24 @@ def project_and_attend(
     Raises:
       SpecError, BackendError, TableError: as `quant_matmul`.
     """
-    arrays, specs = _separate(linears)
-    packed = [i for i, spec in enumerate(specs) if spec is not None]
+    arrays, call = separate(linears, backend, prefer)
     if cache is None or x.shape[1] > 1 or has_symbolic(x.shape) or 0 in x.shape:
-        options = {"backend": backend, "prefer": prefer}
-        products = quant_matmul_many(
-            x, [arrays[i] for i in packed], [specs[i] for i in packed], **options
-        )
-        arrays = _replace(arrays, packed, products)
+        products = tuple(call.multiply(x, arrays))
         run = functools.partial(attend, window=window, backend=backend)
-        return mix(tuple(arrays), norms, rotation, start, count, cache, heads=heads, attend=run)
-    x = check_call(x, [arrays[i] for i in packed], [specs[i] for i in packed], backend, prefer)
+        return mix(products, norms, rotation, start, count, cache, heads=heads, attend=run)
+    x = call.check(x, arrays)
 
     def by_xla(x, arrays, norms, rotation, start, count, cache):
-        products = [
-            y if spec is None else matmul(x[:, 0], y, spec).astype(x.dtype)[:, None]
-            for y, spec in zip(arrays, specs, strict=True)
-        ]
+        products = tuple(call.multiply_by_xla(x, arrays))
         run = functools.partial(attend_by_xla, window=window)
-        return mix(tuple(products), norms, rotation, start, count, cache, heads=heads, attend=run)
+        return mix(products, norms, rotation, start, count, cache, heads=heads, attend=run)
 
     def by_triton(x, arrays, norms, rotation, start, count, cache, *, interpret):
         # imported here, so that all else works where a later jax has no Pallas-Triton
         from pallas_kernels.triton.decode_attention import attend_token
         from pallas_kernels.triton.parts import Parts, finish
-        from pallas_kernels.triton.products import multiply_each
 
-        products = multiply_each(
-            x[:, 0],
-            [arrays[i] for i in packed],
-            [specs[i] for i in packed],
-            prefer=prefer,
-            interpret=interpret,
-        )
-        whole = [None if i in packed else Parts(y[None, :, 0]) for i, y in enumerate(arrays)]
-        q, k, v = _replace(whole, packed, products)
+        q, k, v = call.multiply_in_parts(x, arrays, interpret=interpret)
         if heads.norms_across:
             q, k = (
                 y if norm is None else Parts(apply_norm(*finish([y], x.dtype), norm)[None])
@@ -125,17 +104,6 @@ def project_and_attend(
 
     run = choose_at_lowering(by_xla, by_triton, backend, x.dtype)
     return run(x, arrays, norms, rotation, start, count, tuple(cache))
-
-
-def _separate(linears: Sequence[Linear]) -> tuple[list[Any], list[QuantSpec | None]]:
-    """Leaf dicts or products, and specs or None."""
-    pairs = [(linear, None) if isinstance(linear, jax.Array) else linear for linear in linears]
-    return [a if spec is None else dict(a) for a, spec in pairs], [spec for _, spec in pairs]
-
-
-def _replace(old: Sequence[Any], places: Sequence[int], new: Sequence[Any]) -> list[Any]:
-    found = dict(zip(places, new, strict=True))
-    return [found.get(i, one) for i, one in enumerate(old)]
 
 
 def attend(

@@ -91,14 +91,14 @@ def run_experts_onto(
     onto: Onto,
     *,
     options: moe.Options,
-    expert_offset: jax.Array | int = 0,
     shared: jax.Array | None = None,
     shared_gate: jax.Array | None = None,
     backend: str | None = None,
 ) -> Stream:
-    """`quant_moe` and then `add_norm`; arguments as there.
+    """`quant_moe` of all experts and then `add_norm`; arguments as there.
 
     Args:
+      ids: each in 0 .. E - 1, as `route` gives them.
       shared_gate: logits [..., 1] whose sigmoid multiplies `shared`.
 
     Raises:
@@ -108,8 +108,8 @@ def run_experts_onto(
     call = moe.check_call(x, ids, weights, *stacks, *specs, options, shared, backend)
 
     def by_xla(x, weights, onto):
-        ids, factors, offset, stacks, shared, gate = weights
-        y = moe.run_by_xla(call, x, ids, factors, offset, stacks)
+        ids, factors, stacks, shared, gate = weights
+        y = moe.run_by_xla(call, x, ids, factors, 0, stacks)
         return add_norm(add_shared(y, shared, gate).astype(x.dtype), onto)
 
     def by_triton(x, weights, onto, *, interpret):
@@ -118,21 +118,21 @@ def run_experts_onto(
 
         def run(rows, others):
             x, ids, factors, shared, gate, residual = rows
-            offset, stacks, *norms = others
+            stacks, *norms = others
             product, local = multiply_experts(
-                call, (x, ids, factors), offset, stacks, interpret=interpret
+                call, (x, ids, factors), None, stacks, interpret=interpret
             )
             experts = Experts(local, call.experts, shared, gate)
             return finish_rows(product, Onto(residual, *norms), experts, interpret=interpret)
 
-        ids, factors, offset, stacks, shared, gate = weights
+        ids, factors, stacks, shared, gate = weights
         rows = x, ids, factors, shared, gate, onto.residual
-        return fold_vmap(run)(rows, (offset, stacks, onto.late, onto.early))
+        return fold_vmap(run)(rows, (stacks, onto.late, onto.early))
 
     def flatten(leaf):
         return None if leaf is None else leaf.reshape(-1, leaf.shape[-1])
 
-    others = flatten(ids), flatten(weights), jnp.asarray(expert_offset, jnp.int32), stacks
+    others = flatten(ids), flatten(weights), stacks
     if 0 in x.shape:
         y = jnp.zeros(onto.residual.shape, jnp.float32)
         return add_norm(add_shared(y, shared, shared_gate).astype(x.dtype), onto)

@@ -32,7 +32,8 @@ def add_experts(call, rows, offset, stacks, *, interpret: bool) -> jax.Array:
 def multiply_experts(call, rows, offset, stacks, *, interpret: bool) -> tuple[Parts, jax.Array]:
     """The same before the sums: `Parts` of [T * top_k, H], a row for each chosen expert, weighed.
 
-    Also their experts, int32 [T * top_k]; rows of those from E on (not here) are undefined.
+    Also their experts, int32 [T * top_k]; rows of those from E on (not here) are undefined. If
+    `offset` is None, all are here: ids are in 0 .. E - 1.
     """
     x, ids, weights = rows
     tokens, top_k = ids.shape
@@ -42,7 +43,8 @@ def multiply_experts(call, rows, offset, stacks, *, interpret: bool) -> tuple[Pa
     tiles = choose_moe(
         specs, call.experts, tokens, top_k, x.dtype, scale_dtypes, device, gated=options.gated
     )
-    local = find_local(ids.reshape(-1), call.experts, offset)
+    pairs = ids.reshape(-1)
+    local = pairs if offset is None else find_local(pairs, call.experts, offset)
     if tiles.direct:
         blocks = Blocks(local, None)
     elif local.size <= MOST_PAIRS:

@@ -44,6 +44,10 @@ class Bounded:
             error = error + (1 + gamma) * change
         return cls(x @ weight.T, error)
 
+    def choose(self, rows: np.ndarray) -> Bounded:
+        """Some rows."""
+        return Bounded(self.value[rows], self.error[rows])
+
     def add(self, bias: np.ndarray) -> Bounded:
         """In float32."""
         return Bounded(self.value + bias, self.error)._round(U)
@@ -64,6 +68,23 @@ class Bounded:
         """max(self, 0)^2 in float32."""
         positive = np.maximum(self.value, 0)
         return Bounded(positive**2, (2 * positive + self.error) * self.error)._round(U)
+
+    def normalise(self, weight: np.ndarray, eps: float, kind: str, dtype) -> Bounded:
+        """The norm of `pallas_kernels.formulas.norms` over the last axis, in a 16-bit dtype.
+
+        An error e of x changes x / size by e / size, and size by at most the root mean square of e.
+        Squares are summed as a tree, so the float32 factor has at most 40 units; then one rounding
+        or, if the normalised numbers are rounded by themselves, two. A kernel may also go on with
+        what it had before it rounded x.
+        """
+        wide = weight.astype(np.float64) + (kind == "offset")
+        size = np.sqrt(np.mean(self.value**2, axis=-1, keepdims=True) + eps)
+        moved = np.sqrt(np.mean(self.error**2, axis=-1, keepdims=True)) / size
+        normal = self.value / size
+        error = (self.error / size + np.abs(normal) * moved) / (1 - moved)
+        found = Bounded(normal, error)._round(40 * U)
+        found = found.round_to(dtype) if kind == "rounded" else found
+        return Bounded(found.value * wide, found.error * np.abs(wide)).round_to(dtype)
 
     def round_to(self, dtype) -> Bounded:
         """Once, to a 16-bit dtype; float32 stays."""

@@ -97,7 +97,7 @@ class Arguments:
 
 
 def draw(step: Step, seed: int = 0) -> Arguments:
-    """Arguments of a step; positions of inactive rows lie outside of the cache."""
+    """Arguments of a step; of inactive rows, every other position lies outside of the cache."""
     rng, batch, dim = np.random.default_rng(seed), len(step.positions), step.head_dim
     dtype, heads = step.np_dtype, step.kv_heads * step.group
     sizes = (heads * dim * (2 if step.gated else 1), step.kv_heads * dim, step.kv_heads * dim)
@@ -120,14 +120,17 @@ def draw(step: Step, seed: int = 0) -> Arguments:
     if step.whole:
         rotation = [np.round(f(np.pi / 2 * np.round(angles))) for f in (np.cos, np.sin)]
     table = np.dtype(np.float32) if step.wide else dtype
-    outside = step.slots + 100
+    anywhere = (step.slots + 100, step.slots // 2)
     lines = (batch * step.kv_heads, step.slots, dim)
     return Arguments(
         tuple(sums),
         tuple(normal(n).astype(dtype) if step.bias else None for n in sizes),
         tuple(normal(dim).astype(dtype) if step.norm else None for _ in range(2)),
         tuple(t.astype(table) for t in rotation),
-        np.array([outside if p is None else p for p in step.positions], np.int32),
+        np.array(
+            [anywhere[i % 4 // 2] if p is None else p for i, p in enumerate(step.positions)],
+            np.int32,
+        ),
         step.active,
         tuple(normal(*lines).astype(dtype) for _ in range(2)),
     )
@@ -184,9 +187,10 @@ def _turn(x: Bounded, other: Bounded, cos: np.ndarray, sin: np.ndarray, step: St
 
 @dataclasses.dataclass(frozen=True)
 class Expected:
-    """Of active rows: results [B, H, D], and the new keys and values [B, kv_heads, D]."""
+    """Results [B, H, D], means before rounding and gate, new keys and values [B, kv_heads, D]."""
 
     result: Bounded
+    mean: Bounded
     key: Bounded
     value: np.ndarray
 
@@ -218,17 +222,18 @@ def expect(step: Step, given: Arguments, division: Division) -> Expected:
         found.value[row, head], found.error[row, head] = attend_exactly(
             query, key, value, step.scale, step.dtype, division
         )
-    found = found.round_to(step.np_dtype)
+    result = found.round_to(step.np_dtype)
     if step.gated:
-        found = _gate(found, q[..., dim:].astype(np.float64), step)
-    return Expected(found, keys, values)
+        result = expect_gate(result, q[..., dim:].astype(np.float64), step.np_dtype)
+    return Expected(result, found, keys, values)
 
 
-def _gate(found: Bounded, gate: np.ndarray, step: Step) -> Bounded:
+def expect_gate(found: Bounded, gate: np.ndarray, dtype: np.dtype) -> Bounded:
+    """Times the sigmoid of a gate of 16 bits."""
     sigmoid = 1 / (1 + np.exp(-gate))
-    sigmoid = Bounded(sigmoid, 8 * U * sigmoid).round_to(step.np_dtype)
+    sigmoid = Bounded(sigmoid, 8 * U * sigmoid).round_to(dtype)
     error = found.error * (sigmoid.value + sigmoid.error) + np.abs(found.value) * sigmoid.error
-    return Bounded(found.value * sigmoid.value, error).round_to(step.np_dtype)
+    return Bounded(found.value * sigmoid.value, error).round_to(dtype)
 
 
 def attend_exactly(
@@ -265,6 +270,11 @@ def poison(step: Step, given: Arguments, filler: float) -> Arguments:
             changed[line, seen] = cache[line, seen]
         caches.append(changed)
     return dataclasses.replace(given, caches=tuple(caches))
+
+
+def to_float(array: np.ndarray) -> np.ndarray:
+    """float64, also of bfloat16."""
+    return array.astype(np.float64)
 
 
 def name_arguments(given: Arguments) -> tuple[Any, ...]:

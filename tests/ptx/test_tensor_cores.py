@@ -209,10 +209,60 @@ def test_wgmma_is_held_to_its_rules(old, new, what):
         _run_wgmma(change)
 
 
-@pytest.mark.parametrize("flags", ["-1, 1, 0", "1, 1, 1"])
-def test_negated_and_transposed_factors_are_refused(flags):
-    with pytest.raises(Refused, match="negated or transposed"):
-        _run_wgmma(lambda text: text.replace("1, 1, 0;", f"{flags};"))
+def test_negated_factors_are_refused():
+    with pytest.raises(Refused, match="negated"):
+        _run_wgmma(lambda text: text.replace("1, 1, 0;", "-1, 1, 0;"))
+
+
+def _place_transposed(matrix: np.ndarray, row_bytes: int) -> tuple[np.ndarray, int, int]:
+    """[rows, 16] from byte 1024 on as CUTLASS writes the layout: ((8, m, n), (8, k)).
+
+    Of the rows, 8 stand side by side, m such chunks fill a row of memory, and n of these are the
+    leading stride apart; of K, 8 are a row of memory apart and k the other stride. Returns the
+    bytes as uint32, and both strides.
+    """
+    rows, numbers = len(matrix), row_bytes // 2
+    lead, stride = 16 * row_bytes, 8 * row_bytes
+    content = np.zeros((-(-rows // numbers), 16, row_bytes // 16, 8), _BF16)
+    for row, k in itertools.product(range(rows), range(16)):
+        chunk = row % numbers // 8
+        turn = k % 8 // (128 // row_bytes)
+        content[row // numbers, k, chunk ^ turn, row % 8] = matrix[row, k]
+    return content.reshape(-1).view(np.uint32), lead, stride
+
+
+def _describe(lead: int, stride: int) -> int:
+    return 1024 >> 4 | lead >> 4 << 16 | stride >> 4 << 32
+
+
+@pytest.mark.parametrize(("mode", "row_bytes"), [(1, 128), (2, 64), (3, 32)])
+def test_wgmma_multiplies_transposed_factors(mode, row_bytes):
+    """The left one fills one row of memory or two or four, the right one a part or all of it."""
+    a, b = _draw((64, 16), 1), _draw((16, 16), 2)
+    left, *strides = _place_transposed(a, row_bytes)
+    right, *others = _place_transposed(b, row_bytes)
+    descriptors = [
+        _describe(*strides) | mode << 62,
+        _describe(*others) + (left.nbytes >> 4) | mode << 62,
+    ]
+    content = np.concatenate([left, right])
+    body = (
+        "mov.b64 d10, memory; cvt.u32.u64 r50, d10; mad.wide.u32 d20, t, 4, d0; "
+        "mad.lo.u32 r51, t, 4, r50;"
+        + "".join(
+            f"ld.global.b32 r52, [d20+{512 * i}]; st.shared.b32 [r51+{512 * i}], r52;"
+            for i in range(content.size // 128)
+        )
+        + "fence.proxy.async.shared::cta; bar.sync 0;"
+        f"mov.b64 d11, {descriptors[0]}; mov.b64 d12, {descriptors[1]}; wgmma.fence.sync.aligned;"
+        "wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16 "
+        f"{_name(4, 8)}, d11, d12, 0, 1, 1, 1, 1;"
+        "wgmma.commit_group.sync.aligned; wgmma.wait_group.sync.aligned 0; bar.sync 0;"
+        + _store(8, 4, 1, 128)
+    )
+    [out] = run(body, [content], [np.zeros((8, 128), np.float32)], shared=8192)
+    found = _collect(out, 16).reshape(64, 16)
+    np.testing.assert_array_equal(found, a.astype(np.float64) @ b.astype(np.float64).T)
 
 
 _TCGEN05 = """
@@ -313,5 +363,6 @@ def test_rows_of_64_have_16_of_each_32_lanes():
     for first in (0, 16):
         lanes = shape.find_lanes(first)[:, 0].tolist()
         assert lanes == [first + 32 * (r // 16) + r % 16 for r in range(64)]
+    assert Shape.read(_SHAPE | 1 << 16).turned == (False, True)
     with pytest.raises(Refused, match="instruction descriptor"):
-        Shape.read(_SHAPE | 1 << 16)  # the second factor transposed
+        Shape.read(_SHAPE | 1 << 13)  # the first factor negated

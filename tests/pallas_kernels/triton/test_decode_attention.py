@@ -14,7 +14,15 @@ import pytest
 from hypothesis import given as draw_from
 from hypothesis import settings
 from hypothesis import strategies as st
-from tests.pallas_kernels.step.attention import (
+
+from pallas_kernels.errors import BackendError
+from pallas_kernels.formulas.norms import Norm
+from pallas_kernels.formulas.rotation import rotate
+from pallas_kernels.tiles.attention_rules import Division
+from pallas_kernels.triton.decode_attention import attend_token
+from pallas_kernels.triton.parts import Parts
+from tests.grids import cover, sample
+from tests.pallas_kernels.attention import (
     EPS,
     Arguments,
     Step,
@@ -24,14 +32,6 @@ from tests.pallas_kernels.step.attention import (
     name_arguments,
     poison,
 )
-
-from jaxwna16.models.parts.rope import rotate
-from pallas_kernels.errors import BackendError
-from pallas_kernels.formulas.norms import Norm
-from pallas_kernels.tiles.attention_rules import Division
-from pallas_kernels.triton.decode_attention import attend_token
-from pallas_kernels.triton.parts import Parts
-from tests.grids import cover, sample
 
 as_written = {"xla_allow_excess_precision": False}
 """Otherwise XLA drops roundings on a CPU where it compiles operations together."""
@@ -76,10 +76,7 @@ def assert_right(step: Step, division: Division, seed: int = 0) -> None:
     assert result.dtype == step.np_dtype
     assert np.isfinite(result.astype(np.float32)).all()
     found = result.reshape(right.result.value.shape)[on]
-    bounded = dataclasses.replace(
-        right.result, value=right.result.value[on], error=right.result.error[on]
-    )
-    assert bounded.measure(found) <= 1
+    assert right.result.choose(on).measure(found) <= 1
     new = []
     for cache, before in zip(caches, given.caches, strict=True):
         lines = [
@@ -93,8 +90,7 @@ def assert_right(step: Step, division: Division, seed: int = 0) -> None:
         untouched = cache.copy()
         untouched[line, slot] = before[line, slot]
         np.testing.assert_array_equal(untouched.view(np.uint16), before.view(np.uint16))
-    keys = dataclasses.replace(right.key, value=right.key.value[on], error=right.key.error[on])
-    assert keys.measure(new[0]) <= 1
+    assert right.key.choose(on).measure(new[0]) <= 1
     np.testing.assert_array_equal(new[1], right.value[on])
 
 
@@ -105,7 +101,7 @@ def list_steps() -> list[tuple[Step, Division]]:
         step = Step(
             head_dim,
             group=rng.choice((1, 2, 4, 6, 8, 16)),
-            positions=(41, 0, None, 12),
+            positions=(41, None, None, 0, 12),
             slots=50,
             kv_heads=2,
             rotated=rng.choice((head_dim, head_dim // 2, head_dim // 4, 0)),
@@ -136,8 +132,8 @@ def test_the_steps_that_always_run_have_every_kind():
 
 @draw_from(
     positions=st.lists(st.none() | st.integers(0, 69), min_size=3, max_size=3),
-    window=st.sampled_from([None, 1, 2, 17, 64, 100]),
-    division=st.sampled_from([TWO, ONE, Division(splits=4, block=32)]),
+    window=st.sampled_from([None, 1, 17, 100]),
+    division=st.sampled_from([TWO, ONE]),
 )
 @settings(max_examples=25, deadline=None)
 def test_any_position_and_window_is_right(positions, window, division):
@@ -148,7 +144,7 @@ def test_any_position_and_window_is_right(positions, window, division):
 
 @draw_from(
     positions=st.lists(st.none() | st.integers(0, 69), min_size=3, max_size=3),
-    window=st.sampled_from([None, 1, 17, 64, 100]),
+    window=st.sampled_from([None, 17]),
     division=st.sampled_from([TWO, ONE]),
 )
 @settings(max_examples=25, deadline=None)

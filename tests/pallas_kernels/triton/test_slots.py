@@ -15,19 +15,19 @@ import numpy as np
 import pytest
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
-from tests.pallas_kernels.step.attention import attend_exactly
 
 from pallas_kernels.tiles.attention_rules import Division, find_seen, find_span
 from pallas_kernels.triton.combine import Partials, combine_splits, store_partials
 from pallas_kernels.triton.slots import LOG2_E, Sums, walk_slots
 from pallas_kernels.triton.walk import divide
 from tests.executed.bounds import Bounded
+from tests.pallas_kernels.attention import attend_exactly
 
 LATENT, ROTATED, HEADS, BLOCK_HEADS = 64, 16, 24, 16
 SCALE = 0.1
 
 
-def _attend_latent(query_ref, cache_ref, position_ref, active_ref, out, *, division: Division):
+def _attend_latent(query_ref, cache_ref, position_ref, active_ref, *refs, division: Division):
     blocks = pl.cdiv(HEADS, BLOCK_HEADS)
     rest, block = divide(pl.program_id(0), blocks)
     row, split = divide(rest, division.splits)
@@ -57,7 +57,7 @@ def _attend_latent(query_ref, cache_ref, position_ref, active_ref, out, *, divis
         SCALE * LOG2_E,
         Sums.start(BLOCK_HEADS, LATENT),
     )
-    store_partials(out, sums, row * HEADS + mine, there, split)
+    store_partials(Partials(*refs), sums, row * HEADS + mine, there, split)
 
 
 @functools.partial(jax.jit, static_argnames="division")
@@ -71,7 +71,7 @@ def attend_latent(queries, cache, position, active, division: Division):
         interpret=True,
     )(queries, cache, position, active)
     return combine_splits(
-        partials, position, active, window=None, dtype=queries.dtype, interpret=True
+        Partials(*partials), position, active, window=None, dtype=queries.dtype, interpret=True
     )
 
 
