@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -156,9 +157,10 @@ def _tabulate_times(readings: Sequence[Reading]) -> Iterator[str]:
     yield f"| program | limit, ms | {' | '.join(GUESSES)} |"
     yield "| --- | ---: |" + " ---: |" * len(GUESSES)
     for r in readings:
-        for mark, kernels in (("", r.kernels), (" (s)", r.sampled)):
-            if kernels:
-                yield _write_times(r, kernels, mark)
+        yield _write_times(r, r.kernels, "")
+        if r.program.kind == "decode":
+            yield _write_times(r, r.sampled, " (s)")
+            yield _write_times(r, r.kernels, " (g)")
 
 
 def _write_times(reading: Reading, kernels: Sequence[Kernel], mark: str) -> str:
@@ -166,6 +168,8 @@ def _write_times(reading: Reading, kernels: Sequence[Kernel], mark: str) -> str:
     limit = find_limit(reading, machine)
     cells = []
     for guesses in GUESSES.values():
+        if "g" in mark:
+            guesses = dataclasses.replace(guesses, host=0.0, launch=guesses.gap)
         seconds = predict_step(reading, kernels, machine, guesses)
         cells.append(f"{reading.tokens / seconds:,.0f} · {limit / seconds:.0%}")
     return f"| {p.model}, {p.arch}, {_name(p)}{mark} | {1e3 * limit:.2f} | {' | '.join(cells)} |"
