@@ -148,7 +148,10 @@ def dump(fn: Callable, *specs: Any, arch: str, folder: str, emitters: str) -> No
     """
     with aim(arch):
         traced = jax.jit(fn, keep_unused=True).trace(*place(specs, arch))
-        options = {"xla_dump_to": folder, "xla_dump_emitter_re": emitters}
+        options: dict[str, str | bool] = {
+            "xla_dump_to": folder,
+            "xla_dump_emitter_re": emitters,
+        }
         traced.lower(lowering_platforms=("cuda",)).compile(compiler_options=options)
 
 

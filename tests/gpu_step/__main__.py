@@ -4,6 +4,7 @@
     python -m tests.gpu_step --only Llama sm_90a      those whose name has all of these; prints them
     python -m tests.gpu_step --only Llama --layers 8  more layers than one period of the pattern
     python -m tests.gpu_step --all-layers             also each whole model, at batch 1 on sm_90a
+    python -m tests.gpu_step --core --json            the few that the tests hold, as JSON
     python -m tests.gpu_step --keep FILE              goes on where an earlier run stopped
 
 Each program is compiled in a process of its own, with a time limit. For the path that the compiler
@@ -20,36 +21,11 @@ from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 
+from tests.gpu_step.cases import LAYERS, list_core, list_programs
 from tests.gpu_step.readings import Program, Reading, from_json, to_json
-
-MODELS = (
-    "Llama-3.1-8B",
-    "Qwen3-30B-A3B",
-    "Qwen3.6-27B",
-    "Qwen3.6-27B, all packed",
-    "Qwen3.5-122B-A10B",
-)
-ARCHS = ("sm_90a", "sm_80")
-BATCHES, PIECES = (1, 16, 64), (512, 2048)
-LAYERS = 4
-"""A whole period of the hybrid models, and enough of the others: one stands between two."""
 
 SECONDS = 900
 _MARK = "READING "
-
-
-def list_programs(layers: int, *, whole: bool) -> list[Program]:
-    """All that the report is about."""
-    cases = [("decode", batch) for batch in BATCHES] + [("prefill", piece) for piece in PIECES]
-    programs = [
-        Program(model, arch, kind, size, layers)
-        for model in MODELS
-        for arch in ARCHS
-        for kind, size in cases
-    ]
-    if whole:
-        programs += [Program(model, ARCHS[0], "decode", 1, None) for model in MODELS]
-    return programs
 
 
 def compile_apart(program: Program, seconds: float) -> Reading | str:
@@ -85,6 +61,7 @@ def run(
 def main() -> int:
     parser = argparse.ArgumentParser(description="Compile the step's programs and read them.")
     parser.add_argument("--only", nargs="+", default=[], metavar="TEXT", help="fewer programs")
+    parser.add_argument("--core", action="store_true", help="only those that the tests hold")
     parser.add_argument("--layers", type=int, default=LAYERS, metavar="N")
     parser.add_argument("--all-layers", action="store_true", help="whole models, too")
     parser.add_argument("--seconds", type=float, default=SECONDS, help="for each program")
@@ -101,6 +78,7 @@ def main() -> int:
     from tests.gpu_step.report import REPORT, list_kernels_of, write_report
 
     programs = list_programs(options.layers, whole=options.all_layers)
+    programs = list_core() if options.core else programs
     programs = [p for p in programs if all(text in f"{p} " for text in options.only)]
     results, failed = [], False
     for program, result in run(programs, options.seconds, options.keep):
@@ -108,11 +86,11 @@ def main() -> int:
         faults = [result] if isinstance(result, str) else find_faults(result)
         failed = failed or bool(faults)
         print(f"{program}: {'; '.join(faults) or 'good'}", file=sys.stderr, flush=True)
-        if options.only and not options.json and isinstance(result, Reading):
+        if (options.only or options.core) and not options.json and isinstance(result, Reading):
             print("\n".join(list_kernels_of(result)), flush=True)
     if options.json:
         print(json.dumps([json.loads(to_json(r)) for _, r in results if isinstance(r, Reading)]))
-    elif not options.only:
+    elif not (options.only or options.core):
         REPORT.write_text(write_report(results, version("jax")), "utf-8")
     return int(failed)
 

@@ -216,8 +216,9 @@ def read_thunks(sequence: str, metadata: str) -> list[Thunk]:
         if kind in _NOT_KERNELS:
             continue
         programs = math.prod(map(int, grid.split(","))) if grid else 0
-        instruction = instructions.get(number, name)
-        thunks.append(Thunk(name, instruction, programs, bool(buffers)))
+        # what has no name of its own is printed with a remark in parentheses
+        name = kind if name.startswith("(") else name
+        thunks.append(Thunk(name, instructions.get(number, name), programs, bool(buffers)))
     return thunks
 
 

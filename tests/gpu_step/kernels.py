@@ -10,7 +10,7 @@ import collections
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from tests.gpu_step.hlo import Array, Instruction, Module, Thunk
 from tests.gpu_step.readings import BEGIN, END, Kernel
@@ -62,7 +62,7 @@ class Load:
 
 @dataclasses.dataclass(frozen=True)
 class _Fact:
-    """Of a value: the parameter that it is, or updates, and the layer it depends on."""
+    """Of a value: the parameter that it is, if it is one, and the layer it depends on."""
 
     parameter: str
     layer: int
@@ -102,11 +102,14 @@ class _Reader:
         for thunk in thunks:
             self.thunks[thunk.instruction].append(thunk)
         self.results: dict[str, _Facts] = {}
+        # whatever shape and dtype a copy may have
+        held = (a for i in module.computations[module.entry] for a in i.arrays)
+        self.caches = {a.size for a in held if load.is_cache(a)}
         # the loop over tokens ends when the rows do, so nobody knows how often it runs
         loops = (i for i in module.computations[module.entry] if i.op == "while")
         self.loop = next((i.name for i in loops if not i.find(_TRIPS)), "")
 
-    def walk(self, computation: str, values: dict[int, _Facts]) -> Iterator[Kernel]:
+    def walk(self, computation: str, values: Mapping[int, _Facts]) -> Iterator[Kernel]:
         """The kernels of a computation that is called with these values."""
         facts: dict[str, _Facts] = {}
         root: _Facts = []
@@ -128,7 +131,8 @@ class _Reader:
             else:
                 flat = [fact for each in before for fact in each]
                 layer = max((fact.layer for fact in flat), default=BEGIN)
-                facts[i.name] = [self._follow(i, array, flat, layer) for array in i.arrays]
+                same = i.op in _SAME and flat
+                facts[i.name] = [flat[0]] if same else [_Fact("", layer)] * len(i.arrays)
                 if i.name in self.thunks and counts:
                     operands = [facts.get(name, [_NOTHING]) for name in i.operands]
                     yield self._describe(computation, i, operands, layer)
@@ -139,9 +143,11 @@ class _Reader:
         if i.op == "while":
             trips = int(i.find(_TRIPS) or 1)
             kernels = [k for name in called for k in self.walk(name, {0: before[0]})]
+            # counters of an inner loop depend on no layer, but the loop does
+            least = BEGIN if i.name == self.loop else max(f.layer for f in before[0])
             for kernel in kernels:
                 times = {name: trips * getattr(kernel, name) for name in _COUNTED}
-                yield dataclasses.replace(kernel, **times)
+                yield dataclasses.replace(kernel, layer=max(kernel.layer, least), **times)
             self.results[i.name] = _join(self.results[called[0]], before[0])
             return
         if i.op == "call":
@@ -156,15 +162,6 @@ class _Reader:
         yield from self.choose(branches, key=lambda ks: sum(k.launches for k in ks))
         layer = max((fact.layer for each in before for fact in each), default=BEGIN)
         self.results[i.name] = [_Fact("", layer)] * len(i.arrays)
-
-    def _follow(self, i: Instruction, array: Array, flat: _Facts, layer: int) -> _Fact:
-        """What is known of a result: it may be a parameter still, or a cache with more in it."""
-        if i.op in _SAME and flat:
-            return flat[0]
-        caches = [f for f in flat if "cache[" in f.parameter]
-        if caches and (self.load.is_cache(array) or array.size == max(a.size for a in i.arrays)):
-            return _Fact(caches[0].parameter if self.load.is_cache(array) else "", layer)
-        return _Fact("", layer)
 
     def _describe(
         self, computation: str, i: Instruction, operands: list[_Facts], layer: int
@@ -188,7 +185,7 @@ class _Reader:
             written=written * (launches if i.op == "sort" else 1),
             flops=self._count_flops(i, given, thunks[0].name),
             is_recorded=all(thunk.is_recorded for thunk in thunks),
-            copies_cache=any(self.load.is_cache(a) and written >= a.bytes for a in i.arrays),
+            copies_cache=any(a.size in self.caches and written >= a.bytes for a in i.arrays),
             scores=max((a.size for a in i.arrays if self._is_scores(a)), default=0),
         )
 

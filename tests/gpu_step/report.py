@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -37,7 +38,8 @@ Weights are W4A16, asymmetric, in groups of 128; heads, embeddings and routers a
 are the linears of delta nets, which published checkpoints leave plain ("all packed": not these).
 {layers} layers are compiled. What is said of a whole step counts a layer between two others as
 often as the model has such layers. Decoding: {slots} slots, of which {position} are seen. Prefill:
-one piece of one row, no tokens before it.
+one piece of one row, no tokens before it. XLA tries products in several ways where there is a GPU;
+here it takes the first, so its own products may be other kernels there.
 
 Bytes of a kernel: its operands and results, each once; of what XLA slices, gathers or updates in
 place, that part; of experts, those that are touched on average if each token chooses at random;
@@ -155,9 +157,10 @@ def _tabulate_times(readings: Sequence[Reading]) -> Iterator[str]:
     yield f"| program | limit, ms | {' | '.join(GUESSES)} |"
     yield "| --- | ---: |" + " ---: |" * len(GUESSES)
     for r in readings:
-        for mark, kernels in (("", r.kernels), (" (s)", r.sampled)):
-            if kernels:
-                yield _write_times(r, kernels, mark)
+        yield _write_times(r, r.kernels, "")
+        if r.program.kind == "decode":
+            yield _write_times(r, r.sampled, " (s)")
+            yield _write_times(r, r.kernels, " (g)")
 
 
 def _write_times(reading: Reading, kernels: Sequence[Kernel], mark: str) -> str:
@@ -165,6 +168,8 @@ def _write_times(reading: Reading, kernels: Sequence[Kernel], mark: str) -> str:
     limit = find_limit(reading, machine)
     cells = []
     for guesses in GUESSES.values():
+        if "g" in mark:
+            guesses = dataclasses.replace(guesses, host=0.0, launch=guesses.gap)
         seconds = predict_step(reading, kernels, machine, guesses)
         cells.append(f"{reading.tokens / seconds:,.0f} · {limit / seconds:.0%}")
     return f"| {p.model}, {p.arch}, {_name(p)}{mark} | {1e3 * limit:.2f} | {' | '.join(cells)} |"
