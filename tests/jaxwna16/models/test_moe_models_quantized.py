@@ -110,7 +110,7 @@ def test_no_float_copy_of_all_experts_is_made_in_the_decode_loop(load):
 
 
 def test_in_decoding_a_sparse_layer_is_eight_kernels(load):
-    """q/k/v, attention, o and its end, the router's choice, both products of the experts, the end."""
+    """q/k/v, attention, o and its end, the choice, both products of the experts and their end."""
     _, _, folders = load(*KINDS[0])
     model = jaxwna16.load_model(folders.packed, dtype="bfloat16", backend="triton")
     one, cache = jnp.ones(1, jnp.int32), model.make_cache(1, 8)
