@@ -69,6 +69,16 @@ def test_eight_tokens_exactly_spill_nothing(findings, case):
     assert findings[str(case)]["spill_bytes"] == 0
 
 
+def test_attention_of_a_piece_uses_what_hopper_has_and_spills_nothing(findings):
+    """Tensor cores that read keys in shared memory, where copies of 16 bytes put them."""
+    long = [f for f in findings.values() if "attention of 2048" in f["case"].get("name", "")]
+    assert len(long) >= 5
+    for finding in long:
+        assert finding["spill_bytes"] == 0
+        assert any(opcode.startswith("HGMMA") for opcode in finding["opcodes"])
+        assert any(o.startswith("LDGSTS") and o.endswith(".128") for o in finding["opcodes"])
+
+
 @pytest.mark.parametrize("number", [2, pytest.param(60, marks=pytest.mark.thorough)])
 def test_tiles_never_take_more_shared_memory_than_estimated(number):
     """XLA says what it needs; where that is more than there is, it compiles nothing."""
