@@ -131,7 +131,7 @@ def _choose_by_triton(
     routing: Routing, rows: jax.Array, bias: jax.Array | None, *, interpret: bool
 ) -> tuple:
     # imported here, so that all else works where a later jax has no Pallas-Triton
-    from pallas_kernels.triton.routing import choose_experts as choose_by_triton
+    from pallas_kernels.triton.step.routing import choose_experts as choose_by_triton
 
     def run(rows: jax.Array, bias: jax.Array | None) -> tuple:
         return choose_by_triton(rows, routing, bias, interpret=interpret)

@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.formulas.norms import Norm
-from pallas_kernels.tiles.attention_rules import Division, choose_division
+from pallas_kernels.tiles.attention.decode_rules import Division, choose_division
 from pallas_kernels.tiles.device import Device
-from pallas_kernels.triton.decode_attention import attend_token
 from pallas_kernels.triton.parts import Parts
+from pallas_kernels.triton.step.decode_attention import attend_token
 from tests import gpu_aot
 
 SLOTS = 4096

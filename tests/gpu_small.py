@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.formulas.norms import Norm, Onto
-from pallas_kernels.triton.add_norm import Experts, finish_rows
-from pallas_kernels.triton.flash import attend_piece
 from pallas_kernels.triton.parts import Parts
+from pallas_kernels.triton.step.add_norm import Experts, finish_rows
+from pallas_kernels.triton.step.flash import attend_piece
 
 BF16, F32 = jnp.bfloat16, jnp.float32
 

@@ -74,8 +74,8 @@ def project_and_attend(
 
     def by_triton(x, arrays, norms, rotation, start, count, cache, *, interpret):
         # imported here, so that all else works where a later jax has no Pallas-Triton
-        from pallas_kernels.triton.decode_attention import attend_token
         from pallas_kernels.triton.parts import Parts, finish
+        from pallas_kernels.triton.step.decode_attention import attend_token
 
         q, k, v = call.multiply_in_parts(x, arrays, interpret=interpret)
         if heads.norms_across:
@@ -147,7 +147,7 @@ def attend(
 
 def _attend_by_triton(q, cache_k, cache_v, start, count, *, window, interpret) -> jax.Array:
     # imported here, so that all else works where a later jax has no Pallas-Triton
-    from pallas_kernels.triton.flash import attend_piece
+    from pallas_kernels.triton.step.flash import attend_piece
 
     if has_symbolic((*q.shape, *cache_k.shape)):
         refused = refuse_at_lowering(_SYMBOLIC.format(q=list(q.shape), k=list(cache_k.shape)))

@@ -52,7 +52,7 @@ def project_and_update(
 
     def by_triton(x, arrays, net, cache, count, *, interpret):
         # imported here, so that all else works where a later jax has no Pallas-Triton
-        from pallas_kernels.triton.delta_rule import step_delta_rule
+        from pallas_kernels.triton.step.delta_rule import step_delta_rule
 
         qkv, z, b, a = call.multiply_in_parts(x, arrays, interpret=interpret)
         y, inputs, state = step_delta_rule(

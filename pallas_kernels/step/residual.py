@@ -47,8 +47,8 @@ def multiply_onto(
 
     def by_triton(x, weights, onto, *, interpret):
         # imported here, so that all else works where a later jax has no Pallas-Triton
-        from pallas_kernels.triton.add_norm import finish_rows
         from pallas_kernels.triton.products import multiply_each
+        from pallas_kernels.triton.step.add_norm import finish_rows
 
         def run(rows, others):
             weights, late, early = others
@@ -68,8 +68,8 @@ def add_onto(y: jax.Array, onto: Onto, *, backend: str | None = None) -> Stream:
         return add_norm(y, onto)
 
     def by_triton(y, weights, onto, *, interpret):
-        from pallas_kernels.triton.add_norm import finish_rows
         from pallas_kernels.triton.parts import Parts
+        from pallas_kernels.triton.step.add_norm import finish_rows
 
         def run(rows, norms):
             return finish_rows(Parts(rows[0][None]), Onto(rows[1], *norms), interpret=interpret)
@@ -113,8 +113,8 @@ def run_experts_onto(
         return add_norm(add_shared(y, shared, gate).astype(x.dtype), onto)
 
     def by_triton(x, weights, onto, *, interpret):
-        from pallas_kernels.triton.add_norm import Experts, finish_rows
         from pallas_kernels.triton.experts import multiply_experts
+        from pallas_kernels.triton.step.add_norm import Experts, finish_rows
 
         def run(rows, others):
             x, ids, factors, shared, gate, residual = rows

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.formulas.norms import Norm, Onto
-from pallas_kernels.triton.add_norm import Experts, finish_rows
 from pallas_kernels.triton.parts import Parts
+from pallas_kernels.triton.step.add_norm import Experts, finish_rows
 from tests.executed.bounds import DTYPES, Bounded, U
 from tests.executed.work import Work
 

@@ -13,11 +13,11 @@ import functools
 import numpy as np
 
 from pallas_kernels.formulas.norms import Norm
-from pallas_kernels.tiles.attention_rules import Division, choose_division
-from pallas_kernels.triton.combine import Partials, combine_splits
-from pallas_kernels.triton.decode_attention import Task, attend_splits
-from pallas_kernels.triton.heads import Features
+from pallas_kernels.tiles.attention.decode_rules import Division, choose_division
 from pallas_kernels.triton.parts import Parts
+from pallas_kernels.triton.step.combine import Partials, combine_splits
+from pallas_kernels.triton.step.decode_attention import Task, attend_splits
+from pallas_kernels.triton.step.heads import Features
 from tests.executed.bounds import DTYPES, Bounded, U
 from tests.executed.products import find_device
 from tests.executed.work import Work

@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.tiles.flash_rules import FlashTiles, choose_flash
-from pallas_kernels.triton.flash import attend_piece
+from pallas_kernels.tiles.attention.flash_rules import FlashTiles, choose_flash
+from pallas_kernels.triton.step.flash import attend_piece
 from tests.executed.products import find_device
 from tests.executed.work import Work
 from tests.pallas_kernels.pieces import attend_exactly, draw_piece

@@ -26,8 +26,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from pallas_kernels.tiles.attention_rules import Division
-from pallas_kernels.triton.slots import LOG2_E
+from pallas_kernels.tiles.attention.decode_rules import Division
+from pallas_kernels.triton.step.slots import LOG2_E
 from tests.executed.bounds import Bounded
 
 U = 2.0**-24

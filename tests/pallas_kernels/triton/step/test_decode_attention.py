@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from pallas_kernels.errors import BackendError
 from pallas_kernels.formulas.norms import Norm
 from pallas_kernels.formulas.rotation import rotate
-from pallas_kernels.tiles.attention_rules import Division
-from pallas_kernels.triton.decode_attention import attend_token
+from pallas_kernels.tiles.attention.decode_rules import Division
 from pallas_kernels.triton.parts import Parts
+from pallas_kernels.triton.step.decode_attention import attend_token
 from tests.grids import cover, sample
 from tests.pallas_kernels.attention import (
     EPS,

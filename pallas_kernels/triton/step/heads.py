@@ -18,7 +18,7 @@ from jax import lax
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.formulas.norms import Norm
-from pallas_kernels.tiles.attention_rules import pad
+from pallas_kernels.tiles.attention.decode_rules import pad
 from pallas_kernels.triton.parts import load_sum
 
 

@@ -16,9 +16,9 @@ import pytest
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels.tiles.attention_rules import Division, find_seen, find_span
-from pallas_kernels.triton.combine import Partials, combine_splits, store_partials
-from pallas_kernels.triton.slots import LOG2_E, Sums, walk_slots
+from pallas_kernels.tiles.attention.decode_rules import Division, find_seen, find_span
+from pallas_kernels.triton.step.combine import Partials, combine_splits, store_partials
+from pallas_kernels.triton.step.slots import LOG2_E, Sums, walk_slots
 from pallas_kernels.triton.walk import divide
 from tests.executed.bounds import Bounded
 from tests.pallas_kernels.attention import attend_exactly

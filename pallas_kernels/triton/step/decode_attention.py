@@ -3,8 +3,8 @@
 `flash_decode` does all that lies between the products and the mean of the values: it adds the parts
 of q, k and v, normalises and rotates heads, writes the new key and value into the cache, and walks
 over the slots that the token sees, which several programs share. `flash_combine` joins what they
-found (`pallas_kernels.triton.combine`). Where one program has all slots of a head, it finishes by
-itself.
+found (`pallas_kernels.triton.step.combine`). Where one program has all slots of a head, it finishes
+by itself.
 
 The new token's own key and value are never read from the cache: they are what the first split
 starts from. So no program waits for another one's write, and no slot is read that is not seen.
@@ -23,7 +23,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.errors import BackendError
 from pallas_kernels.formulas.norms import KINDS, Norm
-from pallas_kernels.tiles.attention_rules import (
+from pallas_kernels.tiles.attention.decode_rules import (
     Division,
     choose_division,
     find_seen,
@@ -31,10 +31,10 @@ from pallas_kernels.tiles.attention_rules import (
     pad,
 )
 from pallas_kernels.tiles.device import find_device
-from pallas_kernels.triton.combine import Partials, apply_gate, combine_splits, store_partials
-from pallas_kernels.triton.heads import Features, load_head
 from pallas_kernels.triton.parts import Parts, load_sum
-from pallas_kernels.triton.slots import LOG2_E, Sums, walk_slots
+from pallas_kernels.triton.step.combine import Partials, apply_gate, combine_splits, store_partials
+from pallas_kernels.triton.step.heads import Features, load_head
+from pallas_kernels.triton.step.slots import LOG2_E, Sums, walk_slots
 from pallas_kernels.triton.walk import divide
 
 Array = jax.Array

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.tiles.attention_rules import (
+from pallas_kernels.tiles.attention.decode_rules import (
     choose_division,
     count_blocks,
     find_seen,

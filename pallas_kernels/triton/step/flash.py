@@ -25,8 +25,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.errors import BackendError
+from pallas_kernels.tiles.attention.flash_rules import FlashTiles, choose_flash, pad_head_dim
 from pallas_kernels.tiles.device import find_device
-from pallas_kernels.tiles.flash_rules import FlashTiles, choose_flash, pad_head_dim
 from pallas_kernels.triton.walk import divide
 
 _NOTHING = -1e30

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels.tiles.attention_rules import find_seen, find_span, pad
+from pallas_kernels.tiles.attention.decode_rules import find_seen, find_span, pad
 from pallas_kernels.triton.parts import Parts, load_sum
-from pallas_kernels.triton.slots import Sums
+from pallas_kernels.triton.step.slots import Sums
 from pallas_kernels.triton.walk import divide
 
 _MOST_FEATURES = 128

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import pytest
 
+from pallas_kernels.tiles.attention.flash_rules import (
+    choose_flash,
+    measure_flash_memory,
+    pad_head_dim,
+)
 from pallas_kernels.tiles.device import UNKNOWN, Device
-from pallas_kernels.tiles.flash_rules import choose_flash, measure_flash_memory, pad_head_dim
 
 DEVICES = (
     UNKNOWN,

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from pallas_kernels.formulas.norms import KINDS, Norm, Onto
-from pallas_kernels.triton.add_norm import Experts, finish_rows
 from pallas_kernels.triton.parts import Parts
+from pallas_kernels.triton.step.add_norm import Experts, finish_rows
 from tests.grids import cover
 
 U = 2.0**-24

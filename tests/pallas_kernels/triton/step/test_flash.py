@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pallas_kernels.errors import BackendError
-from pallas_kernels.tiles.flash_rules import FlashTiles
-from pallas_kernels.triton.flash import attend_piece
+from pallas_kernels.tiles.attention.flash_rules import FlashTiles
+from pallas_kernels.triton.step.flash import attend_piece
 from tests.pallas_kernels.pieces import Piece, attend_exactly, draw_piece
 
 

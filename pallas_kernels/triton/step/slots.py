@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels.tiles.attention_rules import Span, count_blocks
+from pallas_kernels.tiles.attention.decode_rules import Span, count_blocks
 
 LOG2_E = math.log2(math.e)
 """Scores are times this: a power of two is one instruction."""
