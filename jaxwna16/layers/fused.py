@@ -159,7 +159,9 @@ def gather(x: jax.Array, layers: Sequence[Layer]) -> tuple[list[Linear], str | N
     shared = set(settings) - {None}
     [alike] = shared if len(shared) == 1 else [None]
     if alike is None or alike[0] not in (None, x.dtype):
-        backend = next((layer.backend for layer in layers if hasattr(layer, "backend")), None)
+        backend = next(
+            (b for b in (getattr(layer, "backend", None) for layer in layers) if b), None
+        )
         return list(project(x, layers)), backend, "speed"
     packed: list[Any] = list(layers)
     linears = [

@@ -62,13 +62,13 @@ def project_and_attend(
     """
     arrays, call = separate(linears, backend, prefer)
     if cache is None or x.shape[1] > 1 or has_symbolic(x.shape) or 0 in x.shape:
-        products = tuple(call.multiply(x, arrays))
+        products = call.multiply(x, arrays)
         run = functools.partial(attend, window=window, backend=backend)
         return mix(products, norms, rotation, start, count, cache, heads=heads, attend=run)
     x = call.check(x, arrays)
 
     def by_xla(x, arrays, norms, rotation, start, count, cache):
-        products = tuple(call.multiply_by_xla(x, arrays))
+        products = call.multiply_by_xla(x, arrays)
         run = functools.partial(attend_by_xla, window=window)
         return mix(products, norms, rotation, start, count, cache, heads=heads, attend=run)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ Cache = tuple[Array, Array]
 
 
 def mix(
-    products: tuple[Array, Array, Array],
+    products: Sequence[Array],
     norms: tuple[Norm | None, Norm | None],
     rotation: tuple[Array, Array],
     start: Array,
@@ -108,8 +108,8 @@ def attend(
         precision=precision,
         preferred_element_type=jnp.float32,
     )
-    scale = head_dim**-0.5 if scale is None else scale
-    scores = scores.reshape(*grouped.shape[:4], slots) * scale
+    factor = float(head_dim) ** -0.5 if scale is None else scale
+    scores = scores.reshape(*grouped.shape[:4], slots) * factor
     seen = _see_slots(start, count, steps, slots, window)
     weights = jax.nn.softmax(jnp.where(seen[:, None, None, :, :], scores, -jnp.inf), axis=-1)
     mixed = lax.dot_general(

@@ -76,7 +76,7 @@ class Decoder(nnx.Module):
             norm = None if following is None else following.norm
             stream, after = run_layer(self.layers[i], stream, piece, before, norm)
             caches.append(after)
-        return stream.normalised, tuple(caches)
+        return stream.taken, tuple(caches)
 
 
 @jax.jit
