@@ -27,14 +27,14 @@ WINGS = {
     "pallas_kernels": """
         __init__
         step
-        matmul moe routing
+        matmul moe
         lowering
         backends vmap_rule
         xla triton
         tiles
         format
         formulas
-        arguments router
+        arguments
         errors
     """,
     "loaders": """

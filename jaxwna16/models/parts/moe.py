@@ -14,8 +14,8 @@ from jaxwna16.models.config.moe_config import MoeConfig
 from jaxwna16.models.parts.layers import MLP, Dense, Linears, multiply
 from pallas_kernels.formulas.norms import Onto
 from pallas_kernels.moe import Options, float_moe
-from pallas_kernels.routing import route
 from pallas_kernels.step.residual import add_onto, run_experts_onto
+from pallas_kernels.step.routing import route
 
 Array = jax.Array
 

@@ -17,7 +17,7 @@ from jaxwna16.layers.fused import gated
 from jaxwna16.models.parts.layers import OffsetRMSNorm, RMSNorm
 from pallas_kernels.formulas.activations import round_sigmoid
 from pallas_kernels.formulas.rotation import rotate
-from pallas_kernels.routing import route
+from pallas_kernels.step.routing import route
 from pallas_kernels.xla.delta_rule import convolve
 from tests.jaxwna16.models.rounding import count_steps, draw_exact, draw_normal, round_to
 

@@ -24,8 +24,8 @@ import jax.numpy as jnp
 
 from pallas_kernels.backends import check_backend
 from pallas_kernels.errors import BackendError, SpecError
+from pallas_kernels.formulas.routing_options import Routing
 from pallas_kernels.lowering import choose_at_lowering, has_symbolic
-from pallas_kernels.router.options import Routing
 from pallas_kernels.vmap_rule import fold_vmap
 from pallas_kernels.xla.routing import choose_experts
 
