@@ -19,7 +19,7 @@ endif
 # Modules are compiled once, not by each of the hundreds of processes that the tests start
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-without-torch test-newest thorough lint docs drawing lock clean bench gpu gpu-check gpu-execute fuzz
+.PHONY: demo test test-without-torch test-newest thorough lint docs drawing lock clean bench gpu gpu-check gpu-execute gpu-step fuzz
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py
@@ -79,6 +79,11 @@ gpu-check: $(VENV)/.test
 gpu-execute: $(VENV)/.test-without-torch
 	JAX_PLATFORMS=cpu JAX_ENABLE_COMPILATION_CACHE=false PYTHONPATH=$(VENV)/gpu-check \
 	  $(BIN)/python -m tests.executed.run $(ARGS)
+
+# Whole programs of published models compiled for two GPUs: their kernels, bytes, and predicted times; docs/step.md
+gpu-step: $(VENV)/.test-without-torch
+	JAX_PLATFORMS=cpu JAX_ENABLE_COMPILATION_CACHE=false PYTHONPATH=$(VENV)/gpu-check \
+	  $(BIN)/python -m tests.gpu_step $(ARGS)
 
 # On a machine with an NVIDIA GPU, 25 minutes: the GPU's tests, tuned tiles, figures with peers. Uses PYTHON as
 # it is (jax with CUDA, pytest, matplotlib), and no network; results go to $$OUT or benchmarks/results/gpu

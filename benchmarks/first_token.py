@@ -5,7 +5,7 @@
 SmolLM2 in 4 bits (asymmetric, groups of 32), a chat prompt of 37 tokens, 32 new ones, greedy,
 float32 activations. Each run is a process of its own; the ways of compiling take turns:
 
-- one after the other: prefill, first token and decode loop, and the first token is given out when
+- one after the other: prefill and decode loop, and the first token is given out when
   all are compiled (as it was up to 0.1.0);
 - at the same time: as `generate` does it;
 - kept: with `keep_programs`, in a folder where an earlier process has left them.
@@ -129,11 +129,11 @@ def run(way: str) -> dict[str, Any]:
 
 
 class OneAfterTheOther:
-    """Instead of `jaxwna16.programs.Compilation`: compiles when it is made."""
+    """Instead of `jaxwna16.programs.Compilation`: compiles what is started before it goes on."""
 
-    def __init__(self, programs: dict[str, Any]):
-        for program in programs.values():
-            program.compile()
+    def start(self, name: str, program: Any) -> None:
+        """Compile it."""
+        program.compile()
 
     def wait(self, *names: str) -> None:
         """Nothing is left to wait for."""

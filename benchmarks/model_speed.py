@@ -1,7 +1,7 @@
 """Tokens per second of whole models with random weights, and their share of the memory's limit.
 
-    python benchmarks/model_speed.py [--batches 1,16,64] [--rounds 3] [--output FOLDER] [--trace]
-                                     [--small]
+    python benchmarks/model_speed.py [--batches 1,16,64] [--models NAME,...] [--rounds 3]
+                                     [--output FOLDER] [--trace] [--graph-loop] [--small]
 
 Shapes: Qwen3-30B-A3B (128 experts) and Llama-3.1-8B (dense), W4A16 asymmetric, groups of 128, in
 bfloat16; weights are drawn on the device. Each is measured as a user calls it, `generate_tokens`:
@@ -18,6 +18,13 @@ Writes models.json and models.md after every case. `--trace` records a few decod
 case of each shape with JAX's profiler, in the programs that were measured, as MODEL.trace.json.gz
 (for perfetto.dev), and prints the kernels that took longest. `--small` is a tiny shape, to try the
 script without a GPU.
+
+`--graph-loop` records the loop over tokens in the command buffer, too (a CUDA graph), so that the
+host does not look after every token whether there is another one. XLA does not do so by itself, and
+it was reported to crash when such a program runs a second time: try it in a process of its own. The
+same for a program of yours:
+
+    XLA_FLAGS="--xla_gpu_enable_command_buffer=+WHILE --xla_gpu_graph_min_graph_size=1"
 """
 
 from __future__ import annotations
@@ -81,6 +88,9 @@ class Case:
         return f"batch {self.batch}" if self.new > 1 else f"prefill {self.prompt}"
 
 
+GRAPH_LOOP = "--xla_gpu_enable_command_buffer=+WHILE --xla_gpu_graph_min_graph_size=1"
+"""The body of the loop is recorded anyway; a graph of one loop is small."""
+
 BATCHES = (1, 16, 64)
 PREFILL = Case(1, 2048, 1)
 SMALL_PREFILL = Case(1, 40, 1)
@@ -92,25 +102,35 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Measure every shape, write and print the tables."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--batches", type=parse_counts, default=BATCHES, metavar="B,...")
+    parser.add_argument("--models", type=lambda text: text.split(","), metavar="NAME,...")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--output", type=Path, default=None, metavar="FOLDER")
     parser.add_argument("--trace", action="store_true")
+    parser.add_argument("--graph-loop", action="store_true", help="record the loop over tokens")
     parser.add_argument("--small", action="store_true")
     options = parser.parse_args(arguments)
+    shapes, length, prefill = (
+        (SMALL, 16, SMALL_PREFILL) if options.small else (MODELS, 128, PREFILL)
+    )
+    names = options.models or list(shapes)
+    if unknown := [name for name in names if name not in shapes]:
+        parser.error(f"no model {unknown[0]!r}: there are {', '.join(shapes)}")
+    if options.graph_loop:
+        # XLA reads it when the first device is asked for
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {GRAPH_LOOP}".strip()
     folder = options.output or Path(os.environ.get("OUT") or ROOT / "benchmarks/results/gpu")
     folder.mkdir(parents=True, exist_ok=True)
     effort = ON_GPU if jax.devices()[0].platform == "gpu" else ON_CPU
     limits = measure_limits("bfloat16", effort)
-    shapes, length, prefill = (
-        (SMALL, 16, SMALL_PREFILL) if options.small else (MODELS, 128, PREFILL)
-    )
     cases = [*(Case(batch, length, length) for batch in options.batches), prefill]
     report: dict[str, Any] = {
         "machine": describe_machine(),
         "limits": dataclasses.asdict(limits),
+        "graph_loop": options.graph_loop,
         "models": {},
     }
-    for name, shape in shapes.items():
+    for name in names:
+        shape = shapes[name]
         model = make_model(shape)
         rows = report["models"][name] = {}
         for case in cases:
@@ -281,6 +301,7 @@ def tabulate(report: dict[str, Any]) -> str:
         f"{machine['device']['kind']}, {report['limits']['bytes_per_second'] / 1e9:.0f} GB/s by "
         f"{report['limits']['method']}, jax {machine['versions']['jax']}, commit "
         f"{str(machine['commit'])[:10]}, {machine['date']}"
+        + (", the loop over tokens in the command buffer" if report["graph_loop"] else "")
     )
     return "\n".join([*_list_lines(report["models"]), "", origin])
 

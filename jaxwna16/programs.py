@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import collections
 import os
-from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from jaxwna16.errors import InputError
 
 trace_counts: collections.Counter[str] = collections.Counter()
-"""How often functions were traced in this process: "prefill", "first" and "decode" of generation,
+"""How often functions were traced in this process: "prefill" and "decode" of generation,
 "perplexity", "divergence" and "loglikelihood" of evaluation."""
 _processes: list[int] = []  # where a checkpoint was loaded first: this one, or one it is a fork of
 
@@ -48,19 +47,19 @@ def refuse_fork(*, loads: bool = False) -> None:
 class Compilation:
     """Programs that are compiled at the same time, in threads, since XLA releases Python's lock.
 
-    They must be lowered before, in the caller's thread, since tracing holds that lock. As many are
-    compiled at once as there are cores, in the given order; each needs memory of its own. After an
-    interrupt they go on in the background, since XLA cannot be stopped.
-
-    Args:
-      programs: name -> the result of `jax.jit(…).lower(…)`. A later call of the jitted function
-        uses the compiled program.
+    They are lowered in the caller's thread, since tracing holds that lock; a program is compiled
+    while the next one is traced. One is compiled at once for each two cores, as XLA by itself uses
+    several, in the order in which they were started; each needs memory of its own.
+    After an interrupt they go on in the background, since XLA cannot be stopped.
     """
 
-    def __init__(self, programs: Mapping[str, jax.stages.Lowered]):
-        pool = ThreadPoolExecutor(min(len(programs), _count_cores()), "jaxwna16-compile")
-        self._futures = {name: pool.submit(p.compile) for name, p in programs.items()}
-        pool.shutdown(wait=False)
+    def __init__(self):
+        self._pool = ThreadPoolExecutor(max(1, _count_cores() // 2), "jaxwna16-compile")
+        self._futures: dict[str, Future[Any]] = {}
+
+    def start(self, name: str, program: jax.stages.Lowered) -> None:
+        """Compile the result of `jax.jit(…).lower(…)`: a later call of the function uses it."""
+        self._futures[name] = self._pool.submit(program.compile)
 
     def wait(self, *names: str) -> None:
         """Wait until these programs are compiled, all of them if none is named.
@@ -78,7 +77,7 @@ class Compilation:
 def is_spread(model: Any) -> bool:
     """Whether a pytree's arrays are on several devices, so that only the compiler knows where
     results will be."""
-    return len(_list_devices(model)) > 1
+    return len(list_devices(model)) > 1
 
 
 def foresee(program: jax.stages.Lowered, model: Any) -> Any:
@@ -91,7 +90,7 @@ def foresee(program: jax.stages.Lowered, model: Any) -> Any:
     """
     if not any(array.committed for array in _list_arrays(model)):
         return program.out_info
-    place = jax.sharding.SingleDeviceSharding(*_list_devices(model))
+    place = jax.sharding.SingleDeviceSharding(*list_devices(model))
     return jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), program.out_info
     )
@@ -101,7 +100,8 @@ def _list_arrays(model: Any) -> list[jax.Array]:
     return [leaf for leaf in jax.tree.leaves(model) if isinstance(leaf, jax.Array)]
 
 
-def _list_devices(model: Any) -> set[Any]:
+def list_devices(model: Any) -> set[Any]:
+    """The devices that hold some of a model."""
     return {device for array in _list_arrays(model) for device in array.devices()}
 
 

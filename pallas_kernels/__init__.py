@@ -13,4 +13,4 @@ from pallas_kernels.matmul import quant_matmul_gated as quant_matmul_gated
 from pallas_kernels.matmul import quant_matmul_many as quant_matmul_many
 from pallas_kernels.moe import float_moe as float_moe
 from pallas_kernels.moe import quant_moe as quant_moe
-from pallas_kernels.routing import route as route
+from pallas_kernels.step.routing import route as route

@@ -9,7 +9,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from pallas_kernels.arguments import check_float_dtype, convert_array
 from pallas_kernels.backends import check_backend
@@ -17,9 +16,7 @@ from pallas_kernels.errors import SpecError
 from pallas_kernels.format.spec import QuantSpec
 from pallas_kernels.format.weights import check_weights
 from pallas_kernels.lowering import choose_at_lowering, has_symbolic, refuse_at_lowering
-from pallas_kernels.tiles.dense_rules import check_prefer, choose
-from pallas_kernels.tiles.device import find_device
-from pallas_kernels.tiles.tiles import Tiles
+from pallas_kernels.tiles.dense_rules import check_prefer
 from pallas_kernels.vmap_rule import fold_vmap
 from pallas_kernels.xla.dense import matmul
 
@@ -114,17 +111,9 @@ def quant_matmul_many(
       assert q.shape == k.shape == (3, 128)
       ```
     """
-    x = _check_call(x, weights, specs, backend, prefer)
-    calls: dict[Any, list[int]] = {}
-    for i, (weight, spec) in enumerate(zip(weights, specs, strict=True)):
-        alike = dataclasses.replace(spec, out_features=1), weight["scale"].dtype
-        # a reordered x is shared with nobody
-        calls.setdefault((alike, i if "perm" in weight else None), []).append(i)
-    results: dict[int, jax.Array] = {}
-    for members in calls.values():
-        call = _Call(tuple(specs[i] for i in members), backend, prefer)
-        results.update(zip(members, _run(call, x, [weights[i] for i in members]), strict=True))
-    return tuple(results[i] for i in range(len(specs)))
+    x = check_call(x, weights, specs, backend, prefer)
+    call = _Call(tuple(specs), backend, prefer)
+    return tuple(_run(call, x, weights))
 
 
 def quant_matmul_gated(
@@ -166,7 +155,7 @@ def quant_matmul_gated(
       ```
     """
     weights, specs = [gate, up], [gate_spec, up_spec]
-    x = _check_call(x, weights, specs, backend, prefer)
+    x = check_call(x, weights, specs, backend, prefer)
     if gate_spec.out_features != up_spec.out_features:
         raise SpecError(
             f"gate and up must have the same N, got {gate_spec.out_features} and "
@@ -182,7 +171,7 @@ def quant_matmul_gated(
 
 @dataclasses.dataclass(frozen=True)
 class _Call:
-    """The static facts of one call. Its weights differ only in N."""
+    """The static facts of one call."""
 
     specs: tuple[QuantSpec, ...]
     backend: str | None
@@ -190,7 +179,8 @@ class _Call:
     gated: bool = False
 
 
-def _check_call(x, weights, specs, backend, prefer) -> jax.Array:
+def check_call(x, weights, specs, backend, prefer) -> jax.Array:
+    """x as an array; raise a SpecError or BackendError if the arguments contradict each other."""
     if len(weights) != len(specs):
         raise SpecError(f"each weight needs a spec, got {len(weights)} weights, {len(specs)} specs")
     for weight, spec in zip(weights, specs, strict=True):
@@ -206,14 +196,12 @@ def _check_call(x, weights, specs, backend, prefer) -> jax.Array:
 
 
 def _run(call: _Call, x: jax.Array, weights: Sequence[Weights]) -> list[jax.Array]:
-    """Fold the leading dimensions of x, reorder its features, multiply."""
+    """Fold the leading dimensions of x, multiply."""
     lead, rows = x.shape[:-1], x.reshape(-1, x.shape[-1])
-    plain = [{name: leaf for name, leaf in w.items() if name != "perm"} for w in weights]
-    if "perm" in weights[0]:
-        rows = jnp.take(rows, weights[0]["perm"], axis=1)
     if rows.shape[0]:
         by_xla = functools.partial(_multiply_by_xla, call)
         by_triton = functools.partial(_multiply_by_triton, call)
+        plain = [dict(leaves) for leaves in weights]
         ys: Any = choose_at_lowering(by_xla, by_triton, call.backend, x.dtype)(rows, plain)
     else:
         ys = [
@@ -233,7 +221,8 @@ def _gate(gate: jax.Array, up: jax.Array) -> jax.Array:
 
 def _multiply_by_triton(call: _Call, x: jax.Array, weights: list, *, interpret: bool) -> list:
     # imported here, so that all else works where a later jax has no Pallas-Triton
-    from pallas_kernels.triton.dense import expand_by_kernel, multiply_packed
+    from pallas_kernels.triton.parts import finish
+    from pallas_kernels.triton.products import multiply_alike, multiply_each
 
     if has_symbolic(x.shape):
         refused = refuse_at_lowering(_SYMBOLIC.format(shape=list(x.shape))).astype(x.dtype)
@@ -241,31 +230,8 @@ def _multiply_by_triton(call: _Call, x: jax.Array, weights: list, *, interpret: 
         return [jnp.full(y.shape, refused) for y in ys]
 
     def run(x, weights):
-        together = sum(spec.out_features for spec in call.specs)
-        schedule = choose(
-            dataclasses.replace(call.specs[0], out_features=together),
-            x.shape[0],
-            x.dtype,
-            weights[0]["scale"].dtype,
-            find_device(),
-            call.prefer,
-        )
-        if isinstance(schedule, Tiles):
-            return multiply_packed(
-                x, weights, call.specs, schedule, gated=call.gated, interpret=interpret
-            )
-        ys = [
-            _multiply_expanded(x, expand_by_kernel(w, spec, x.dtype, interpret=interpret), w)
-            for w, spec in zip(weights, call.specs, strict=True)
-        ]
-        return [_gate(*(y.astype(jnp.float32) for y in ys)).astype(x.dtype)] if call.gated else ys
+        multiply = functools.partial(multiply_alike, gated=True) if call.gated else multiply_each
+        parts = multiply(x, weights, call.specs, prefer=call.prefer, interpret=interpret)
+        return finish(parts, x.dtype, gated=call.gated)
 
     return fold_vmap(run)(x, weights)
-
-
-def _multiply_expanded(x: jax.Array, w: jax.Array, weights: dict[str, jax.Array]) -> jax.Array:
-    y = lax.dot_general(x, w, (((1,), (1,)), ((), ())), preferred_element_type=x.dtype)
-    if "bias" not in weights:
-        return y
-    bias = weights["bias"].astype(jnp.float32)[None, :]
-    return (y.astype(jnp.float32) + bias).astype(x.dtype)

@@ -16,12 +16,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.activations import check as check_activation
 from pallas_kernels.arguments import check_float_dtype, convert_array
 from pallas_kernels.backends import check_backend
 from pallas_kernels.errors import BackendError, SpecError
 from pallas_kernels.format.spec import QuantSpec
 from pallas_kernels.format.weights import check_weights
+from pallas_kernels.formulas.activations import check as check_activation
 from pallas_kernels.lowering import choose_at_lowering, has_symbolic
 from pallas_kernels.vmap_rule import fold_vmap
 from pallas_kernels.xla.dense import matmul
@@ -65,7 +65,7 @@ def quant_moe(
       spec13: of one expert, N = 2 I (I if not gated) and K = H.
       spec2: of one expert, N = H and K = I; bits and groups may differ from those of `spec13`.
       activation: "silu", "gelu", "gelu_tanh", "relu2" or "swigluoai", see
-        `pallas_kernels.activations`.
+        `pallas_kernels.formulas.activations`.
       gated: act(gate) * up; otherwise act(h) of one product.
       interleaved: rows of gate and up alternate in w13, gate first.
       weigh: "output" multiplies an expert's result by its weight, "input" its input.
@@ -99,24 +99,10 @@ def quant_moe(
       assert y.shape == (3, 64)
       ```
     """
-    options = _Options(activation, gated, interleaved, weigh)
-    experts = _count_experts(w13)
-    for name, leaves, spec in (("w13", w13, spec13), ("w2", w2, spec2)):
-        try:
-            check_weights(leaves, spec, experts)
-        except SpecError as error:
-            raise SpecError(f"{name}: {error}") from error
-        if "perm" in leaves:
-            raise SpecError(f"{name}: experts with reordered features (perm) are not supported")
-    sizes = (spec13.out_features, spec13.in_features), (spec2.out_features, spec2.in_features)
+    options = Options(activation, gated, interleaved, weigh)
+    call = check_call(x, ids, weights, w13, w2, spec13, spec2, options, shared, backend)
     x, ids, weights, shared = _read(x, ids, weights, shared)
-    _check_call(x, ids, weights, sizes, options, shared)
-    check_backend(backend, x.dtype)
-    call = _Call(spec13, spec2, experts, options, backend)
-    by_xla, by_triton = (
-        functools.partial(_run_by_xla, call),
-        functools.partial(_run_by_triton, call),
-    )
+    by_xla, by_triton = functools.partial(run_by_xla, call), functools.partial(_run_by_triton, call)
     run = choose_at_lowering(by_xla, by_triton, backend, x.dtype)
     return _fold(run, x, ids, weights, expert_offset, shared, (w13, w2))
 
@@ -155,7 +141,7 @@ def float_moe(
       assert y.shape == (3, 64)
       ```
     """
-    options = _Options(activation, gated, interleaved, weigh)
+    options = Options(activation, gated, interleaved, weigh)
     x, ids, weights, shared = _read(x, ids, weights, shared)
     stacks = _read_stack("13", w13, b13), _read_stack("2", w2, b2)
     w13, w2 = (stack["weight"] for stack in stacks)
@@ -163,7 +149,7 @@ def float_moe(
         raise SpecError(
             f"w13 and w2 must have equally many experts, got {w13.shape[0]} and {w2.shape[0]}"
         )
-    _check_call(x, ids, weights, (w13.shape[1:], w2.shape[1:]), options, shared)
+    _check_arrays(x, ids, weights, (w13.shape[1:], w2.shape[1:]), options, shared)
 
     def run(x, ids, weights, offset, stacks):
         return add_experts(
@@ -189,24 +175,41 @@ def _multiply_floats(x: jax.Array, leaves: Any) -> jax.Array:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Options:
+class Options:
     """What happens around the two products; see `quant_moe`."""
 
-    activation: str
-    gated: bool
-    interleaved: bool
-    weigh: str
+    activation: str = "silu"
+    gated: bool = True
+    interleaved: bool = False
+    weigh: str = "output"
 
 
 @dataclasses.dataclass(frozen=True)
-class _Call:
+class Call:
     """The static facts of one call."""
 
     spec13: QuantSpec
     spec2: QuantSpec
     experts: int
-    options: _Options
+    options: Options
     backend: str | None
+
+
+def check_call(x, ids, weights, w13, w2, spec13, spec2, options: Options, shared, backend) -> Call:
+    """The static facts of a call; raise what `quant_moe` raises if its arguments are impossible."""
+    experts = _count_experts(w13)
+    for name, leaves, spec in (("w13", w13, spec13), ("w2", w2, spec2)):
+        try:
+            check_weights(leaves, spec, experts)
+        except SpecError as error:
+            raise SpecError(f"{name}: {error}") from error
+        if "perm" in leaves:
+            raise SpecError(f"{name}: experts with reordered features (perm) are not supported")
+    sizes = (spec13.out_features, spec13.in_features), (spec2.out_features, spec2.in_features)
+    x, ids, weights, shared = _read(x, ids, weights, shared)
+    _check_arrays(x, ids, weights, sizes, options, shared)
+    check_backend(backend, x.dtype)
+    return Call(spec13, spec2, experts, options, backend)
 
 
 def _count_experts(w13: Any) -> int:
@@ -238,7 +241,7 @@ def _read_stack(number: str, w, b) -> dict[str, jax.Array]:
     return {"weight": w, "bias": b}
 
 
-def _check_call(x, ids, weights, sizes, options: _Options, shared) -> None:
+def _check_arrays(x, ids, weights, sizes, options: Options, shared) -> None:
     """Raise a SpecError that lists all contradictions, or a BackendError for symbolic tokens."""
     check_float_dtype("x", x.dtype)
     check_activation(options.activation, options.gated)
@@ -290,7 +293,9 @@ def _fold(run, x, ids, weights, offset, shared, stacks) -> jax.Array:
     return (y if shared is None else y + shared.astype(jnp.float32)).astype(x.dtype)
 
 
-def _run_by_xla(call: _Call, x, ids, weights, offset, stacks) -> jax.Array:
+def run_by_xla(call: Call, x, ids, weights, offset, stacks) -> jax.Array:
+    """The sum over the chosen experts, float32 [T, H]."""
+
     def make_product(spec: QuantSpec):
         def run(x, leaves):
             # the loop adds the bias
@@ -311,7 +316,7 @@ def _run_by_xla(call: _Call, x, ids, weights, offset, stacks) -> jax.Array:
     )
 
 
-def _run_by_triton(call: _Call, x, ids, weights, offset, stacks, *, interpret) -> jax.Array:
+def _run_by_triton(call: Call, x, ids, weights, offset, stacks, *, interpret) -> jax.Array:
     # imported here, so that all else works where a later jax has no Pallas-Triton
     from pallas_kernels.triton.experts import add_experts as add_by_triton
 

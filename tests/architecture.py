@@ -169,6 +169,12 @@ def place_boxes(arrows: Mapping[Group, Collection[Group]]) -> Iterator[Box]:
             yield Box(group, cell[0], GAP + cell[1] * (COLUMN + GAP / 2) + share)
 
 
+def is_free(x: float, source: Box, end: Box, boxes: Collection[Box]) -> bool:
+    """Whether a line straight down from one row to the other passes no box."""
+    passed = [box for box in boxes if source.row < box.row < end.row]
+    return all(abs(box.x - x) > box.width / 2 for box in passed)
+
+
 def lay_out(graph: Graph) -> tuple[list[Box], list[tuple[Box, Box]]]:
     """The boxes of an import graph, and the arrows between them."""
     rooms = join_rooms(graph)
@@ -192,7 +198,7 @@ def draw(graph: Graph = GRAPH) -> str:
         "</marker>",
         _draw_rectangle("sheet", 0.5, 0.5, WIDTH - 1, height - 1),
         *(line for package in COLUMNS for line in _draw_package(package, boxes)),
-        *(_draw_arrow(*arrow) for arrow in arrows),
+        *(_draw_arrow(*arrow, is_free(arrow[0].x, *arrow, boxes)) for arrow in arrows),
         *(line for box in boxes for line in _draw_box(box)),
         *(_draw_text("legend", GAP, 2 * GAP + 20 * i, text) for i, text in enumerate(LEGEND)),
         "</svg>",
@@ -228,9 +234,10 @@ def _draw_box(box: Box) -> list[str]:
     ]
 
 
-def _draw_arrow(source: Box, end: Box) -> str:
-    """Down to the gap above the end's row, there across, and down into the end."""
-    start, turn, stop = source.top + BOX, end.top - (ROW - BOX) / 2, end.top
+def _draw_arrow(source: Box, end: Box, is_late: bool) -> str:
+    """Down, across in the gap above the end's row (if not late: below the source's), and down."""
+    start, stop, gap = source.top + BOX, end.top, (ROW - BOX) / 2
+    turn = stop - gap if is_late else start + gap
     if source.x == end.x:
         return f'<path class="arrow" d="M{source.x:g} {start:g}V{stop:g}"/>'
     side = CORNER if end.x > source.x else -CORNER

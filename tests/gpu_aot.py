@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import contextlib
 import dataclasses
 import functools
 import importlib
@@ -36,7 +37,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -145,16 +146,29 @@ def dump(fn: Callable, *specs: Any, arch: str, folder: str, emitters: str) -> No
     `emitters` is a regular expression of the stages whose results are wanted. Every argument stays
     one, used or not.
     """
-    device = _describe_device(arch)
-    here = SingleDeviceSharding(device)
-    placed = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=here), specs)
+    with aim(arch):
+        traced = jax.jit(fn, keep_unused=True).trace(*place(specs, arch))
+        options: dict[str, str | bool] = {
+            "xla_dump_to": folder,
+            "xla_dump_emitter_re": emitters,
+        }
+        traced.lower(lowering_platforms=("cuda",)).compile(compiler_options=options)
+
+
+def place(tree: Any, arch: str) -> Any:
+    """The shapes of a tree, on the GPU that is not there."""
+    here = SingleDeviceSharding(_describe_device(arch))
+    return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=here), tree)
+
+
+@contextlib.contextmanager
+def aim(arch: str) -> Iterator[None]:
+    """What is traced and lowered inside is for that GPU."""
     target = TARGETS[arch]
     # Since 0.11 Pallas-Triton asks the mesh which GPU it lowers for.
     abstract = AbstractDevice(target.device_kind, target.cores, "cuda")
     with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=abstract)):
-        traced = jax.jit(fn, keep_unused=True).trace(*placed)
-        options = {"xla_dump_to": folder, "xla_dump_emitter_re": emitters}
-        traced.lower(lowering_platforms=("cuda",)).compile(compiler_options=options)
+        yield
 
 
 @functools.cache

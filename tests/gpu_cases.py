@@ -1,4 +1,4 @@
-"""What `tests.gpu_check` compiles: products, experts and groupings, each for a GPU that is absent.
+"""What `tests.gpu_check` compiles: products, experts, and what lies between, for absent GPUs.
 
 A product is what `pallas_kernels.tiles.dense_rules.choose` makes of a 4096 x 4096 weight with zero
 points, for a number of tokens that fills its tile or leaves masked rows in it; an expert's is one
@@ -22,6 +22,8 @@ from pallas_kernels.tiles.tiles import Schedule, Tiles
 from pallas_kernels.triton.dense import can_pair
 from pallas_kernels.triton.grouping import MOST_PAIRS
 from tests import gpu_aot
+from tests.gpu_attention import Decode, list_attention, list_core_attention
+from tests.gpu_small import list_small
 
 SIZE = 4096
 GROUPS = (32, 64, 128, SIZE)
@@ -119,7 +121,18 @@ class Grouping:
     block: int
 
 
-def list_core() -> list[Case | Grouping]:
+@dataclasses.dataclass(frozen=True)
+class Between:
+    """A kernel between the products: a name of `tests.gpu_small.list_small`."""
+
+    arch: str
+    name: str
+
+
+AnyCase = Case | Grouping | Between | Decode
+
+
+def list_core() -> list[AnyCase]:
     """Some of the budgeted cases, and of the other schedules and GPUs."""
     return [
         *(Case("sm_90a", tokens, 4, "bfloat16", 128) for tokens in (8, 64, 250)),
@@ -132,10 +145,12 @@ def list_core() -> list[Case | Grouping]:
         Case("sm_90a", 16, 4, "bfloat16", 16),
         Case("sm_89", 256, 4, "bfloat16", 80, experts=FIRST, scale_dtype="float32"),
         Grouping("sm_90a", 512, 4096, 8),
+        *(Between("sm_90a", name) for name in list_small()),
+        *list_core_attention(),
     ]
 
 
-def list_all() -> list[Case | Grouping]:
+def list_all() -> list[AnyCase]:
     """Every kind of kernel for every GPU, with the numbers of tokens that users run."""
     archs, tokens = tuple(gpu_aot.TARGETS), (*_FULL, *_MANY)
     products = (
@@ -156,6 +171,8 @@ def list_all() -> list[Case | Grouping]:
         ),
         *_list_experts(),
         *(Grouping(arch, *facts) for arch in archs for facts in _list_groupings()),
+        *(Between(arch, name) for arch in archs for name in list_small()),
+        *list_attention(),
     ]
 
 

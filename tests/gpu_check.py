@@ -33,6 +33,7 @@ from pallas_kernels.triton.dense import expand_by_kernel, multiply_packed
 from pallas_kernels.triton.grouped import Epilogue, multiply_blocks
 from pallas_kernels.triton.grouping import group_few_pairs
 from tests import gpu_aot
+from tests.gpu_attention import Decode, write_attention
 from tests.gpu_cases import (
     EXPERTS,
     FIRST,
@@ -40,12 +41,15 @@ from tests.gpu_cases import (
     MIXED_GROUPS,
     SIZE,
     TOP_K,
+    AnyCase,
+    Between,
     Case,
     Grouping,
     draw_cases,
     list_all,
     list_core,
 )
+from tests.gpu_small import list_small
 
 REPORT = Path(__file__).parents[1] / "docs" / "machine_code.md"
 _MAX_REGISTERS = 255
@@ -68,10 +72,11 @@ class Finding:
     Attributes:
       estimated_bytes: of shared memory that the schedule was thought to take; None without one.
       programs: how many the schedule was made for on each core.
-      per_weight: instructions of the loop, None where no weight is multiplied.
+      per_weight: instructions of the loop, None where no weight is multiplied; in attention per
+        number of the cache.
     """
 
-    case: Case | Grouping
+    case: AnyCase
     schedule: str
     block_m: int
     registers: int
@@ -88,7 +93,8 @@ class Finding:
         """Everything about this machine code that we do not accept."""
         faults = []
         parked = (n for opcode, n in self.opcodes.items() if opcode.startswith(("STL", "LDL")))
-        if self.spill_bytes > _MAX_SPILL or (self.spill_bytes and sum(parked) > 1):
+        most = 0 if isinstance(self.case, Decode) else _MAX_SPILL
+        if self.spill_bytes > most or (self.spill_bytes and sum(parked) > 1):
             faults.append(f"{self.spill_bytes} bytes spilled")
         if self.registers > _MAX_REGISTERS:
             faults.append(f"{self.registers} registers")
@@ -101,25 +107,38 @@ class Finding:
                 f"{self.programs} programs a core with {self.tensor_columns} of "
                 f"{_TENSOR_COLUMNS} columns of tensor memory each"
             )
-        if self.per_weight is None or isinstance(self.case, Grouping):
+        if self.per_weight is None or not isinstance(self.case, Case | Decode):
             return faults
         wanted = "HGMMA" if self.case.arch == "sm_90a" and self.block_m >= 16 else "HMMA"
         if not any(wanted in opcode for opcode in self.opcodes):
             faults.append(f"no {wanted} in the loop")
         if not any(op.startswith("LDGSTS") and op.endswith(".128") for op in self.opcodes):
             faults.append("no asynchronous copy of 16 bytes in the loop")
-        budget = BUDGETS.get((self.case.bits, self.block_m))
-        typical = (self.case.arch, self.case.dtype, self.case.group_size)
-        if budget and typical == ("sm_90a", "bfloat16", 128) and self.per_weight > budget:
+        budget = self._find_budget(self.case)
+        if budget and self.per_weight > budget:
             faults.append(f"{self.per_weight:.2f} instructions per weight, budget {budget}")
         return faults
 
+    def _find_budget(self, case: Case | Decode) -> float | None:
+        if isinstance(case, Decode):
+            return case.budget
+        is_typical = (case.arch, case.dtype, case.group_size) == ("sm_90a", "bfloat16", 128)
+        return BUDGETS.get((case.bits, self.block_m)) if is_typical else None
 
-def compile_case(case: Case | Grouping) -> Finding:
+
+def compile_case(case: AnyCase) -> Finding:
     """Compile one case and read its kernel."""
     block_m, estimated, programs, per_weight = 0, None, 1, None
     if isinstance(case, Grouping):
         schedule, kernels = f"blocks of {case.block} rows", _compile_grouping(case)
+    elif isinstance(case, Between):
+        small = list_small()[case.name]
+        schedule, kernels = (
+            "",
+            gpu_aot.compile(small.fn, *small.specs, arch=case.arch, only=small.only),
+        )
+    elif isinstance(case, Decode):
+        schedule, kernels, block_m = str(case.choose()), case.compile(), case.block_heads
     else:
         schedule, paired = case.choose()
         if case.experts and isinstance(schedule, Tiles):
@@ -127,6 +146,8 @@ def compile_case(case: Case | Grouping) -> Finding:
         else:
             kernels = _compile_dense(case, schedule)
     [kernel] = kernels
+    if isinstance(case, Decode):
+        per_weight = case.count_per_number(kernel)
     if isinstance(schedule, Tiles):
         block_m = schedule.block_m
         whole = dataclasses.replace(schedule, block_n=schedule.block_n * (2 if paired else 1))
@@ -136,7 +157,7 @@ def compile_case(case: Case | Grouping) -> Finding:
         programs = count_programs(schedule, case.spec, case.device)
     return Finding(
         case,
-        schedule if isinstance(case, Grouping) else describe(schedule, case.tokens),
+        describe(schedule, case.tokens) if isinstance(case, Case) else schedule,
         block_m,
         kernel.registers,
         kernel.spill_bytes,
@@ -235,6 +256,8 @@ def write_report(findings: list[Finding]) -> str:
         for groups in (GROUPS, MIXED_GROUPS):
             lines += _write_table([f for f in products if f.case.group_size in groups], groups)
         lines += _write_groupings([f for f in group if isinstance(f.case, Grouping)])
+        lines += _write_between([f for f in group if isinstance(f.case, Between)])
+        lines += write_attention([f for f in group if isinstance(f.case, Decode)])
     return "\n".join(lines) + "\n"
 
 
@@ -269,6 +292,17 @@ def _write_groupings(findings: list[Finding]) -> list[str]:
     for f in findings:
         facts = f"{f.case.pairs} pairs, {f.case.experts} experts"
         lines.append(f"| {facts} | {sum(f.opcodes.values())} | {f.registers} |")
+    return [*lines, ""]
+
+
+def _write_between(findings: list[Finding]) -> list[str]:
+    if not findings:
+        return []
+    head = "| between the products | instructions | registers | KiB of shared memory |"
+    lines = [head, "| --- | --- | --- | --- |"]
+    for f in findings:
+        figures = f"{sum(f.opcodes.values())} | {f.registers} | {f.shared_bytes / 1024:.1f}"
+        lines.append(f"| {f.case.name} | {figures} |")
     return [*lines, ""]
 
 

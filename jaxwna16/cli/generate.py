@@ -83,7 +83,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--prefill-chunk",
         metavar="N",
         type=int,
-        help="prefill prompts in pieces of N tokens (default: up to 512); fewer need less memory",
+        help="prefill prompts in pieces of N tokens (default: as many as the device has use and "
+        "memory for, at most 2048)",
     )
     add_json(parser, sys.modules[__name__])
 

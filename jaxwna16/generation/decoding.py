@@ -1,4 +1,4 @@
-"""The jitted programs of generation: a piece of the prompts, the first tokens, the decode loop.
+"""The jitted programs of generation: a piece of the prompts, and the decode loop.
 
 A model's cache is a pytree of any structure, which goes from one call to the next.
 """
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxwna16.generation.sampling import are_sound, sample
+from jaxwna16.generation.sampling import sample
 from jaxwna16.models.causal_lm import CausalLM
 from jaxwna16.programs import trace_counts
 
@@ -50,7 +50,7 @@ class Scores(NamedTuple):
 
 
 class Progress(NamedTuple):
-    """State of the decode loop.
+    """State of generation, from the first piece of the prompts to the last token.
 
     Attributes:
       step: int32, tokens generated per row so far; column `step - 1` of `tokens` is the newest.
@@ -59,6 +59,7 @@ class Progress(NamedTuple):
       lengths: int32 [B], tokens of each prompt.
       done: bool [B], whether the row has ended: it is neither computed with nor added to.
       unsound: bool [B], whether it ended because its logits were no distribution.
+      hidden: [B, H], the stream of each prompt's last token so far.
     """
 
     step: Array
@@ -67,6 +68,7 @@ class Progress(NamedTuple):
     lengths: Array
     done: Array
     unsound: Array
+    hidden: Array
     cache: Any
 
 
@@ -90,40 +92,20 @@ def round_up(length: int) -> int:
     return -(-length // unit) * unit
 
 
-@functools.partial(jax.jit, donate_argnames="cache")
-def prefill(
-    model: CausalLM, tokens: Array, start: Array, count: Array, cache: Any
-) -> tuple[Array, Any]:
-    """Run a piece int32 [B, S] of the prompts; arguments as `hidden` of the model.
-
-    Returns:
-      The stream [B, H] of the last token of each row in the piece (of a row without tokens it
-      means nothing), and the cache.
-    """
-    trace_counts["prefill"] += 1
-    hidden, cache = model.hidden(tokens, start, count, cache)
-    last = jnp.maximum(count - 1, 0)[:, None, None]
-    return jnp.take_along_axis(hidden, last, axis=1)[:, 0], cache
-
-
-@functools.partial(jax.jit, donate_argnames="cache", static_argnames=("width", "likeliest"))
-def choose_first(
-    model: CausalLM,
-    hidden: Array,
-    lengths: Array,
-    cache: Any,
-    options: Options,
-    *,
-    width: int,
-    likeliest: int | None,
+@functools.partial(jax.jit, static_argnames=("slots", "width", "likeliest"))
+def make_progress(
+    model: CausalLM, lengths: Array, *, slots: int, width: int, likeliest: int | None
 ) -> Progress:
-    """Choose the token after each prompt by the stream [B, H] of its last.
+    """What there is before the prompts run.
+
+    Under `jit`, since zeros made one by one would be implicit transfers to the device.
 
     Args:
-      width: T, room for that many tokens.
+      lengths: int32 [B], tokens of each prompt.
+      slots: of the cache.
+      width: T, room for that many new tokens.
       likeliest: n of `Scores`; None is without scores.
     """
-    trace_counts["first"] += 1
     batch, scores = len(lengths), None
     if likeliest is not None:
         scores = Scores(
@@ -131,16 +113,44 @@ def choose_first(
             likeliest=jnp.zeros((batch, width, likeliest), jnp.float32),
             ids=jnp.zeros((batch, width, likeliest), jnp.int32),
         )
-    progress = Progress(
+    return Progress(
         step=jnp.int32(0),
         tokens=jnp.full((batch, width), NO_TOKEN, jnp.int32),
         scores=scores,
         lengths=lengths,
         done=jnp.zeros(batch, bool),
         unsound=jnp.zeros(batch, bool),
-        cache=cache,
+        hidden=jnp.zeros((batch, model.config.hidden_size), model.dtype),
+        cache=model.make_cache(batch, slots),
     )
-    return _add_tokens(progress, model.logits(hidden), options)
+
+
+@functools.partial(jax.jit, donate_argnames="progress")
+def prefill(
+    model: CausalLM,
+    tokens: Array,
+    start: Array,
+    count: Array,
+    progress: Progress,
+    options: Options,
+) -> Progress:
+    """Run a piece int32 [B, S] of the prompts; `start` and `count` as `hidden` of the model.
+
+    The last piece draws the first token of every row. So it comes while the decode loop, which
+    takes longest to compile, may still be compiled.
+    """
+    trace_counts["prefill"] += 1
+    stream, cache = model.hidden(tokens, start, count, progress.cache)
+    last = jnp.maximum(count - 1, 0)[:, None, None]
+    newest = jnp.take_along_axis(stream, last, axis=1)[:, 0]
+    hidden = jnp.where(count[:, None] > 0, newest, progress.hidden)
+    drawn = lax.cond(
+        (start + count == progress.lengths).all(),
+        lambda progress: _add_tokens(progress, model.logits(progress.hidden), options),
+        lambda progress: progress,
+        progress._replace(hidden=hidden, cache=None),  # through a branch, a cache would be copied
+    )
+    return drawn._replace(cache=cache)
 
 
 @functools.partial(jax.jit, donate_argnames="progress")
@@ -166,8 +176,8 @@ def _add_tokens(progress: Progress, logits: Array, options: Options) -> Progress
     """
     step = progress.step
     step_key = jax.random.fold_in(options.key, step)
-    drawn = sample(logits, step_key, options.temperature, options.top_k, options.top_p)
-    unsound = ~(progress.done | are_sound(logits))
+    drawn, sound = sample(logits, step_key, options.temperature, options.top_k, options.top_p)
+    unsound = ~(progress.done | sound)
     chosen = jnp.where(progress.done | unsound, NO_TOKEN, drawn)
     stops = (chosen[:, None] == options.stop_tokens[None, :]).any(axis=1)
     scores = progress.scores

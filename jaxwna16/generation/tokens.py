@@ -19,12 +19,13 @@ from jaxwna16.generation.decoding import (
     Options,
     Progress,
     Scores,
-    choose_first,
     decode,
     make_options,
+    make_progress,
     prefill,
     round_up,
 )
+from jaxwna16.generation.pieces import choose_piece
 from jaxwna16.models.causal_lm import CausalLM
 from jaxwna16.programs import Compilation, foresee, is_spread, refuse_fork
 
@@ -35,10 +36,6 @@ Stream = Callable[[list[list[int]]], Mapping[int, int] | None]
 
 STREAM_SECONDS = 0.1
 """About so much time passes between two calls of `stream`, unless one token takes longer."""
-
-PREFILL_CHUNK = 512
-PREFILL_TOKENS = 8192
-"""Default size of a piece of the prompts: tokens of a row, and of all rows together."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -122,9 +119,9 @@ def generate_tokens(
       logprobs: how many of the likeliest tokens to score beside the chosen one, or None for no
         scores. Scores are float32 log-probabilities of the model's own distribution, before
         temperature, top-k and top-p.
-      prefill_chunk: tokens of each prompt that are run at once. Memory for attention's weights is
-        that many times the row's whole length. None is up to 512, fewer in a wide batch, or the
-        whole prompt where the model's rope asks for that.
+      prefill_chunk: tokens of each prompt that are run at once. None is up to 2048 on a GPU and up
+        to 512 elsewhere, fewer in a wide batch or where a device has little free memory (see
+        `jaxwna16.generation.pieces`), or the whole prompt where the model's rope asks for that.
       stream: called with the new tokens of each row, first with one each, as soon as the prompts
         have run (the decode loop may still be compiling), and then about every `STREAM_SECONDS`,
         or for every token where one takes longer. It may return {row: n}: these rows end, and n of
@@ -187,44 +184,39 @@ def start_rows(
     logprobs: int | None = None,
     prefill_chunk: int | None = None,
 ) -> tuple[Progress, float, Compilation]:
-    """Run the prompts and choose the first tokens, while the decode loop is still compiled.
+    """Run the prompts and draw the first tokens, while the decode loop is still compiled.
 
     Also the seconds that takes once compiled, and what compiles the loop.
     """
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
     longest, batch = int(lengths.max()), len(prompts)
-    whole = model.config.whole_prompts
-    chunk = round_up(longest) if whole else _choose_chunk(longest, batch, prefill_chunk)
+    width = round_up(max_new_tokens)
+    slots = round_up(longest) + width
+    chunk = choose_piece(model, longest, batch, slots, prefill_chunk)
     tokens = np.zeros((batch, -(-longest // chunk) * chunk), np.int32)
     for row, prompt in zip(tokens, prompts, strict=True):
         row[: len(prompt)] = prompt
-    width = round_up(max_new_tokens)
-    cache = _make_cache(model, batch, round_up(longest) + width)
+    progress = make_progress(
+        model, jax.device_put(lengths), slots=slots, width=width, likeliest=logprobs
+    )
 
     def cut_piece(begin: int) -> tuple[jax.Array, jax.Array, jax.Array]:
         start = np.minimum(begin, lengths)
         count = np.minimum(lengths - start, chunk)
         return jax.device_put((tokens[:, begin : begin + chunk], start, count))
 
-    facts = {"width": width, "likeliest": logprobs}
-    sent = jax.device_put(lengths)
-    programs = {"prefill": prefill.lower(model, *cut_piece(0), cache)}
-    if not is_spread(model):
-        last, filled = foresee(programs["prefill"], model)
-        programs["first"] = choose_first.lower(model, last, sent, filled, options, **facts)
-        if max_new_tokens > 1:
-            begun = foresee(programs["first"], model)
-            until = jax.ShapeDtypeStruct((), jnp.int32)
-            programs["decode"] = decode.lower(model, begun, options, until)
-    compilation = Compilation(programs)
-    compilation.wait("prefill", "first")
+    compilation = Compilation()
+    program = prefill.lower(model, *cut_piece(0), progress, options)
+    compilation.start("prefill", program)
+    if max_new_tokens > 1 and not is_spread(model):
+        until = jax.ShapeDtypeStruct((), jnp.int32)
+        begun = foresee(program, model)
+        compilation.start("decode", decode.lower(model, begun, options, until))
+    compilation.wait("prefill")
 
     started = time.perf_counter()
-    hidden, cache = prefill(model, *cut_piece(0), cache)
-    for begin in range(chunk, longest, chunk):
-        last, cache = prefill(model, *cut_piece(begin), cache)
-        hidden = jnp.where(jax.device_put(lengths > begin)[:, None], last, hidden)
-    progress = choose_first(model, hidden, sent, cache, options, **facts)
+    for begin in range(0, longest, chunk):
+        progress = prefill(model, *cut_piece(begin), progress, options)
     jax.block_until_ready(progress)
     return progress, time.perf_counter() - started, compilation
 
@@ -270,21 +262,8 @@ def _finish_rows(
         steps = max(1, int(STREAM_SECONDS / seconds))
 
 
-_make_cache = jax.jit(CausalLM.make_cache, static_argnums=(1, 2))
-"""Under `jit`, since zeros made one by one would be implicit transfers to the device."""
-
-
 def _send(number: int) -> jax.Array:
     return jax.device_put(np.int32(number))
-
-
-def _choose_chunk(longest: int, batch: int, prefill_chunk: int | None) -> int:
-    """Tokens of a row in a piece; by default all pieces are about equally long."""
-    if prefill_chunk is not None:
-        return min(prefill_chunk, round_up(longest))
-    limit = max(16, min(PREFILL_CHUNK, PREFILL_TOKENS // batch))
-    pieces = -(-longest // limit)
-    return min(round_up(-(-longest // pieces)), round_up(longest))
 
 
 def _measure_rows(tokens: np.ndarray, stop_tokens: tuple[int, ...]) -> np.ndarray:

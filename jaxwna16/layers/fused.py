@@ -25,7 +25,10 @@ import jax.numpy as jnp
 
 from jaxwna16.layers import linen
 from jaxwna16.layers.dense import QuantDense, cast_input
+from pallas_kernels.formulas.norms import Onto
 from pallas_kernels.matmul import quant_matmul_gated, quant_matmul_many
+from pallas_kernels.step.linears import Linear
+from pallas_kernels.step.residual import add_onto, multiply_onto
 
 Layer = Callable[[jax.Array], jax.Array]
 
@@ -123,6 +126,49 @@ def gated(x: jax.Array, gate: Layer, up: Layer) -> jax.Array:
         backend=backend,
         prefer=prefer,
     )
+
+
+def project_onto(x: jax.Array, layer: Layer, onto: Onto) -> tuple[jax.Array, jax.Array | None]:
+    """Add `layer(x)` to a residual stream, with the norms there (`pallas_kernels.formulas.norms`).
+
+    Args:
+      x: [..., K].
+      layer: a function of x.
+      onto: the stream [..., N] and its norms.
+
+    Returns:
+      The stream and its early norm (None without one), [..., N] both.
+
+    Raises:
+      SpecError, BackendError, TableError: as `quant_matmul`.
+    """
+    settings = _find_settings(layer)
+    packed: Any = layer
+    if settings is None or settings[0] not in (None, x.dtype):
+        return add_onto(layer(x), onto, backend=getattr(layer, "backend", None))
+    _, backend, prefer = settings
+    return multiply_onto(x, packed.weights, packed.spec, onto, backend=backend, prefer=prefer)
+
+
+def gather(x: jax.Array, layers: Sequence[Layer]) -> tuple[list[Linear], str | None, str]:
+    """The layers of x as `pallas_kernels.step` takes them, with backend and prefer.
+
+    Those that cannot be one call with what follows are computed here.
+    """
+    settings = [_find_settings(layer) for layer in layers]
+    shared = set(settings) - {None}
+    [alike] = shared if len(shared) == 1 else [None]
+    if alike is None or alike[0] not in (None, x.dtype):
+        backend = next(
+            (b for b in (getattr(layer, "backend", None) for layer in layers) if b), None
+        )
+        return list(project(x, layers)), backend, "speed"
+    packed: list[Any] = list(layers)
+    linears = [
+        layer(x) if found is None else (layer.weights, layer.spec)
+        for layer, found in zip(packed, settings, strict=True)
+    ]
+    return linears, *alike[1:]
 
 
 def _find_settings(layer: Any) -> tuple[Any, str | None, str] | None:

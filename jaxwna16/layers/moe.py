@@ -18,14 +18,14 @@ from jaxwna16.layers.dense import (
     constrain,
     make_start,
 )
-from pallas_kernels.activations import check as check_activation
 from pallas_kernels.arguments import convert_array
 from pallas_kernels.errors import SpecError
 from pallas_kernels.format.spec import QuantSpec
 from pallas_kernels.format.weights import check_weights, make_abstract
+from pallas_kernels.formulas.activations import check as check_activation
+from pallas_kernels.formulas.routing_options import Routing
 from pallas_kernels.moe import quant_moe
-from pallas_kernels.router.options import Routing
-from pallas_kernels.routing import route
+from pallas_kernels.step.routing import route
 
 _LEAVES = ("packed", "scale", "zero_point", "bias")
 _INTEGERS = ("packed", "zero_point")

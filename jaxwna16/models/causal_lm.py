@@ -50,6 +50,7 @@ class CausalLM(nnx.Module):
     Attributes:
       config: what it was constructed from.
       dtype: dtype of activations, cache and plain weights. In float32 products are full float32.
+      backend: of quantized linears and attention, as given.
       folder: the checkpoint folder it was loaded from, if any: where its tokenizer is. Neither it
         nor `warnings` is a part of the pytree, so that models of one architecture share programs.
         So what `nnx.merge`, `jax.device_put` or a jitted function makes of a model has neither,
@@ -65,7 +66,8 @@ class CausalLM(nnx.Module):
         spec. So do experts if one of their two products has none.
       reordered: paths of those whose input features were reordered (act-order).
       dtype: see the attribute.
-      backend: of the quantized linears; None is the best available, "triton" or "xla" forces one.
+      backend: of the quantized linears and of attention; None is the best available, "triton" or
+        "xla" forces one.
 
     Raises:
       ModelError: listing specs that no module has, or that contradict the linear's shape.
@@ -86,7 +88,7 @@ class CausalLM(nnx.Module):
         reordered: Collection[str] = (),
     ):
         self.config = config
-        self.dtype = jnp.dtype(dtype)
+        self.dtype, self.backend = jnp.dtype(dtype), backend
         # NNX keeps every name that was ever set in the graph, so all models must set the same
         self.folder, self.follow_links, self.warnings = None, False, ()
         linears = Linears(specs or {}, self.dtype, backend, reordered)

@@ -20,7 +20,7 @@ from pallas_kernels.errors import BackendError
 from pallas_kernels.format.spec import SLAB_K, TILE_N, QuantSpec
 from pallas_kernels.tiles.device import Device, find_device
 from pallas_kernels.tiles.tiles import Tiles, find_faults, fits
-from pallas_kernels.triton.parts import Parts, add_parts
+from pallas_kernels.triton.parts import Parts, finish
 from pallas_kernels.triton.walk import Strip, Walk, divide
 
 _ACTIVATIONS = (jnp.bfloat16, jnp.float16)
@@ -53,12 +53,7 @@ def multiply_packed(
       BackendError: if x is not bfloat16 or float16 or has no rows, or the tiles do not fit.
     """
     parts = multiply_in_parts(x, weights, specs, tiles, gated=gated, interpret=interpret)
-    if len(parts) < len(weights) or not (gated or tiles.splits > 1):
-        return [part.sums[0] for part in parts]
-    sums = [add_parts(part) for part in parts]
-    if gated:
-        sums = [jax.nn.silu(sums[0]) * sums[1]]
-    return [y.astype(x.dtype) for y in sums]
+    return finish(parts, x.dtype, gated=gated)
 
 
 def multiply_in_parts(

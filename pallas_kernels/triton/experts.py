@@ -8,13 +8,14 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.activations import IN_KERNEL, activate
+from pallas_kernels.formulas.activations import IN_KERNEL, activate
 from pallas_kernels.tiles.blocks import Blocks, find_local, group_pairs
 from pallas_kernels.tiles.device import find_device
 from pallas_kernels.tiles.expert_rules import can_pair_rows, choose_moe
 from pallas_kernels.triton.dense import can_pair
 from pallas_kernels.triton.grouped import Epilogue, multiply_blocks
 from pallas_kernels.triton.grouping import MOST_PAIRS, group_few_pairs
+from pallas_kernels.triton.parts import Parts, add_parts
 
 _FEW_TOKENS = 256
 """Up to this many, results wait for their sum in float32. Above, that is too much memory traffic.
@@ -23,6 +24,17 @@ _FEW_TOKENS = 256
 
 def add_experts(call, rows, offset, stacks, *, interpret: bool) -> jax.Array:
     """Run the experts on rows (x, ids, weights), as `pallas_kernels.moe` does; float32 [T, H]."""
+    product, local = multiply_experts(call, rows, offset, stacks, interpret=interpret)
+    y = jnp.where((local < call.experts)[:, None], add_parts(product), 0.0)
+    return add_parts(Parts(y.reshape(*rows[1].shape, -1).swapaxes(0, 1)))
+
+
+def multiply_experts(call, rows, offset, stacks, *, interpret: bool) -> tuple[Parts, jax.Array]:
+    """The same before the sums: `Parts` of [T * top_k, H], a row for each chosen expert, weighed.
+
+    Also their experts, int32 [T * top_k]; rows of those from E on (not here) are undefined. If
+    `offset` is None, all are here: ids are in 0 .. E - 1.
+    """
     x, ids, weights = rows
     tokens, top_k = ids.shape
     options, device = call.options, find_device()
@@ -31,7 +43,8 @@ def add_experts(call, rows, offset, stacks, *, interpret: bool) -> jax.Array:
     tiles = choose_moe(
         specs, call.experts, tokens, top_k, x.dtype, scale_dtypes, device, gated=options.gated
     )
-    local = find_local(ids.reshape(-1), call.experts, offset)
+    pairs = ids.reshape(-1)
+    local = pairs if offset is None else find_local(pairs, call.experts, offset)
     if tiles.direct:
         blocks = Blocks(local, None)
     elif local.size <= MOST_PAIRS:
@@ -63,7 +76,7 @@ def add_experts(call, rows, offset, stacks, *, interpret: bool) -> jax.Array:
         interpret=interpret,
     )
     if not inside:
-        h = add_in_order(h) if tiles.first.splits > 1 else h.astype(jnp.float32)
+        h = add_parts(Parts(h if tiles.first.splits > 1 else h[None]))
         h = activate(h, options.activation, gated=options.gated, interleaved=options.interleaved)
     wide = tiles.second.splits > 1 or tokens <= _FEW_TOKENS
     y = multiply_blocks(
@@ -77,15 +90,4 @@ def add_experts(call, rows, offset, stacks, *, interpret: bool) -> jax.Array:
         dtype=jnp.float32 if wide else x.dtype,
         interpret=interpret,
     )
-    y = add_in_order(y) if tiles.second.splits > 1 else y.astype(jnp.float32)
-    # rows of pairs whose expert is not here are undefined
-    y = jnp.where((local < call.experts)[:, None], y, 0.0)
-    return add_in_order(y.reshape(tokens, top_k, -1).swapaxes(0, 1))
-
-
-def add_in_order(parts: jax.Array) -> jax.Array:
-    """[n, ...] -> [...], added in order, so that equal inputs give equal bits."""
-    total = parts[0]
-    for part in parts[1:]:
-        total = total + part
-    return total
+    return Parts(y if tiles.second.splits > 1 else y[None]), local

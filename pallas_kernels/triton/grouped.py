@@ -18,9 +18,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels.activations import apply
 from pallas_kernels.errors import BackendError
 from pallas_kernels.format.spec import TILE_N, QuantSpec
+from pallas_kernels.formulas.activations import apply
 from pallas_kernels.tiles.blocks import Blocks
 from pallas_kernels.tiles.tiles import Tiles, find_faults
 from pallas_kernels.triton.dense import choose_block_n
@@ -32,7 +32,7 @@ class Epilogue:
     """What happens to the sums of a tile, in float32.
 
     Attributes:
-      activation: name of `pallas_kernels.activations`, None for none.
+      activation: name of `pallas_kernels.formulas.activations`, None for none.
       paired: rows 0 .. N/2 - 1 of the weight are gate, the others up, and one program computes
         both.
       weigh: None, or "sum" (before the bias) or "result" (after it): multiply by the pair's weight.

@@ -5,6 +5,7 @@ So a split product costs no kernel of its own for its sum.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -35,6 +36,14 @@ def add_parts(parts: Parts) -> jax.Array:
     for part in parts.sums[1:]:
         total = total + part
     return total if parts.bias is None else total + parts.bias.astype(jnp.float32)[None, :]
+
+
+def finish(parts: Sequence[Parts], dtype: Any, *, gated: bool = False) -> list[jax.Array]:
+    """The products in `dtype`; of gate and up silu(gate) * up, unless it is there already."""
+    if gated and len(parts) > 1:
+        gate, up = map(add_parts, parts)
+        return [(jax.nn.silu(gate) * up).astype(dtype)]
+    return [add_parts(part).astype(dtype) for part in parts]
 
 
 def load_sum(parts: Any, row: Any, columns: jax.Array, mask: jax.Array | None = None) -> jax.Array:

@@ -15,9 +15,14 @@ from pallas_kernels.format.spec import SLAB_K, QuantSpec
 def matmul(x: jax.Array, weights: Mapping[str, jax.Array], spec: QuantSpec) -> jax.Array:
     """Compute x @ W.T + bias for x [M, K] -> float32 [M, N].
 
-    W is rounded to the scale's dtype as compressed-tensors does, then to x's dtype.
+    W is rounded to the scale's dtype as compressed-tensors does, then to x's dtype. With "perm" the
+    features of x are reordered first.
     """
-    tied = _tie({name: leaf for name, leaf in weights.items() if name != "bias"}, x)
+    if "perm" in weights:
+        # The barrier keeps the product from reading x the other way round. jax 0.10 cannot run such
+        # a product in bfloat16 on a CPU that has instructions for it.
+        x = lax.optimization_barrier(jnp.take(x, weights["perm"], axis=1))
+    tied = _tie({name: leaf for name, leaf in weights.items() if name not in ("bias", "perm")}, x)
     multiply = _multiply_slabs if x.shape[0] == 1 and has_whole_slabs(spec) else _multiply
     y = multiply(x, tied, spec)
     return y + weights["bias"].astype(y.dtype)[None, :] if "bias" in weights else y

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.activations import activate
+from pallas_kernels.formulas.activations import activate
 from pallas_kernels.tiles.blocks import find_local, group_pairs
 
 _MOST_ROWS = 256

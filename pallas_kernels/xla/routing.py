@@ -1,4 +1,4 @@
-"""`pallas_kernels.routing.route` as ordinary operations, differentiable through the weights."""
+"""`pallas_kernels.step.routing.route` as plain operations, differentiable through the weights."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.router.options import GROUP_SCORES, Routing
-from pallas_kernels.router.scores import SCORINGS, clear_broken, weigh
+from pallas_kernels.formulas.routing_options import GROUP_SCORES, Routing
+from pallas_kernels.formulas.routing_scores import SCORINGS, clear_broken, weigh
 
 
 def choose_experts(

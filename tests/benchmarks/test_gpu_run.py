@@ -71,7 +71,7 @@ def pretended(tmp_path, monkeypatch):
         commands[name] = (arguments, seconds, environment)
         if name == "tune":
             table.write_text("{}")
-        code = {"tests": 1, "tune moe": None}.get(name, 0)
+        code = {"tests": 1, "tune moe": None, "models, graph loop": -11}.get(name, 0)
         return gpu_run.Step(name, arguments, 2.0, code, [str(table)] if name == "table" else [])
 
     monkeypatch.setenv("OUT", str(tmp_path / "out"))
@@ -88,7 +88,7 @@ def test_every_step_runs_and_the_summary_says_how_each_went(tmp_path, pretended,
     assert gpu_run.main([]) == 1
     assert list(pretended) == [
         *("tests", "bench", "bench moe", "table", "tune", "tune moe"),
-        *("bench again", "bench moe again", "models"),
+        *("bench again", "bench moe again", "models", "models, graph loop"),
     ]
     for name, (arguments, _, _) in pretended.items():
         assert ("--moe" in arguments) == ("moe" in name)
@@ -104,6 +104,22 @@ def test_every_step_runs_and_the_summary_says_how_each_went(tmp_path, pretended,
     assert "bench moe again: good" in out
 
 
+def test_a_crash_with_the_loop_in_a_graph_is_recorded_and_is_no_failure(
+    tmp_path, pretended, capsys
+):
+    (tmp_path / "tiles").mkdir()
+    assert gpu_run.main(["models"]) == 0
+    arguments, seconds, _ = pretended["models, graph loop"]
+    assert "--graph-loop" in arguments and "--graph-loop" not in pretended["models"][0]
+    # most of the time is for what must be measured
+    assert pretended["models"][1] > 2 * gpu_run.STAGE_SECONDS["models"] / 3 > 0
+    assert seconds > 0
+    last = read_report(tmp_path, "models")["steps"][-1]
+    assert (last["name"], last["exit_code"]) == ("models, graph loop", -11)
+    assert last["is_attempt"]
+    assert "models, graph loop: failed (-11)" in capsys.readouterr().out
+
+
 def test_figures_with_tuned_tiles_are_kept_beside_those_without(tmp_path, pretended):
     gpu_run.main([])
     folder = tmp_path / "out"
@@ -114,6 +130,7 @@ def test_figures_with_tuned_tiles_are_kept_beside_those_without(tmp_path, preten
         assert environment == (own if name in ("tests", "bench", "bench moe") else tiles)
         if name not in ("tests", "table"):
             place = folder / "tuned" if "again" in name else folder
+            place = folder / "graph-loop" if "graph loop" in name else place
             assert arguments[arguments.index("--output") + 1] == str(place)
     assert (folder / "a-gpu.json").exists()
     assert read_report(tmp_path, "measure")["table"] is None

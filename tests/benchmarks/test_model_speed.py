@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 
 import jax
 import pytest
@@ -41,6 +42,28 @@ def test_a_small_model_is_measured_traced_and_written(tmp_path, monkeypatch, cap
     assert measured[0] == measured[1]
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == [profile, "models.json", "models.md"]
+
+
+def test_the_loop_over_tokens_is_put_into_the_graph_for_one_model_if_asked(
+    tmp_path, monkeypatch, capsys
+):
+    flags = []
+    monkeypatch.setenv("XLA_FLAGS", "--xla_before=1")
+    monkeypatch.setattr(model_speed, "make_model", lambda shape: None)
+    row = {"prefill_tokens_per_second": [1.0]}
+    monkeypatch.setattr(
+        model_speed, "measure", lambda *_: flags.append(os.environ["XLA_FLAGS"]) or row
+    )
+    call = ["--small", "--models", "Llama-3.1-8B", "--batches", "1", "--output", str(tmp_path)]
+    model_speed.main([*call, "--graph-loop"])
+    assert set(flags) == {f"--xla_before=1 {model_speed.GRAPH_LOOP}"}
+    report = json.loads((tmp_path / "models.json").read_text())
+    assert report["graph_loop"] is True
+    assert list(report["models"]) == ["Llama-3.1-8B"]
+    assert "the loop over tokens in the command buffer" in (tmp_path / "models.md").read_text()
+    with pytest.raises(SystemExit):
+        model_speed.main(["--models", "Llama-4"])
+    assert "no model 'Llama-4'" in capsys.readouterr().err
 
 
 def test_kernels_are_listed_by_the_time_they_took(tmp_path, capsys):

@@ -14,7 +14,7 @@ import ml_dtypes
 import numpy as np
 
 U = 2.0**-24
-_UNITS = {"bfloat16": (2.0**-8, 0.0), "float16": (2.0**-11, 2.0**-25), "float32": (U, 0.0)}
+UNITS = {"bfloat16": (2.0**-8, 0.0), "float16": (2.0**-11, 2.0**-25), "float32": (U, 0.0)}
 _SILU_SLOPE = 1.1
 _SILU_STEPS = 16
 """Roundings of silu: exponential, sum and quotient of 2 units each, and the products around."""
@@ -39,10 +39,14 @@ class Bounded:
         gamma = roundings * U / (1 - roundings * U)
         error = gamma * magnitude
         if rounded:
-            v, tiny = _UNITS[rounded]
+            v, tiny = UNITS[rounded]
             change = (v + 2 * U) * magnitude + tiny * np.abs(x).sum(1, keepdims=True)
             error = error + (1 + gamma) * change
         return cls(x @ weight.T, error)
+
+    def choose(self, rows: np.ndarray) -> Bounded:
+        """Some rows."""
+        return Bounded(self.value[rows], self.error[rows])
 
     def add(self, bias: np.ndarray) -> Bounded:
         """In float32."""
@@ -65,9 +69,26 @@ class Bounded:
         positive = np.maximum(self.value, 0)
         return Bounded(positive**2, (2 * positive + self.error) * self.error)._round(U)
 
+    def normalise(self, weight: np.ndarray, eps: float, kind: str, dtype) -> Bounded:
+        """The norm of `pallas_kernels.formulas.norms` over the last axis, in a 16-bit dtype.
+
+        An error e of x changes x / size by e / size, and size by at most the root mean square of e.
+        Squares are summed as a tree, so the float32 factor has at most 40 units; then one rounding
+        or, if the normalised numbers are rounded by themselves, two. A kernel may also go on with
+        what it had before it rounded x.
+        """
+        wide = weight.astype(np.float64) + (kind == "offset")
+        size = np.sqrt(np.mean(self.value**2, axis=-1, keepdims=True) + eps)
+        moved = np.sqrt(np.mean(self.error**2, axis=-1, keepdims=True)) / size
+        normal = self.value / size
+        error = (self.error / size + np.abs(normal) * moved) / (1 - moved)
+        found = Bounded(normal, error)._round(40 * U)
+        found = found.round_to(dtype) if kind == "rounded" else found
+        return Bounded(found.value * wide, found.error * np.abs(wide)).round_to(dtype)
+
     def round_to(self, dtype) -> Bounded:
         """Once, to a 16-bit dtype; float32 stays."""
-        v, tiny = _UNITS[np.dtype(dtype).name]
+        v, tiny = UNITS[np.dtype(dtype).name]
         return self if np.dtype(dtype) == np.float32 else self._round(v, tiny)
 
     def _round(self, v: float, tiny: float = 0.0) -> Bounded:

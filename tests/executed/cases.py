@@ -8,10 +8,13 @@ from collections.abc import Iterator
 
 from pallas_kernels.tiles.tiles import Tiles
 from tests import gpu_aot
+from tests.executed.add_norm import AddNorm
+from tests.executed.attention import Attention, Combination
 from tests.executed.experts import Experts, Grouping
+from tests.executed.pieces import PieceAttention
 from tests.executed.products import Expansion, Product
 
-Case = Product | Expansion | Experts | Grouping
+Case = Product | Expansion | Experts | Grouping | AddNorm | Attention | Combination | PieceAttention
 ARCHS = tuple(gpu_aot.TARGETS)
 _B, _F = "bfloat16", "float16"
 _BITS, _DTYPES = (4, 8), (_B, _F)
@@ -61,7 +64,25 @@ def list_core() -> list[Case]:
         Product("sm_100a", 16, 4, _B, 48),
         Product("sm_100a", 130, 4, _B, 32),
         Grouping("sm_100a", 8, 140, 8),
+        AddNorm("sm_80", 3, 320, _F, late="wide", early=""),
+        AddNorm("sm_90a", 2, 96, _B, splits=3),
+        AddNorm("sm_100a", 2, 128, _B, splits=2, top_k=4, shared=True, early="offset"),
+        *_list_core_attention(),
+        PieceAttention("sm_80", 64, 4, _B, window=40),
+        PieceAttention("sm_90a", 64, 4, _F),
+        PieceAttention("sm_100a", 64, 3, _B),
     ]
+
+
+def _list_core_attention() -> Iterator[Attention | Combination]:
+    """Of few heads (mma on all GPUs) and of many (wgmma, tcgen05), and of whole numbers."""
+    yield Attention("sm_80", 64, 4, _B, splits=2, norm="rounded", parts=2)
+    yield Attention("sm_89", 80, 6, _F, rotated=32, window=40, wide=True, bias=True)
+    yield Attention("sm_90a", 64, 16, _B, gated=True, norm="offset", parts=3)
+    yield Attention("sm_90a", 64, 4, _B, splits=2, whole=True)
+    yield Attention("sm_100a", 64, 16, _F, splits=2, norm="wide")
+    yield Combination("sm_80", 64, 8, _B, gated=True, parts=2)
+    yield Combination("sm_90a", 192, 32, _F)
 
 
 def list_mutated() -> list[Case]:
@@ -92,6 +113,51 @@ def _list_for(arch: str) -> Iterator[Case]:
         *((256, 130, 8), (257, 300, 8), (384, 512, 8), (512, 640, 8)),
     ):
         yield Grouping(arch, *facts)
+    yield from (Attention(arch, *facts, **more) for facts, more in _list_attention())
+    for facts in itertools.product((64, 80, 128, 192, 512), (2, 32), _DTYPES):
+        yield Combination(arch, *facts)
+    yield Combination(arch, 256, 64, _B, gated=True, parts=3)
+    yield Combination(arch, 128, 4, _F, gated=True)
+    for dtype, early in itertools.product(_DTYPES, ("rounded", "offset", "wide")):
+        yield AddNorm(arch, 2, 96, dtype, splits=3, early=early)
+        yield AddNorm(arch, 3, 1024, dtype, late=early, early="")
+        yield AddNorm(arch, 2, 128, dtype, splits=2, top_k=8, shared=True, early=early)
+    yield AddNorm(arch, 1, 4096, _B, splits=8)
+    yield from (PieceAttention(arch, *facts, **more) for facts, more in _list_pieces())
+
+
+def _list_pieces() -> Iterator[tuple[tuple, dict]]:
+    """Size of a head, query heads of a key head, dtype; and the rest."""
+    grids = (
+        (((64, 128), (1, 4), _DTYPES), {}),
+        (((64, 128), (4,), (_B,)), {"window": 90}),
+        (((80, 96), (7,), _DTYPES), {"kv_heads": 2}),
+        (((256,), (6,), _DTYPES), {}),
+        (((256,), (2,), (_B,)), {"window": 100, "blocks": 1}),
+        (((512,), (8,), (_B,)), {}),
+    )
+    for axes, more in grids:
+        for facts in itertools.product(*axes):
+            yield facts, more
+
+
+def _list_attention() -> Iterator[tuple[tuple, dict]]:
+    """Size of a head, query heads of a key head, dtype; and the rest."""
+    grids = (
+        (((64, 128), (1, 4, 8, 16), (_B,)), {"splits": 2, "parts": 2}),
+        (((64, 80, 96, 112, 128, 192), (5,), _DTYPES), {"norm": "rounded", "parts": 3}),
+        (((256,), (6, 16), _DTYPES), {"rotated": 64, "norm": "offset", "gated": True}),
+        (((256,), (4,), (_B,)), {"rotated": 64, "norm": "offset", "gated": True, "splits": 2}),
+        (((512,), (8, 16), (_B,)), {"splits": 2, "norm": "wide", "window": 90}),
+        (((128,), (4, 16), _DTYPES), {"window": 70, "bias": True, "parts": 2, "kv_heads": 2}),
+        (((128,), (4,), _DTYPES), {"wide": True, "splits": 4}),
+        (((64,), (40,), (_B,)), {"splits": 2, "gated": True}),
+        (((64, 128), (4, 16), _DTYPES), {"whole": True, "splits": 2}),
+        (((64,), (4, 16), (_B,)), {"whole": True}),
+    )
+    for axes, more in grids:
+        for facts in itertools.product(*axes):
+            yield facts, more
 
 
 def _list_products() -> Iterator[tuple[tuple, dict]]:

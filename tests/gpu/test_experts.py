@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.moe import quant_moe
-from pallas_kernels.routing import route
+from pallas_kernels.step.routing import route
 from pallas_kernels.tiles.blocks import group_pairs
 from pallas_kernels.tiles.dense_rules import fix_schedule
 from pallas_kernels.tiles.device import find_device

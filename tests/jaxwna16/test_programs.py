@@ -57,7 +57,7 @@ def test_a_second_folder_of_one_architecture_traces_nothing_anew(models, folders
         jaxwna16.measure_perplexity(first, TEXT, window=16).perplexity,
     ]
     before = dict(trace_counts)
-    assert before == {"prefill": 1, "first": 1, "decode": 1, "perplexity": 1}
+    assert before == {"prefill": 1, "decode": 1, "perplexity": 1}
     found = [
         generate_tokens(second, PROMPTS, max_new_tokens=4).tokens,
         jaxwna16.measure_perplexity(second, TEXT, window=16).perplexity,
@@ -88,7 +88,7 @@ def test_what_was_compiled_ahead_is_what_is_called(models, caplog, committed):
     with jax.log_compiles():
         result = generate_tokens(model, PROMPTS, max_new_tokens=4, stream=pieces.append)
     assert [[t for piece in pieces for t in piece[row]] for row in range(3)] == result.tokens
-    for name in ("prefill", "choose_first", "decode"):
+    for name in ("prefill", "decode"):
         assert f"Finished XLA compilation of jit({name})" not in caplog.text
 
 
@@ -105,8 +105,8 @@ def test_the_first_tokens_come_before_the_loop_is_waited_for(models, monkeypatch
         generate_tokens(
             models[0], PROMPTS, max_new_tokens=new, stream=lambda new: events.append(len(new[0]))
         )
-    assert events[:3] == [("prefill", "first"), 1, ("decode",)]
-    assert events[-3:] == [("prefill", "first"), 1, ()]  # one token needs no loop
+    assert events[:3] == [("prefill",), 1, ("decode",)]
+    assert events[-3:] == [("prefill",), 1, ()]  # one token needs no loop
 
 
 class Slow:
@@ -116,13 +116,20 @@ class Slow:
         self.compile = compile
 
 
+def compile_all(programs: dict) -> Compilation:
+    compilation = Compilation()
+    for name, program in programs.items():
+        compilation.start(name, program)
+    return compilation
+
+
 def test_programs_are_compiled_at_the_same_time_where_there_are_cores(monkeypatch):
-    monkeypatch.setattr(programs, "_count_cores", lambda: 2)
+    monkeypatch.setattr(programs, "_count_cores", lambda: 4)
     barrier = threading.Barrier(2, timeout=60)  # breaks unless both are there at once
-    Compilation({"a": Slow(barrier.wait), "b": Slow(barrier.wait)}).wait()
-    monkeypatch.setattr(programs, "_count_cores", lambda: 1)
+    compile_all({"a": Slow(barrier.wait), "b": Slow(barrier.wait)}).wait()
+    monkeypatch.setattr(programs, "_count_cores", lambda: 2)
     order = []
-    Compilation({name: Slow(lambda name=name: order.append(name)) for name in "abc"}).wait()
+    compile_all({name: Slow(lambda name=name: order.append(name)) for name in "abc"}).wait()
     assert order == ["a", "b", "c"]
 
 
@@ -132,7 +139,7 @@ def test_an_error_of_the_compiler_comes_as_it_is():
     def fail():
         raise error
 
-    compilation = Compilation({"good": Slow(int), "bad": Slow(fail)})
+    compilation = compile_all({"good": Slow(int), "bad": Slow(fail)})
     compilation.wait("good", "not among them")
     with pytest.raises(RuntimeError) as caught:
         compilation.wait("bad")
@@ -150,7 +157,7 @@ def _own_ctrl_c():
 @pytest.mark.usefixtures("_own_ctrl_c")
 def test_waiting_can_be_interrupted():
     go_on = threading.Event()
-    compilation = Compilation({"long": Slow(lambda: go_on.wait(60))})
+    compilation = compile_all({"long": Slow(lambda: go_on.wait(60))})
     threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
     with pytest.raises(KeyboardInterrupt):
         compilation.wait()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -35,7 +35,11 @@ class Kernel:
         self.steps = 0
 
     def run(
-        self, inputs: Sequence[Part], outputs: Sequence[Part], blocks: Sequence[int]
+        self,
+        inputs: Sequence[Part],
+        outputs: Sequence[Part],
+        blocks: Sequence[int],
+        updated: Mapping[int, int] | None = None,
     ) -> list[tuple[np.ndarray, np.ndarray]]:
         """Run some blocks, one after the other.
 
@@ -43,6 +47,7 @@ class Kernel:
           inputs: what the first parameters point to; nobody may write there.
           outputs: what the others point to; their numbers are what stands there before.
           blocks: numbers along the one axis of the grid.
+          updated: outputs that are inputs updated in place, and which inputs.
 
         Returns:
           Each output as it is then, and uint8 [bytes] of it: whether they were written.
@@ -50,7 +55,7 @@ class Kernel:
         Raises:
           Fault: where the kernel does what it must not.
         """
-        memory = Global(inputs, outputs)
+        memory = Global(inputs, outputs, updated)
         names = self._program.parameters
         if len(names) != len(inputs) + len(outputs):
             raise Refused(f"{len(inputs) + len(outputs)} arrays for {len(names)} parameters")
@@ -58,5 +63,6 @@ class Kernel:
         block.parameters = {name: memory.find(i) for i, name in enumerate(names)}
         for number in blocks:
             block.start(number)
+            memory.start(number)
             self.steps += Schedule(block, self._program.code, self._actions).run()
         return [memory.fetch(len(inputs) + i) for i in range(len(outputs))]

@@ -40,6 +40,7 @@ class Launch:
       operands: which of the function's arguments, flattened, the kernel reads, in its order.
       outputs: dtype (as XLA names it) and shape of what it writes, after these.
       early: let the kernel read loads of tensor memory before their wait.
+      updated: pairs of an output and the operand whose memory it is updated in.
     """
 
     text: str
@@ -49,12 +50,14 @@ class Launch:
     operands: tuple[int, ...]
     outputs: tuple[tuple[str, tuple[int, ...]], ...]
     early: bool = False
+    updated: tuple[tuple[int, int], ...] = ()
 
     @classmethod
     def from_dict(cls, facts: dict) -> Launch:
         """The inverse of `dataclasses.asdict`, also after JSON."""
         outputs = tuple((dtype, tuple(shape)) for dtype, shape in facts["outputs"])
-        return cls(**{**facts, "operands": tuple(facts["operands"]), "outputs": outputs})
+        operands, updated = tuple(facts["operands"]), tuple(map(tuple, facts["updated"]))
+        return cls(**{**facts, "operands": operands, "outputs": outputs, "updated": updated})
 
     def run(
         self, arguments: Sequence[np.ndarray], blocks: Sequence[int] | None = None
@@ -71,7 +74,8 @@ class Launch:
         inputs = [Part(np.asarray(arguments[number])) for number in self.operands]
         outputs = [Part(self.make_output(i)) for i in range(len(self.outputs))]
         kernel = self.load()
-        found = kernel.run(inputs, outputs, range(self.grid) if blocks is None else blocks)
+        chosen = range(self.grid) if blocks is None else blocks
+        found = kernel.run(inputs, outputs, chosen, dict(self.updated))
         return [array for array, _ in found], kernel.steps
 
     def load(self) -> Kernel:
@@ -99,28 +103,31 @@ def read_launch(folder: Path) -> Launch:
     """
     [hlo] = (path.read_text() for path in folder.glob("*gpu_after_optimizations.txt"))
     [thunks] = (path.read_text() for path in folder.glob("*thunk_sequence.txt"))
-    name, operands, outputs = _read_call(hlo[hlo.index("\nENTRY") :])
+    name, operands, outputs, updated = _read_call(hlo[hlo.index("\nENTRY") :])
     pattern = rf" {name} grid: \[(\d+), 1, 1\] threads: \[(\d+), 1, 1\]\s+shared_memory: (\d+)"
     [(grid, threads, shared)] = re.findall(pattern, thunks)
     entry = re.compile(rf"\.entry\s+{name}\(")
     [text] = (t for path in folder.glob("*.ptx") if entry.search(t := path.read_text()))
-    return Launch(text, int(threads), int(shared), int(grid), operands, outputs)
+    return Launch(text, int(threads), int(shared), int(grid), operands, outputs, updated=updated)
 
 
-def _read_call(entry: str) -> tuple[str, tuple[int, ...], tuple]:
-    """Name, operands and outputs of the one call of a Triton kernel in the entry computation."""
+def _read_call(entry: str) -> tuple[str, tuple[int, ...], tuple, tuple]:
+    """Of the one call of a Triton kernel in the entry computation, what a `Launch` says of it."""
     numbers = {n: int(i) for n, i in re.findall(r"%(\S+) = \S+ parameter\((\d+)\)", entry)}
     for name, source in re.findall(r"%(\S+) = \S+ (?:bitcast|copy)\(%(\S+?)\)", entry):
         if source in numbers:
             numbers[name] = numbers[source]
     pattern = (
         r"= (\(?[^=]*?\)?) custom-call\(([^)]*)\), "
-        r'custom_call_target="__gpu\$xla\.gpu\.triton".*, name = "([^"]*)"'
+        r'custom_call_target="__gpu\$xla\.gpu\.triton"(.*), name = "([^"]*)"'
     )
-    [(shapes, names, kernel)] = re.findall(pattern, entry)
+    [(shapes, names, more, kernel)] = re.findall(pattern, entry)
     operands = [re.sub(r"/\*.*?\*/", "", name).strip().lstrip("%") for name in names.split(",")]
     outputs = tuple(
         (dtype, tuple(int(size) for size in sizes.split(",") if size))
         for dtype, sizes in re.findall(r"(\w+)\[([\d,]*)\]", shapes)
     )
-    return kernel, tuple(numbers[operand] for operand in operands), outputs
+    aliased = re.search(r"output_to_operand_aliasing=\{(.*?\))\}", more)
+    pairs = re.findall(r"\{(\d*)\}: \((\d+), \{\}", aliased[1]) if aliased else []
+    updated = tuple((int(output or 0), int(operand)) for output, operand in pairs)
+    return kernel, tuple(numbers[operand] for operand in operands), outputs, updated

@@ -7,7 +7,7 @@ access is a row. Beside the bytes stands, byte by byte, what the checks need to 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -31,20 +31,39 @@ class Part:
 
 
 class Global:
-    """Arrays, each with a gap around it that nobody may touch."""
+    """Arrays, each with a gap around it that nobody may touch.
 
-    def __init__(self, inputs: Sequence[Part], outputs: Sequence[Part]):
+    Outputs that are `updated` are an input's own memory. Blocks run in any order, so that what one
+    block writes there no other may touch.
+    """
+
+    def __init__(
+        self,
+        inputs: Sequence[Part],
+        outputs: Sequence[Part],
+        updated: Mapping[int, int] | None = None,
+    ):
+        """`updated`: numbers of outputs, and of the inputs that they are kept in."""
         self._at = _GAP
-        self._parts = [(part, self._reserve(part)) for part in (*inputs, *outputs)]
+        self._parts = [(part, self._reserve(part)) for part in inputs]
+        for number, part in enumerate(outputs):
+            shared = (updated or {}).get(number)
+            self._parts.append(
+                (part, self._reserve(part)) if shared is None else self._parts[shared]
+            )
         self._bytes = np.zeros(self._at, np.uint8)
-        self._readable = np.zeros(self._at, np.bool_)
-        self._writable = np.zeros(self._at, np.bool_)
+        self._readable, self._writable, self._written = np.zeros((3, self._at), np.bool_)
+        self._block, self._touched = 1, np.zeros((2, self._at if updated else 0), np.int32)
         for number, (part, at) in enumerate(self._parts):
             content = np.ascontiguousarray(part.data).reshape(-1).view(np.uint8)
             place = slice(at, at + content.size)
             self._bytes[place] = content
-            self._readable[place] = number < len(inputs)
-            self._writable[place] = number >= len(inputs)
+            self._readable[place] |= number < len(inputs)
+            self._writable[place] |= number >= len(inputs)
+
+    def start(self, block: int) -> None:
+        """Say who reads and writes from now on."""
+        self._block = block + 1
 
     def _reserve(self, part: Part) -> int:
         at = self._at + part.start % _ALIGNED
@@ -61,14 +80,15 @@ class Global:
         """An array as it is now, and which bytes of it were written."""
         part, at = self._parts[number]
         place = slice(at, at + part.data.nbytes)
-        written = self._readable[place] & self._writable[place]
-        return self._bytes[place].view(part.data.dtype).reshape(part.data.shape), written
+        found = self._bytes[place].view(part.data.dtype).reshape(part.data.shape)
+        return found, self._written[place]
 
     def read(self, addresses: np.ndarray, size: int) -> np.ndarray:
         """uint8 [n, size]."""
         rows = self._find_rows(addresses, size)
         readable = _rows(self._readable, size)[rows]
         check(readable, "global memory is read out of bounds or before it is written")
+        self._touch(rows, size, writes=False)
         return _rows(self._bytes, size)[rows]
 
     def read_some(self, addresses: np.ndarray, size: int, counts: np.ndarray) -> np.ndarray:
@@ -84,11 +104,23 @@ class Global:
         size = data.shape[1]
         rows = self._find_rows(addresses, size)
         check(_rows(self._writable, size)[rows], "global memory is written out of bounds")
-        memory, written = _rows(self._bytes, size), _rows(self._readable, size)
+        memory, written = _rows(self._bytes, size), _rows(self._written, size)
         fine = ~written[rows] | (memory[rows] == data)
         memory[rows] = data
-        written[rows] = True
+        written[rows] = _rows(self._readable, size)[rows] = True
         check(fine & (memory[rows] == data), "two values are stored in one place of global memory")
+        self._touch(rows, size, writes=True)
+
+    def _touch(self, rows: np.ndarray, size: int, *, writes: bool) -> None:
+        """Note which block reads or writes what is updated in place: its number, -1 for several."""
+        if not self._touched.size:
+            return
+        readers, writers = (_rows(touched, size) for touched in self._touched)
+        others = [writers[rows], readers[rows]] if writes else [writers[rows]]
+        alone = [(by == 0) | (by == self._block) for by in others]
+        check(np.logical_and.reduce(alone), "what one block writes, another one touches")
+        mine = writers if writes else readers
+        mine[rows] = np.where((mine[rows] == 0) | (mine[rows] == self._block), self._block, -1)
 
     def _find_rows(self, addresses: np.ndarray, size: int) -> np.ndarray:
         offsets = addresses.astype(np.int64) - GLOBAL_BASE

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 from tests.ptx import Fault, Refused
+from tests.ptx.kernel import Kernel
+from tests.ptx.memory import Part
 from tests.ptx.programs import run
 
 _IN, _OUT = np.arange(256, dtype=np.uint32), np.zeros(256, np.uint32)
@@ -203,3 +205,48 @@ def test_names_in_braces_are_of_that_place_alone():
     st.global.b32 [d9], r1;
     """
     assert (_run(body)[:128] == 5).all()
+
+
+# each block of 32 threads has 32 numbers of an array of 128; d11 is where its own stand
+_MINE = """
+mov.u32 r1, %ctaid.x; mad.lo.u32 r2, r1, 32, t; mad.wide.u32 d11, r2, 4, d0;
+ld.global.b32 r3, [d11]; add.s32 r3, r3, 1;
+"""
+
+
+def _update(body: str) -> np.ndarray:
+    """Four blocks of a kernel whose output is its input, updated in place."""
+    text = (
+        ".visible .entry test(.param .u64 .ptr .align 16 a0, .param .u64 .ptr .align 16 a1)\n"
+        ".reqntid 32, 1, 1\n{ .reg .pred p<10>; .reg .b32 r<60>; .reg .b64 d<30>; .reg .b32 t;"
+        f"mov.u32 t, %tid.x; ld.param.b64 d0, [a0]; ld.param.b64 d1, [a1]; {_MINE} {body} ret; }}"
+    )
+    array = np.arange(128, dtype=np.int32)
+    [(found, written)] = Kernel(text, 32, 0).run(
+        [Part(array)], [Part(np.zeros_like(array))], range(4), {0: 0}
+    )
+    np.testing.assert_array_equal(array, np.arange(128))
+    assert (written.reshape(-1, 4).all(1) == (found != array)).all()
+    return found
+
+
+def test_an_output_may_be_an_input_updated_in_place():
+    found = _update("mad.wide.u32 d12, r2, 4, d1; st.global.b32 [d12], r3;")
+    np.testing.assert_array_equal(found, np.arange(1, 129))
+    # what nobody writes stays
+    some = _update("setp.lt.u32 p1, r2, 50; @p1 st.global.b32 [d11], r3;")
+    np.testing.assert_array_equal(some, np.arange(128) + (np.arange(128) < 50))
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "st.global.b32 [d11], r3; ld.global.b32 r4, [d0];",
+        "ld.global.b32 r4, [d0+384]; st.global.b32 [d11], r3;",
+        "st.global.b32 [d0], 7;",
+    ],
+)
+def test_blocks_keep_off_what_others_update(body):
+    """Written before it is read, after, or by both with one value."""
+    with pytest.raises(Fault, match="another one touches"):
+        _update(body)

@@ -200,6 +200,57 @@ def test_only_the_form_with_nan_hands_it_on():
         np.testing.assert_array_equal(found, right)
 
 
+def test_the_largest_of_three_is_that_of_any_pair_and_the_third():
+    values = np.array([np.nan, 1, -2, 5, -0.5], np.float32)
+    a, b, c = (v.reshape(-1) for v in np.meshgrid(values, values, values))
+    for name, choose in (("min", min), ("max", max)):
+        found = apply(f"{name}.f32 $0, $1, $2, $3;", a, b, c, result=np.float32)
+        strict = apply(f"{name}.NaN.f32 $0, $1, $2, $3;", a, b, c, result=np.float32)
+        for three, got, got_strict in zip(zip(a, b, c, strict=True), found, strict, strict=True):
+            numbers = [x for x in three if x == x]
+            np.testing.assert_equal(got, choose(numbers) if numbers else np.nan)
+            np.testing.assert_equal(got_strict, choose(three) if len(numbers) == 3 else np.nan)
+
+
+def test_each_thread_of_a_warp_gets_its_largest_or_smallest():
+    """The third warp has a NaN, the last nothing else."""
+    values = np.random.default_rng(5).standard_normal((4, 32)).astype(np.float32)
+    values[2, 7], values[3] = np.nan, np.nan
+    for name, right in (
+        ("max", [*values[:2].max(1), np.delete(values[2], 7).max(), np.nan]),
+        ("min", [*values[:2].min(1), np.delete(values[2], 7).min(), np.nan]),
+        ("max.NaN", [*values[:2].max(1), np.nan, np.nan]),
+    ):
+        found = apply(f"redux.sync.{name}.f32 $0, $1, -1;", values, result=np.float32)
+        np.testing.assert_array_equal(found.reshape(4, 32), np.repeat(right, 32).reshape(4, 32))
+
+
+@pytest.mark.parametrize("name", ["add", "sub", "mul", "fma"])
+def test_pairs_of_float32_are_computed_each_by_itself(name):
+    rng = np.random.default_rng(4)
+    a, b, c = (rng.standard_normal((300, 2)).astype(np.float32) for _ in range(3))
+    operands = (a, b, c) if name == "fma" else (a, b)
+    pairs = [x.view(np.uint64).reshape(-1) for x in operands]
+    text = ", ".join(f"${i}" for i in range(len(pairs) + 1))
+    found = apply(f"{name}.rn.f32x2 {text};", *pairs, result=np.uint64)
+    x, y, z = ([fractions.Fraction(float(v)) for v in w.reshape(-1)] for w in (a, b, c))
+    right = {
+        "add": [i + j for i, j in zip(x, y, strict=True)],
+        "sub": [i - j for i, j in zip(x, y, strict=True)],
+        "mul": [i * j for i, j in zip(x, y, strict=True)],
+        "fma": [i * j + k for i, j, k in zip(x, y, z, strict=True)],
+    }[name]
+    np.testing.assert_array_equal(found.view(np.float32), [_round(v, "f32") for v in right])
+
+
+def test_a_reciprocal_root_keeps_small_numbers_unless_it_flushes_them():
+    values = np.array([2.0**-140, 0.25, 3.0, 2.0**100, np.inf], np.float32)
+    found = apply("rsqrt.approx.f32 $0, $1;", values, result=np.float32)
+    np.testing.assert_allclose(found, [2.0**70, 2, 3**-0.5, 2.0**-50, 0], rtol=2**-22)
+    flushed = apply("rsqrt.approx.ftz.f32 $0, $1;", values[:2], result=np.float32)
+    np.testing.assert_array_equal(flushed, [np.inf, 2])
+
+
 def test_rounding_down_never_goes_above():
     """fma.rm: the largest float32 that is not above the exact value."""
     rng = np.random.default_rng(2)

@@ -62,6 +62,9 @@ def test_arithmetic_wraps_around(bits, letter):
     if bits < 64:
         _check(f"mul.wide.{kind}", bits, 2, lambda a, b: a * b, signed=signed, out=2 * bits)
         _check(f"mul.hi.{kind}", bits, 2, lambda a, b: a * b >> bits, signed=signed)
+    if kind == "s32":
+        _check("min.relu.s32", 32, 2, lambda a, b: max(0, min(a, b)), signed=True)
+        _check("max.relu.s32", 32, 2, lambda a, b: max(0, a, b), signed=True)
     if signed:
         _check(f"neg.{kind}", bits, 1, lambda a: -a, signed=True)
         _check(f"abs.{kind}", bits, 1, abs, signed=True)

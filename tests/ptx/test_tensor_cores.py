@@ -209,10 +209,65 @@ def test_wgmma_is_held_to_its_rules(old, new, what):
         _run_wgmma(change)
 
 
-@pytest.mark.parametrize("flags", ["-1, 1, 0", "1, 1, 1"])
-def test_negated_and_transposed_factors_are_refused(flags):
-    with pytest.raises(Refused, match="negated or transposed"):
-        _run_wgmma(lambda text: text.replace("1, 1, 0;", f"{flags};"))
+def test_negated_factors_are_refused():
+    with pytest.raises(Refused, match="negated"):
+        _run_wgmma(lambda text: text.replace("1, 1, 0;", "-1, 1, 0;"))
+
+
+def _place_transposed(matrix: np.ndarray, row_bytes: int) -> tuple[np.ndarray, int, int]:
+    """[rows, 16] from byte 1024 on as CUTLASS writes the layout: ((8, m, n), (8, k)).
+
+    Of the rows, 8 stand side by side, m such chunks fill a row of memory, and n of these are the
+    leading stride apart; of K, 8 are a row of memory apart and k the other stride. Returns the
+    bytes as uint32, and both strides.
+    """
+    rows, numbers = len(matrix), row_bytes // 2
+    lead, stride = 16 * row_bytes, 8 * row_bytes
+    content = np.zeros((-(-rows // numbers), 16, row_bytes // 16, 8), _BF16)
+    for row, k in itertools.product(range(rows), range(16)):
+        chunk = row % numbers // 8
+        turn = k % 8 // (128 // row_bytes)
+        content[row // numbers, k, chunk ^ turn, row % 8] = matrix[row, k]
+    return content.reshape(-1).view(np.uint32), lead, stride
+
+
+def _fill(content: np.ndarray) -> str:
+    """Shared memory from the first array."""
+    return (
+        "mov.b64 d10, memory; cvt.u32.u64 r50, d10; mad.lo.u32 r51, t, 4, r50;"
+        "mad.wide.u32 d20, t, 4, d0;"
+        + "".join(
+            f"ld.global.b32 r52, [d20+{512 * i}]; st.shared.b32 [r51+{512 * i}], r52;"
+            for i in range(content.size // 128)
+        )
+        + "fence.proxy.async.shared::cta; bar.sync 0;"
+    )
+
+
+def _place_both(a: np.ndarray, b: np.ndarray, row_bytes: int, mode: int) -> tuple:
+    """Both in shared memory, one after the other, and their descriptors."""
+    (left, *_), (right, lead, stride) = (_place_transposed(m, row_bytes) for m in (a, b))
+    facts = lead >> 4 << 16 | stride >> 4 << 32 | mode
+    starts = (1024, 1024 + left.nbytes)
+    return np.concatenate([left, right]), *(facts | start >> 4 for start in starts)
+
+
+@pytest.mark.parametrize(("mode", "row_bytes"), [(1, 128), (2, 64), (3, 32)])
+def test_wgmma_multiplies_transposed_factors(mode, row_bytes):
+    """The left one fills one row of memory or two or four, the right one a part or all of it."""
+    a, b = _draw((64, 16), 1), _draw((16, 16), 2)
+    content, *descriptors = _place_both(a, b, row_bytes, mode << 62)
+    body = (
+        _fill(content)
+        + f"mov.b64 d11, {descriptors[0]}; mov.b64 d12, {descriptors[1]}; wgmma.fence.sync.aligned;"
+        "wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16 "
+        f"{_name(4, 8)}, d11, d12, 0, 1, 1, 1, 1;"
+        "wgmma.commit_group.sync.aligned; wgmma.wait_group.sync.aligned 0; bar.sync 0;"
+        + _store(8, 4, 1, 128)
+    )
+    [out] = run(body, [content], [np.zeros((8, 128), np.float32)], shared=8192)
+    found = _collect(out, 16).reshape(64, 16)
+    np.testing.assert_array_equal(found, a.astype(np.float64) @ b.astype(np.float64).T)
 
 
 _TCGEN05 = """
@@ -237,6 +292,9 @@ _COMMIT = "@p2 tcgen05.commit.cta_group::1.mbarrier::arrive::one.shared::cluster
 _SHAPE = 1 << 4 | 0b001_001 << 7 | 2 << 17 | 8 << 24
 
 _FACTORS = f"[r42+32], d11, {_SHAPE}"
+_CLEAR = "".join(
+    f"tcgen05.st.sync.aligned.32x32b.x8.b32 [r44+{column}], {_name(0, 8)}; " for column in (0, 8)
+)
 
 
 def _run_tcgen05(change=lambda text: text) -> np.ndarray:
@@ -301,6 +359,29 @@ def test_tcgen05_is_held_to_its_rules(old, new, what):
             _run_tcgen05(change)
 
 
+@pytest.mark.parametrize(("mode", "row_bytes"), [(2, 128), (4, 64), (6, 32)])
+@pytest.mark.parametrize("rows", [64, 128])
+def test_tcgen05_multiplies_transposed_factors_in_shared_memory(mode, row_bytes, rows):
+    a, b = _draw((rows, 16), 1), _draw((16, 16), 2)
+    content, *descriptors = _place_both(a, b, row_bytes, mode << 61)
+    shape = 1 << 4 | 0b001_001 << 7 | 0b11 << 15 | 2 << 17 | rows // 16 << 24
+    text = _TCGEN05.replace("2048", "12288").replace("2056", "12296").replace("[r42+32]", "d12")
+    text = text.replace("SOURCE", _name(0, 8)).replace("TARGET", _name(8, 16))
+    text = text.replace("SHAPE", str(shape)).replace("\n", " ")
+    body = (
+        _fill(content)
+        + "".join(f"mov.b32 r{i}, 0;" for i in range(8))
+        + f"mov.b64 d12, {descriptors[0]}; mov.b64 d11, {descriptors[1]};"
+        # lanes that no row of 64 is in hold nothing: zeros, as the others
+        + text.replace("tcgen05.wait::st", _CLEAR + "tcgen05.wait::st", 1)
+        + _store(16, 8, 1, 128)
+    )
+    [out] = run(body, [content], [np.zeros((16, 128), np.float32)], shared=16384)
+    right = 2 * (a.astype(np.float64) @ b.astype(np.float64).T)
+    lanes = Shape.read(shape).find_lanes(0)[:, 0]
+    np.testing.assert_array_equal(out.T[lanes], right)
+
+
 def test_a_load_is_not_read_before_its_wait():
     with pytest.raises(EarlyRead, match="before the wait for its load"):
         _run_tcgen05(lambda text: text.replace("tcgen05.wait::ld.sync.aligned;", ""))
@@ -313,5 +394,6 @@ def test_rows_of_64_have_16_of_each_32_lanes():
     for first in (0, 16):
         lanes = shape.find_lanes(first)[:, 0].tolist()
         assert lanes == [first + 32 * (r // 16) + r % 16 for r in range(64)]
+    assert Shape.read(_SHAPE | 1 << 16).turned == (False, True)
     with pytest.raises(Refused, match="instruction descriptor"):
-        Shape.read(_SHAPE | 1 << 16)  # the second factor transposed
+        Shape.read(_SHAPE | 1 << 13)  # the first factor negated

@@ -59,6 +59,17 @@ class LanguageConfig:
         return self.max_position_embeddings
 
     @property
+    def widest_features(self) -> int:
+        """Features that a layer computes of one token at a time, at most, beside its stream."""
+        heads = 2 * (self.num_attention_heads + self.num_key_value_heads)
+        counts = [heads * self.head_dim, 3 * self.intermediate_size]
+        if self.moe is not None:
+            # of each expert: gate and up, their product, and its result
+            each = 3 * self.moe.intermediate_size + self.hidden_size
+            counts.append(self.moe.routing.top_k * each + 3 * self.moe.shared_intermediate_size)
+        return max(counts)
+
+    @property
     def whole_prompts(self) -> bool:
         """Whether prompts must be run in one piece: dynamic rope turns all of it by its length."""
         return self.rope.rope_type == "dynamic"

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Protocol
 
 from jaxwna16.models.config.config_reader import ConfigReader
-from pallas_kernels.router.options import Routing
+from pallas_kernels.formulas.routing_options import Routing
 
 _INNER, _TOP_K = "moe_intermediate_size", "num_experts_per_tok"
 
@@ -182,7 +182,7 @@ def _read_scoring(reader: ConfigReader, names: Mapping[str, str]) -> str:
     """`scoring_func` as `Routing` calls it.
 
     Args:
-      names: in files -> in `pallas_kernels.routing.SCORINGS`; the first is that of an absent key.
+      names: in files -> a name of `SCORINGS`; the first is that of an absent key.
     """
     default = next(iter(names))
     return names[reader.choose("scoring_func", default, tuple(names)) or default]

@@ -5,62 +5,16 @@ Sparse layers are in `jaxwna16.models.parts.moe`.
 
 from __future__ import annotations
 
-import jax
 from flax import nnx
 
-from jaxwna16.layers.fused import project
 from jaxwna16.models.causal_lm import CausalLM
 from jaxwna16.models.llama.config import LlamaConfig
-from jaxwna16.models.parts.attention import (
-    LayerCache,
-    attend,
-    fold_heads,
-    make_layer_cache,
-    write_slots,
-)
-from jaxwna16.models.parts.decoder import Decoder, Piece
+from jaxwna16.models.parts.attention import LayerCache, SelfAttention
+from jaxwna16.models.parts.decoder import Decoder
 from jaxwna16.models.parts.layers import MLP, Linears, RMSNorm
 from jaxwna16.models.parts.moe import SparseBlock
-from jaxwna16.models.parts.rope import rotate
-
-Array = jax.Array
-
-
-class Attention(nnx.Module):
-    """Self-attention of one layer, with grouped key heads and optional per-head norms."""
-
-    def __init__(self, config: LlamaConfig, linears: Linears, path: str):
-        hidden, head_dim = config.hidden_size, config.head_dim
-        q_features = config.num_attention_heads * head_dim
-        kv_features = config.num_key_value_heads * head_dim
-        self.q_proj = linears.make(f"{path}.q_proj", q_features, hidden, config.qkv_bias)
-        self.k_proj = linears.make(f"{path}.k_proj", kv_features, hidden, config.qkv_bias)
-        self.v_proj = linears.make(f"{path}.v_proj", kv_features, hidden, config.qkv_bias)
-        self.o_proj = linears.make(f"{path}.o_proj", hidden, q_features, config.out_bias)
-        norms = [RMSNorm(head_dim, config.rms_norm_eps, dtype=linears.dtype) for _ in range(2)]
-        self.q_norm, self.k_norm = norms if config.qk_norm else (None, None)
-        self.head_dim = head_dim
-        self.kv_heads = config.num_key_value_heads
-        self.dtype = linears.dtype
-
-    def make_cache(self, batch: int, slots: int) -> LayerCache:
-        """An empty cache for `slots` tokens of each row."""
-        return make_layer_cache(batch, slots, self.kv_heads, self.head_dim, self.dtype)
-
-    def __call__(
-        self, x: Array, piece: Piece, cache: LayerCache | None
-    ) -> tuple[Array, LayerCache | None]:
-        q, k, v = (
-            y.reshape(*x.shape[:2], -1, self.head_dim)
-            for y in project(x, (self.q_proj, self.k_proj, self.v_proj))
-        )
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rotate(q, *piece.rotation), rotate(k, *piece.rotation)
-        held = LayerCache(fold_heads(k), fold_heads(v))
-        if cache is not None:
-            held = cache = write_slots(cache, held, piece.slots)
-        return self.o_proj(attend(q, held, piece.seen)), cache
+from jaxwna16.models.parts.piece import Piece, Stream
+from pallas_kernels.formulas.norms import Norm, Onto
 
 
 class DecoderLayer(nnx.Module):
@@ -69,7 +23,14 @@ class DecoderLayer(nnx.Module):
     def __init__(self, config: LlamaConfig, linears: Linears, layer: int):
         hidden, eps, path = config.hidden_size, config.rms_norm_eps, f"model.layers.{layer}"
         self.input_layernorm = RMSNorm(hidden, eps, dtype=linears.dtype)
-        self.self_attn = Attention(config, linears, f"{path}.self_attn")
+        self.self_attn = SelfAttention(
+            config,
+            linears,
+            f"{path}.self_attn",
+            qkv_bias=config.qkv_bias,
+            out_bias=config.out_bias,
+            norm=RMSNorm if config.qk_norm else None,
+        )
         self.post_attention_layernorm = RMSNorm(hidden, eps, dtype=linears.dtype)
         if config.moe is not None and config.moe.sparse[layer]:
             self.mlp = SparseBlock(config.moe, hidden, linears, f"{path}.mlp")
@@ -82,11 +43,12 @@ class DecoderLayer(nnx.Module):
         return self.self_attn.make_cache(batch, slots)
 
     def __call__(
-        self, x: Array, piece: Piece, cache: LayerCache | None
-    ) -> tuple[Array, LayerCache | None]:
-        mixed, cache = self.self_attn(self.input_layernorm(x), piece, cache)
-        x = x + mixed
-        return x + self.mlp(self.post_attention_layernorm(x)), cache
+        self, stream: Stream, piece: Piece, cache: LayerCache | None, following: Norm
+    ) -> tuple[Stream, LayerCache | None]:
+        onto = Onto(stream.x, early=self.post_attention_layernorm.norm)
+        stream, cache = self.self_attn(stream.taken, piece, cache, onto)
+        onto = Onto(stream.x, early=following)
+        return Stream(*self.mlp.run_onto(stream.taken, onto)), cache
 
 
 class LlamaDecoder(Decoder):

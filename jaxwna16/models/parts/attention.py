@@ -1,4 +1,4 @@
-"""Causal attention over a preallocated cache in which every row keeps its own positions."""
+"""Self-attention of a layer, and the preallocated cache in which every row keeps its positions."""
 
 from __future__ import annotations
 
@@ -6,7 +6,15 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+from flax import nnx
+
+from jaxwna16.layers.fused import gather, project_onto
+from jaxwna16.models.config.language_config import LanguageConfig
+from jaxwna16.models.parts.layers import Linears, RMSNorm
+from jaxwna16.models.parts.piece import Piece, Stream
+from pallas_kernels.formulas.heads import Heads
+from pallas_kernels.formulas.norms import Onto
+from pallas_kernels.step.attention import project_and_attend
 
 
 class LayerCache(NamedTuple):
@@ -28,91 +36,73 @@ class LayerCache(NamedTuple):
         return self.k.shape[1]
 
 
-class Places(NamedTuple):
-    """Where the tokens of a piece belong; see `place_tokens`."""
-
-    positions: jax.Array
-    slots: jax.Array
-
-
-def make_layer_cache(
-    batch: int, slots: int, kv_heads: int, head_dim: int, dtype: jax.typing.DTypeLike
-) -> LayerCache:
-    """An empty cache: zeros, with room for `slots` tokens of each row."""
-    shape = (batch * kv_heads, slots, head_dim)
-    return LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
-
-
-def place_tokens(start: jax.Array, count: jax.Array, steps: int) -> Places:
-    """Find positions and slots, int32 [B, S] each, of S tokens of which the first `count` are real.
-
-    Padding behind them takes the position of the last one, so that it computes with ordinary
-    numbers, and a slot that no cache has.
+class SelfAttention(nnx.Module):
+    """Causal self-attention with grouped key heads; paths are those of the checkpoint.
 
     Args:
-      start, count: int32 [B], how many tokens come before the piece, and how many are in it.
-      steps: S.
+      qkv_bias, out_bias: which linears have a bias.
+      norm: the class of the norms of queries and keys, or None.
+      norms_across: whether a norm is of all heads together, and not of each.
+      gated: whether the result is multiplied by the sigmoid of a gate: rows of `q_proj` are, of
+        each head, those of the query and then those of the gate.
     """
-    step = jnp.arange(steps, dtype=jnp.int32)[None, :]
-    last = jnp.maximum(count - 1, 0)[:, None]
-    positions = start[:, None] + jnp.minimum(step, last)
-    nowhere = jnp.iinfo(jnp.int32).max
-    return Places(positions, jnp.where(step < count[:, None], positions, nowhere))
 
+    def __init__(
+        self,
+        config: LanguageConfig,
+        linears: Linears,
+        path: str,
+        *,
+        qkv_bias: bool = False,
+        out_bias: bool = False,
+        norm: type[RMSNorm] | None = None,
+        norms_across: bool = False,
+        gated: bool = False,
+    ):
+        hidden, head_dim = config.hidden_size, config.head_dim
+        queries = config.num_attention_heads * head_dim
+        keys = config.num_key_value_heads * head_dim
+        rows = 2 * queries if gated else queries
+        self.q_proj = linears.make(f"{path}.q_proj", rows, hidden, qkv_bias)
+        self.k_proj = linears.make(f"{path}.k_proj", keys, hidden, qkv_bias)
+        self.v_proj = linears.make(f"{path}.v_proj", keys, hidden, qkv_bias)
+        self.o_proj = linears.make(f"{path}.o_proj", hidden, queries, out_bias)
+        self.q_norm, self.k_norm = (
+            None
+            if norm is None
+            else norm(size if norms_across else head_dim, config.rms_norm_eps, dtype=linears.dtype)
+            for size in (queries, keys)
+        )
+        self.heads = Heads(
+            head_dim=head_dim,
+            kv_heads=config.num_key_value_heads,
+            gated=gated,
+            norms_across=norms_across,
+        )
+        self.dtype = linears.dtype
 
-def matmul_precision(dtype: jax.typing.DTypeLike) -> lax.Precision:
-    """HIGHEST for float32 (an accelerator would otherwise round its inputs), else the default."""
-    return lax.Precision.HIGHEST if dtype == jnp.float32 else lax.Precision.DEFAULT
+    def make_cache(self, batch: int, slots: int) -> LayerCache:
+        """An empty cache, zeros, with room for `slots` tokens of each row."""
+        shape = (batch * self.heads.kv_heads, slots, self.heads.head_dim)
+        return LayerCache(jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype))
 
-
-def fold_heads(x: jax.Array) -> jax.Array:
-    """Keys or values [B, S, kv_heads, D] in the cache's order, [B * kv_heads, S, D]."""
-    batch, steps, heads, head_dim = x.shape
-    return x.swapaxes(1, 2).reshape(batch * heads, steps, head_dim)
-
-
-def write_slots(cache: LayerCache, new: LayerCache, slots: jax.Array) -> LayerCache:
-    """Put folded keys and values of S tokens into `slots`, int32 [B, S], where there are such."""
-    lines = cache.k.shape[0]
-    slots = jnp.repeat(slots, lines // slots.shape[0], axis=0)
-    line = jnp.arange(lines)[:, None]
-    return LayerCache(
-        cache.k.at[line, slots].set(new.k, mode="drop"),
-        cache.v.at[line, slots].set(new.v, mode="drop"),
-    )
-
-
-def see_slots(positions: jax.Array, slots: int, window: int | None) -> jax.Array:
-    """Which slots each query sees, bool [B, S, C]: slot <= position, and > position - window."""
-    slot = jnp.arange(slots)[None, None, :]
-    position = positions[:, :, None]
-    seen = slot <= position
-    return seen if window is None else seen & (slot > position - window)
-
-
-def attend(q: jax.Array, cache: LayerCache, seen: jax.Array) -> jax.Array:
-    """Attention of q [B, S, H, D] over the cache, softmax in float32; returns [B, S, H * D].
-
-    The H / kv_heads query heads that share a key head are rows of one product, so keys and values
-    are not repeated in memory.
-    """
-    batch, steps, heads, head_dim = q.shape
-    lines, precision = cache.k.shape[0], matmul_precision(q.dtype)
-    grouped = q.reshape(batch, steps, lines // batch, -1, head_dim).transpose(0, 2, 3, 1, 4)
-    scores = lax.dot_general(
-        grouped.reshape(lines, -1, head_dim),
-        cache.k,
-        (((2,), (2,)), ((0,), (0,))),
-        precision=precision,
-        preferred_element_type=jnp.float32,
-    )
-    scores = scores.reshape(*grouped.shape[:4], cache.slots) * head_dim**-0.5
-    weights = jax.nn.softmax(jnp.where(seen[:, None, None, :, :], scores, -jnp.inf), axis=-1)
-    mixed = lax.dot_general(
-        weights.astype(q.dtype).reshape(lines, -1, cache.slots),
-        cache.v,
-        (((2,), (1,)), ((0,), (0,))),
-        precision=precision,
-    )
-    mixed = mixed.reshape(grouped.shape).transpose(0, 3, 1, 2, 4)
-    return mixed.reshape(batch, steps, heads * head_dim)
+    def __call__(
+        self, x: jax.Array, piece: Piece, cache: LayerCache | None, onto: Onto
+    ) -> tuple[Stream, LayerCache | None]:
+        linears, backend, prefer = gather(x, (self.q_proj, self.k_proj, self.v_proj))
+        q_norm, k_norm = (None if n is None else n.norm for n in (self.q_norm, self.k_norm))
+        mixed, held = project_and_attend(
+            x,
+            linears,
+            (q_norm, k_norm),
+            piece.rotation,
+            piece.start,
+            piece.lengths,
+            piece.window,
+            cache,
+            heads=self.heads,
+            backend=backend,
+            prefer=prefer,
+        )
+        stream = Stream(*project_onto(mixed, self.o_proj, onto))
+        return stream, None if held is None else LayerCache(*held)

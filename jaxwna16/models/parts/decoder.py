@@ -3,34 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import jax
 from flax import nnx
 
-from jaxwna16.models.parts.attention import LayerCache, place_tokens, see_slots
 from jaxwna16.models.parts.layers import Embedding, Linears
+from jaxwna16.models.parts.piece import Piece, Stream, find_positions
 from jaxwna16.models.parts.rope import rotation_tables
 
 Array = jax.Array
 Cache = tuple[Any, ...]
 """What each layer keeps of the tokens before: a `LayerCache` if it is attention."""
-
-
-class Piece(NamedTuple):
-    """What a layer is told of the tokens.
-
-    Attributes:
-      rotation: cosines and sines of the positions, see `rotation_tables`.
-      seen: bool [B, S, slots], which slots each token attends to.
-      slots: int32 [B, S], where its keys and values go.
-      lengths: int32 [B], how many tokens of each row are no padding.
-    """
-
-    rotation: tuple[Array, Array]
-    seen: Array
-    slots: Array
-    lengths: Array
 
 
 class Decoder(nnx.Module):
@@ -40,7 +24,10 @@ class Decoder(nnx.Module):
 
     Attributes:
       make_layer: called as `make_layer(config, linears, layer)`. Makes a module with
-        `make_cache(batch, slots)` and `__call__(x, piece, cache)`, which returns x and the cache.
+        `make_cache(batch, slots)` and `__call__(stream, piece, cache, following)`, which returns
+        the `Stream` and the cache. `following` is the norm of the stream that comes after the
+        layer: `input_layernorm` of the next, if layers have it, and in the end the last norm. So
+        the layer's last product, its sum with the stream and that norm are one operation.
       make_norm: the class of the last norm.
       rope_dtype: dtype of cosines and sines; None is that of the stream.
     """
@@ -72,31 +59,27 @@ class Decoder(nnx.Module):
         self, tokens: Array, start: Array, count: Array, cache: Cache | None
     ) -> tuple[Array, Cache]:
         """As `CausalLM.hidden`; without a cache, a piece that is whole rows."""
-        config, steps = self.config, tokens.shape[1]
-        places = place_tokens(start, count, steps)
-        slots = steps if cache is None else _count_slots(cache)
+        config = self.config
+        positions = find_positions(start, count, tokens.shape[1])
         x = self.embed_tokens(tokens)
         rotation = rotation_tables(
-            config.rope, config.rotary_dim, places.positions, self.rope_dtype or x.dtype
+            config.rope, config.rotary_dim, positions, self.rope_dtype or x.dtype
         )
-        windows = self.list_windows()
-        pieces = {
-            window: Piece(rotation, see_slots(places.positions, slots, window), places.slots, count)
-            for window in set(windows)
-        }
+        first, *others = (getattr(layer, "input_layernorm", None) for layer in self.layers)
+        stream = Stream(x, None if first is None else first(x))
         caches = []
-        for i, (layer, window) in enumerate(zip(self.layers, windows, strict=True)):
+        for i, (following, window) in enumerate(
+            zip((*others, self.norm), self.list_windows(), strict=True)
+        ):
+            piece = Piece(rotation, start, count, window)
             before = None if cache is None else cache[i]
-            x, after = run_layer(layer, x, pieces[window], before)
+            norm = None if following is None else following.norm
+            stream, after = run_layer(self.layers[i], stream, piece, before, norm)
             caches.append(after)
-        return self.norm(x), tuple(caches)
+        return stream.taken, tuple(caches)
 
 
 @jax.jit
 def run_layer(layer: Callable[..., Any], *arguments: Any) -> Any:
     """`layer(*arguments)`, so that layers of one shape are traced once and not once each."""
     return layer(*arguments)
-
-
-def _count_slots(cache: Cache) -> int:
-    return next((layer.slots for layer in cache if isinstance(layer, LayerCache)), 0)

@@ -11,19 +11,32 @@ from jax import lax
 
 from jaxwna16.errors import ModelError
 from jaxwna16.layers.dense import QuantDense
-from jaxwna16.layers.fused import gated
-from jaxwna16.models.parts.attention import matmul_precision
+from jaxwna16.layers.fused import gated, project_onto
 from pallas_kernels.format.spec import QuantSpec
+from pallas_kernels.formulas.norms import Norm, Onto, apply_norm
 
 Array = jax.Array
 
 
 class Dense(nnx.Module):
-    """y = x W^T + b with W [N, K] as checkpoints store it; products are summed in float32."""
+    """y = x W^T + b with W [N, K] as checkpoints store it; products are summed in float32.
 
-    def __init__(self, out_features: int, in_features: int, *, use_bias: bool, dtype):
+    Attributes:
+      backend: of what is fused with the product, as in `quant_matmul`; the product is XLA's.
+    """
+
+    def __init__(
+        self,
+        out_features: int,
+        in_features: int,
+        *,
+        use_bias: bool,
+        dtype,
+        backend: str | None = None,
+    ):
         self.weight = nnx.Param(jnp.zeros((out_features, in_features), dtype))
         self.bias = nnx.Param(jnp.zeros(out_features, dtype)) if use_bias else None
+        self.backend = backend
 
     def __call__(self, x: Array) -> Array:
         y = multiply(x, self.weight[...])
@@ -46,26 +59,33 @@ class Embedding(nnx.Module):
 class RMSNorm(nnx.Module):
     """x / sqrt(mean(x^2) + eps), computed in float32, rounded, then times the weight."""
 
+    kind = "rounded"
+    start = 1.0
+
     def __init__(self, features: int, eps: float, *, dtype):
-        self.weight = nnx.Param(jnp.ones(features, dtype))
+        self.weight = nnx.Param(jnp.full(features, self.start, dtype))
         self.eps = eps
 
     def __call__(self, x: Array) -> Array:
-        normalised = normalise(x, self.eps).astype(x.dtype)
-        return normalised * jnp.expand_dims(self.weight[...], range(x.ndim - 1))
+        return apply_norm(x, self.norm)
+
+    @property
+    def norm(self) -> Norm:
+        """What the kernels know it as."""
+        return Norm(self.weight[...], self.eps, self.kind)
 
 
-class OffsetRMSNorm(nnx.Module):
+class OffsetRMSNorm(RMSNorm):
     """x / sqrt(mean(x^2) + eps) * (1 + weight), computed in float32 and rounded once."""
 
-    def __init__(self, features: int, eps: float, *, dtype):
-        self.weight = nnx.Param(jnp.zeros(features, dtype))
-        self.eps = eps
+    kind = "offset"
+    start = 0.0
 
-    def __call__(self, x: Array) -> Array:
-        factor = 1 + self.weight[...].astype(jnp.float32)
-        wide = normalise(x, self.eps) * jnp.expand_dims(factor, range(x.ndim - 1))
-        return wide.astype(x.dtype)
+
+class LateRMSNorm(RMSNorm):
+    """x / sqrt(mean(x^2) + eps) * weight, computed in float32 and rounded once."""
+
+    kind = "wide"
 
 
 class MLP(nnx.Module):
@@ -79,11 +99,14 @@ class MLP(nnx.Module):
     def __call__(self, x: Array) -> Array:
         return self.down_proj(gated(x, self.gate_proj, self.up_proj))
 
+    def run_onto(self, x: Array, onto: Onto) -> tuple[Array, Array | None]:
+        """Add the result for x to a stream; see `project_onto`."""
+        return project_onto(gated(x, self.gate_proj, self.up_proj), self.down_proj, onto)
 
-def normalise(x: Array, eps: float) -> Array:
-    """x / sqrt(mean(x^2) + eps) over the last axis, float32."""
-    wide = x.astype(jnp.float32)
-    return wide * lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
+
+def matmul_precision(dtype: jax.typing.DTypeLike) -> lax.Precision:
+    """HIGHEST for float32 (an accelerator would otherwise round its inputs), else the default."""
+    return lax.Precision.HIGHEST if dtype == jnp.float32 else lax.Precision.DEFAULT
 
 
 def multiply(x: Array, weight: Array) -> Array:
@@ -120,7 +143,8 @@ class Linears:
     def make(self, path: str, out_features: int, in_features: int, use_bias: bool):
         spec = self.find_spec(path, out_features, in_features)
         if spec is None:
-            return Dense(out_features, in_features, use_bias=use_bias, dtype=self.dtype)
+            options = {"dtype": self.dtype, "backend": self.backend}
+            return Dense(out_features, in_features, use_bias=use_bias, **options)
         return QuantDense(
             spec,
             use_bias=use_bias,

@@ -12,8 +12,10 @@ from flax import nnx
 from jaxwna16.layers.moe import QuantMoE, weigh_shared
 from jaxwna16.models.config.moe_config import MoeConfig
 from jaxwna16.models.parts.layers import MLP, Dense, Linears, multiply
-from pallas_kernels.moe import float_moe
-from pallas_kernels.routing import route
+from pallas_kernels.formulas.norms import Onto
+from pallas_kernels.moe import Options, float_moe
+from pallas_kernels.step.residual import add_onto, run_experts_onto
+from pallas_kernels.step.routing import route
 
 Array = jax.Array
 
@@ -41,6 +43,32 @@ class SparseBlock(nnx.Module):
             correction_bias=self.gate.read_bias(),
             shared=None if self.shared is None else getattr(self, self.shared)(x),
             shared_gate=None if gate is None else gate(x),
+        )
+
+    def run_onto(self, x: Array, onto: Onto) -> tuple[Array, Array | None]:
+        """Add the result for x to a stream; see `project_onto`."""
+        experts, gate = self.experts, self.shared_expert_gate
+        if type(experts) is not QuantMoE:
+            return add_onto(self(x), onto, backend=experts.backend)
+        options = experts.options
+        ids, factors = route(
+            self.gate(x),
+            correction_bias=self.gate.read_bias(),
+            **dataclasses.asdict(options.routing),
+        )
+        return run_experts_onto(
+            x,
+            ids,
+            factors,
+            experts.w13.weights,
+            experts.w2.weights,
+            experts.spec13,
+            experts.spec2,
+            onto,
+            options=Options(options.activation, options.gated, options.interleaved, options.weigh),
+            shared=None if self.shared is None else getattr(self, self.shared)(x),
+            shared_gate=None if gate is None else gate(x),
+            backend=options.backend,
         )
 
 
@@ -84,6 +112,7 @@ class FloatExperts(nnx.Module):
 
     def __init__(self, moe: MoeConfig, hidden: int, *, dtype, backend: str | None = None):
         inner = moe.intermediate_size
+        self.backend = backend
         self.w13 = FloatStack(moe.experts, 2 * inner, hidden, dtype=dtype)
         self.w2 = FloatStack(moe.experts, hidden, inner, dtype=dtype)
         self.routing, self.backend = moe.routing, backend

@@ -47,18 +47,6 @@ def rotation_tables(
     return (jnp.cos(angles) * factor).astype(dtype), (jnp.sin(angles) * factor).astype(dtype)
 
 
-def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Turn the halves of each head of x [B, S, H, D] by the angles of `rotation_tables`.
-
-    Features past those that the tables are for stay as they are.
-    """
-    half = cos.shape[-1]
-    cos, sin = cos[:, :, None, :], sin[:, :, None, :]
-    first, second, rest = jnp.split(x, [half, 2 * half], axis=-1)
-    turned = [first * cos - second * sin, second * cos + first * sin]
-    return jnp.concatenate([*turned, rest] if rest.shape[-1] else turned, axis=-1)
-
-
 def inverse_frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:
     """The f_i of the module's docstring, float32 [d / 2]; for "dynamic" those up to length P."""
     wavelengths = _power(rope.theta, head_dim)

@@ -18,7 +18,7 @@ from jaxwna16.models.config.language_config import (
 from jaxwna16.models.config.moe_config import MoeConfig, check_choice
 from jaxwna16.models.config.rope_config import read_rope, read_rotary_dim
 from loaders.schemes.subconfigs import find_stated
-from pallas_kernels.router.options import Routing
+from pallas_kernels.formulas.routing_options import Routing
 
 _LINEAR, _FULL = "linear_attention", "full_attention"
 _INTERVAL = 4

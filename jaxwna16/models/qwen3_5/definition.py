@@ -1,7 +1,7 @@
 """Qwen3.5 and Qwen3.6 (`Qwen35Config`), dense or with experts: a hybrid model.
 
 Most layers are gated delta nets, which keep a state of fixed size
-(`jaxwna16.models.parts.delta_rule`); every fourth is full attention, whose output passes a gate and
+(`pallas_kernels.xla.delta_rule`); every fourth is full attention, whose output passes a gate and
 of whose heads a part is rotated.
 """
 
@@ -13,63 +13,20 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxwna16.layers.fused import project
+from jaxwna16.layers.fused import gather, project_onto
 from jaxwna16.models.causal_lm import CausalLM
-from jaxwna16.models.parts.attention import (
-    LayerCache,
-    attend,
-    fold_heads,
-    make_layer_cache,
-    write_slots,
-)
-from jaxwna16.models.parts.decoder import Decoder, Piece
-from jaxwna16.models.parts.delta_rule import DeltaCache, convolve, make_delta_cache, run_delta_rule
-from jaxwna16.models.parts.layers import MLP, Linears, OffsetRMSNorm, normalise
+from jaxwna16.models.parts.attention import LayerCache, SelfAttention
+from jaxwna16.models.parts.decoder import Decoder
+from jaxwna16.models.parts.layers import MLP, Linears, OffsetRMSNorm
 from jaxwna16.models.parts.moe import SparseBlock
-from jaxwna16.models.parts.rope import rotate
+from jaxwna16.models.parts.piece import Piece, Stream
 from jaxwna16.models.qwen3_5.config import Qwen35Config
+from pallas_kernels.formulas.delta_net import DeltaCache, DeltaNet, make_delta_cache
+from pallas_kernels.formulas.norms import Norm, Onto
+from pallas_kernels.step.delta_rule import project_and_update
+from pallas_kernels.xla.delta_rule import gate_norm
 
 Array = jax.Array
-
-
-def round_sigmoid(x: Array) -> Array:
-    """The sigmoid, computed in float32 and rounded to the dtype of x."""
-    return jax.nn.sigmoid(x.astype(jnp.float32)).astype(x.dtype)
-
-
-class GatedAttention(nnx.Module):
-    """Self-attention whose result is multiplied by sigmoid(gate), one gate per feature."""
-
-    def __init__(self, config: Qwen35Config, linears: Linears, path: str):
-        hidden, head_dim, bias = config.hidden_size, config.head_dim, config.attention_bias
-        q_features = config.num_attention_heads * head_dim
-        kv_features = config.num_key_value_heads * head_dim
-        # of each head, rows of the query and then those of the gate
-        self.q_proj = linears.make(f"{path}.q_proj", 2 * q_features, hidden, bias)
-        self.k_proj = linears.make(f"{path}.k_proj", kv_features, hidden, bias)
-        self.v_proj = linears.make(f"{path}.v_proj", kv_features, hidden, bias)
-        self.o_proj = linears.make(f"{path}.o_proj", hidden, q_features, bias)
-        self.q_norm = OffsetRMSNorm(head_dim, config.rms_norm_eps, dtype=linears.dtype)
-        self.k_norm = OffsetRMSNorm(head_dim, config.rms_norm_eps, dtype=linears.dtype)
-        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
-        self.head_dim, self.dtype = head_dim, linears.dtype
-
-    def make_cache(self, batch: int, slots: int) -> LayerCache:
-        """Room for keys and values of `slots` tokens of each row."""
-        return make_layer_cache(batch, slots, self.kv_heads, self.head_dim, self.dtype)
-
-    def __call__(
-        self, x: Array, piece: Piece, cache: LayerCache | None
-    ) -> tuple[Array, LayerCache | None]:
-        q, k, v = project(x, (self.q_proj, self.k_proj, self.v_proj))
-        q, gate = jnp.split(q.reshape(*x.shape[:2], self.heads, -1), 2, axis=-1)
-        k, v = (y.reshape(*x.shape[:2], -1, self.head_dim) for y in (k, v))
-        q, k = rotate(self.q_norm(q), *piece.rotation), rotate(self.k_norm(k), *piece.rotation)
-        held = LayerCache(fold_heads(k), fold_heads(v))
-        if cache is not None:
-            held = cache = write_slots(cache, held, piece.slots)
-        mixed = attend(q, held, piece.seen)
-        return self.o_proj(mixed * round_sigmoid(gate).reshape(mixed.shape)), cache
 
 
 class Convolution(nnx.Module):
@@ -87,10 +44,7 @@ class GatedRMSNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: Array, gate: Array) -> Array:
-        weight = jnp.expand_dims(self.weight[...], range(x.ndim - 1))
-        normalised = normalise(x.astype(gate.dtype), self.eps).astype(gate.dtype)
-        scaled = (normalised * weight).astype(jnp.float32)
-        return (scaled * jax.nn.silu(gate.astype(jnp.float32))).astype(gate.dtype)
+        return gate_norm(x, gate, self.weight[...], self.eps)
 
 
 class GatedDeltaNet(nnx.Module):
@@ -123,28 +77,22 @@ class GatedDeltaNet(nnx.Module):
         return make_delta_cache(batch, sizes.width, sizes.features, heads, self.dtype)
 
     def __call__(
-        self, x: Array, piece: Piece, cache: DeltaCache | None
-    ) -> tuple[Array, DeltaCache]:
+        self, x: Array, piece: Piece, cache: DeltaCache | None, onto: Onto
+    ) -> tuple[Stream, DeltaCache]:
         cache = self.make_cache(x.shape[0], 0) if cache is None else cache
-        linears = (self.in_proj_qkv, self.in_proj_z, self.in_proj_b, self.in_proj_a)
-        qkv, z, b, a = project(x, linears)
-        weight = self.conv1d.weight[...][:, 0]
-        qkv, inputs = convolve(qkv, weight, cache.inputs, piece.lengths)
-        keys = self.sizes.key_features
-        q, k, v = (
-            part.reshape(*x.shape[:2], -1, size)
-            for part, size in zip(
-                jnp.split(qkv, [keys, 2 * keys], axis=-1),
-                (self.sizes.key_dim, self.sizes.key_dim, self.sizes.value_dim),
-                strict=True,
-            )
+        layers = (self.in_proj_qkv, self.in_proj_z, self.in_proj_b, self.in_proj_a)
+        linears, backend, prefer = gather(x, layers)
+        net = DeltaNet(
+            self.conv1d.weight[...][:, 0],
+            self.A_log[...],
+            self.dt_bias[...],
+            self.norm.weight[...],
+            norm_eps=self.norm.eps,
+            key_heads=self.sizes.key_heads,
         )
-        beta = round_sigmoid(b)
-        rate, bias = (p[...][None, None, :] for p in (self.A_log, self.dt_bias))
-        g = -jnp.exp(rate) * jax.nn.softplus(a.astype(jnp.float32) + bias)
-        mixed, state = run_delta_rule(q, k, v, g, beta, cache.state, piece.lengths)
-        y = self.norm(mixed, z.reshape(mixed.shape))
-        return self.out_proj(y.reshape(*x.shape[:2], -1)), DeltaCache(inputs, state)
+        options = {"backend": backend, "prefer": prefer}
+        y, cache = project_and_update(x, linears, net, cache, piece.lengths, **options)
+        return Stream(*project_onto(y, self.out_proj, onto)), cache
 
 
 class DecoderLayer(nnx.Module):
@@ -154,7 +102,16 @@ class DecoderLayer(nnx.Module):
         hidden, eps, path = config.hidden_size, config.rms_norm_eps, f"model.layers.{layer}"
         self.input_layernorm = OffsetRMSNorm(hidden, eps, dtype=linears.dtype)
         if config.is_full[layer]:
-            self.self_attn = GatedAttention(config, linears, f"{path}.self_attn")
+            bias = config.attention_bias
+            self.self_attn = SelfAttention(
+                config,
+                linears,
+                f"{path}.self_attn",
+                qkv_bias=bias,
+                out_bias=bias,
+                norm=OffsetRMSNorm,
+                gated=True,
+            )
         else:
             self.linear_attn = GatedDeltaNet(config, linears, f"{path}.linear_attn")
         self.is_full = config.is_full[layer]
@@ -173,10 +130,13 @@ class DecoderLayer(nnx.Module):
         """What the layer keeps of `slots` tokens of each row, empty."""
         return self.mixer.make_cache(batch, slots)
 
-    def __call__(self, x: Array, piece: Piece, cache: Any) -> tuple[Array, Any]:
-        mixed, cache = self.mixer(self.input_layernorm(x), piece, cache)
-        x = x + mixed
-        return x + self.mlp(self.post_attention_layernorm(x)), cache
+    def __call__(
+        self, stream: Stream, piece: Piece, cache: Any, following: Norm
+    ) -> tuple[Stream, Any]:
+        onto = Onto(stream.x, early=self.post_attention_layernorm.norm)
+        stream, cache = self.mixer(stream.taken, piece, cache, onto)
+        onto = Onto(stream.x, early=following)
+        return Stream(*self.mlp.run_onto(stream.taken, onto)), cache
 
 
 class Qwen35Decoder(Decoder):

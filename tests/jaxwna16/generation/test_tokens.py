@@ -13,7 +13,6 @@ import torch
 
 from jaxwna16.errors import InputError, NanWarning
 from jaxwna16.generation import decoding
-from jaxwna16.generation import tokens as generation
 from jaxwna16.generation.decoding import round_up
 from jaxwna16.generation.tokens import generate_tokens, start_rows
 from tests.jaxwna16.models.hf_models import convert, make_reference, random_tokens, reference_logits
@@ -80,7 +79,7 @@ def test_decoding_is_traced_once_whatever_the_number_of_tokens_and_the_options(m
 def test_the_first_call_of_a_shape_traces_decoding_once(model):
     decoding.trace_counts.clear()
     generate_tokens(model, [PROMPTS[0]] * 5, max_new_tokens=40)
-    assert decoding.trace_counts == {"prefill": 1, "first": 1, "decode": 1}
+    assert decoding.trace_counts == {"prefill": 1, "decode": 1}
 
 
 @pytest.mark.parametrize(("seconds", "sizes"), [(0.0, [1] * NEW), (1e9, [1, 1, NEW - 2])])
@@ -208,13 +207,6 @@ def test_64_rows_are_the_rows_one_by_one(model):
     together = generate_tokens(model, prompts, max_new_tokens=8)
     alone = [generate_tokens(model, [p], max_new_tokens=8).tokens[0] for p in prompts]
     assert together.tokens == alone
-
-
-def test_pieces_are_as_long_as_each_other_and_shorter_in_a_wide_batch():
-    choose = generation._choose_chunk
-    assert [choose(n, 1, None) for n in (3, 512, 513, 2000)] == [16, 512, 320, 512]
-    assert [choose(2000, batch, None) for batch in (16, 64, 4096)] == [512, 128, 16]
-    assert [choose(2000, 64, n) for n in (1, 300, 5000)] == [1, 300, 2048]
 
 
 def test_with_dynamic_rope_a_prompt_is_not_cut():

@@ -17,7 +17,7 @@ from jaxwna16.models.causal_lm import CausalLM
 from jaxwna16.models.families import find_family
 from jaxwna16.models.filling.params import fill_model
 from jaxwna16.models.llama.relatives import RELATIVES
-from pallas_kernels.routing import route
+from pallas_kernels.step.routing import route
 from tests.jaxwna16.models.family_rows import MODELS, ROWS, SMALL
 
 torch.set_num_threads(1)  # these models are too small for more

@@ -109,12 +109,13 @@ def test_no_float_copy_of_all_experts_is_made_in_the_decode_loop(load):
     assert not any("f32[512,128]" in line or "f32[128,256]" in line for line in carried)
 
 
-def test_in_decoding_a_sparse_layer_is_four_kernels(load):
-    """q/k/v, o, and the two products of the experts."""
+def test_in_decoding_a_sparse_layer_is_eight_kernels(load):
+    """q/k/v, attention, o and its end, the choice, both products of the experts and their end."""
     _, _, folders = load(*KINDS[0])
     model = jaxwna16.load_model(folders.packed, dtype="bfloat16", backend="triton")
-    kernels = find_kernels(Llama.__call__, model, jnp.zeros((1, 1), jnp.int32))
-    assert len(kernels) == 4 * model.config.num_hidden_layers
+    one, cache = jnp.ones(1, jnp.int32), model.make_cache(1, 8)
+    kernels = find_kernels(Llama.hidden, model, jnp.zeros((1, 1), jnp.int32), one, one, cache)
+    assert len(kernels) == 8 * model.config.num_hidden_layers
 
 
 def test_packed_routers_and_gates_and_experts_not_all_of_which_are_packed_are_floats(

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from tests import gpu_aot
-from tests.gpu_cases import Case, Grouping, list_core
+from tests.gpu_attention import Decode
+from tests.gpu_cases import Between, Case, Grouping, list_core
 from tests.gpu_check import Finding, write_report
 
 _ROOT = Path(__file__).parents[3]
@@ -52,8 +53,8 @@ def check(*options: str) -> list[dict]:
 @pytest.fixture(scope="module")
 def findings() -> dict[str, dict]:
     """The finding of each core case."""
-    kinds = {True: Case, False: Grouping}
-    return {str(kinds["bits" in f["case"]](**f["case"])): f for f in check("--core")}
+    kinds = {kind.__match_args__: kind for kind in (Case, Grouping, Between, Decode)}
+    return {str(kinds[tuple(f["case"])](**f["case"])): f for f in check("--core")}
 
 
 @pytest.mark.parametrize("case", list_core(), ids=str)
@@ -66,6 +67,16 @@ def test_core_cases_have_no_spills_and_stay_within_budget(findings, case):
 )
 def test_eight_tokens_exactly_spill_nothing(findings, case):
     assert findings[str(case)]["spill_bytes"] == 0
+
+
+def test_attention_of_a_piece_uses_what_hopper_has_and_spills_nothing(findings):
+    """Tensor cores that read keys in shared memory, where copies of 16 bytes put them."""
+    long = [f for f in findings.values() if "attention of 2048" in f["case"].get("name", "")]
+    assert len(long) >= 5
+    for finding in long:
+        assert finding["spill_bytes"] == 0
+        assert any(opcode.startswith("HGMMA") for opcode in finding["opcodes"])
+        assert any(o.startswith("LDGSTS") and o.endswith(".128") for o in finding["opcodes"])
 
 
 @pytest.mark.parametrize("number", [2, pytest.param(60, marks=pytest.mark.thorough)])
@@ -110,6 +121,29 @@ def test_every_fault_is_found_and_reported(changes, fault):
     finding = dataclasses.replace(_GOOD, **changes)
     assert finding.find_faults() == [fault]
     assert fault in write_report([finding])
+
+
+@pytest.mark.parametrize(
+    ("changes", "fault"),
+    [
+        ({"spill_bytes": 4}, "4 bytes spilled"),
+        ({"per_weight": 2.6}, "2.60 instructions per weight, budget 2.5"),
+        ({"opcodes": {"LDGSTS.E.BYPASS.128": 1}}, "no HMMA in the loop"),
+    ],
+)
+def test_attention_spills_nothing_and_has_budgets_of_its_own(changes, fault):
+    opcodes = {"HMMA.16816.F32.BF16": 16, "LDGSTS.E.BYPASS.128": 16}
+    good = dataclasses.replace(
+        _GOOD,
+        case=Decode("sm_90a", 128, 4, "bfloat16"),
+        block_m=8,
+        estimated_bytes=None,
+        per_weight=2.2,
+        opcodes=opcodes,
+    )
+    assert good.find_faults() == []
+    assert dataclasses.replace(good, **changes).find_faults() == [fault]
+    assert "| heads of 128 | 4 | 1 | bfloat16 | 2.20 · 128 · 88 |" in write_report([good])
 
 
 def test_the_report_names_the_assembler(monkeypatch):

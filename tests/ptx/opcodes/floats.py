@@ -1,16 +1,19 @@
 """Floating point numbers.
 
 Source: PTX ISA, chapters "Floating Point Instructions" and "Half Precision Floating Point
-Instructions": `add`, `sub`, `mul`, `fma`, `neg`, `abs`, `min`, `max`, `div`, `rcp`, `sqrt`, `ex2`.
-What is not `approx`, `full` or `ftz` is rounded once, to nearest even (`.rn`) or down (`.rm`), and
-keeps subnormal numbers; a NaN is the canonical one.
+Instructions": `add`, `sub`, `mul`, `fma`, `neg`, `abs`, `min`, `max`, `div`, `rcp`, `sqrt`,
+`rsqrt`, `ex2`. With `x2` both halves of a register are computed, each by itself (of float32 since
+sm_100). What is not `approx`, `full` or `ftz` is rounded once, to nearest even (`.rn`) or down
+(`.rm`), and keeps subnormal numbers; a NaN is the canonical one.
 
-The approximate ones (`div.full`, `rcp.approx`, `ex2.approx`: at most 2 units in the last place)
-have bits that only a GPU knows. Here they are the exact value rounded once, and the tests' bound
-holds the difference.
+The approximate ones (`div.full`, `rcp.approx`, `rsqrt.approx`, `ex2.approx`: at most 2 units in the
+last place) have bits that only a GPU knows. Here they are the exact value rounded once, and the
+tests' bound holds the difference.
 """
 
 from __future__ import annotations
+
+import functools
 
 import ml_dtypes
 import numpy as np
@@ -80,16 +83,16 @@ def _declare(name: str, kind: str, count: int, function) -> None:
 
     compute_pairs = _split_pairs(compute, kind)
     chosen = compute_pairs if name.endswith("x2") else compute
-    operand = "b32" if name.endswith("x2") else kind
+    operand = f"b{16 * TYPES[kind].itemsize}" if name.endswith("x2") else kind
     pure(name, operand, *[operand] * count)(_give_signature(chosen, count))
 
 
 def _split_pairs(compute, kind: str):
-    """The same for two halves in 32 bits."""
+    """The same for two numbers in a register of twice the bits."""
     dtype = TYPES[kind]
 
     def compute_pairs(*values: np.ndarray) -> np.ndarray:
-        return compute(*(value.view(dtype) for value in values)).view(np.uint32)
+        return compute(*(value.view(dtype) for value in values)).view(values[0].dtype)
 
     return compute_pairs
 
@@ -113,10 +116,9 @@ for _name, _function in _TWO.items():
         # the rounding is part of the name or left out, with one meaning
         _declare(f"{_name}.rn.{_kind}", _kind, 2, _function)
         _declare(f"{_name}.{_kind}", _kind, 2, _function)
-    for _kind in ("f16", "bf16"):
         _declare(f"{_name}.rn.{_kind}x2", _kind, 2, _function)
         _declare(f"{_name}.{_kind}x2", _kind, 2, _function)
-for _kind in ("f32", "f16", "bf16", "f16x2", "bf16x2"):
+for _kind in ("f32", "f16", "bf16", "f32x2", "f16x2", "bf16x2"):
     _declare(f"fma.rn.{_kind}", _kind.removesuffix("x2"), 3, _multiply_add)
 for _kind in ("f16", "bf16"):
     # sm_100: halves and a float32, added in float32
@@ -150,7 +152,12 @@ for _kind in ("f32", "f16", "bf16"):
         ("min.NaN", np.minimum),
         ("max.NaN", np.maximum),
     ):
-        _declare(f"{_name}.{_kind}", _kind, 2, _function)
+        # of float32 sm_100 also compares three
+        pure(f"{_name}.{_kind}", _kind, _kind, _kind, more=_kind == "f32")(
+            lambda *values, kind=_kind, function=_function: _finish(
+                functools.reduce(function, map(widen, values)), kind
+            )
+        )
 
 
 def _flush(value: np.ndarray) -> np.ndarray:
@@ -166,4 +173,5 @@ _declare("sqrt.rn.f32", "f32", 1, np.sqrt)
 _declare("ex2.approx.f32", "f32", 1, np.exp2)
 _declare("ex2.approx.ftz.f32", "f32", 1, lambda a: _flush(np.exp2(_flush(a))))
 _declare("lg2.approx.ftz.f32", "f32", 1, lambda a: _flush(np.log2(_flush(a))))
+_declare("rsqrt.approx.f32", "f32", 1, lambda a: 1 / np.sqrt(a))
 _declare("rsqrt.approx.ftz.f32", "f32", 1, lambda a: _flush(1 / np.sqrt(_flush(a))))

@@ -20,6 +20,10 @@ for _kind in ("s16", "u16", "s32", "u32", "s64", "u64"):
     pure(f"min.{_kind}", _kind, _kind, _kind)(np.minimum)
     pure(f"max.{_kind}", _kind, _kind, _kind)(np.maximum)
 
+# a negative result becomes 0
+pure("min.relu.s32", "s32", "s32", "s32")(lambda a, b: np.maximum(np.minimum(a, b), 0))
+pure("max.relu.s32", "s32", "s32", "s32")(lambda a, b: np.maximum(np.maximum(a, b), 0))
+
 for _kind in ("s16", "s32", "s64"):
     pure(f"neg.{_kind}", _kind, _kind)(lambda a: -a)
     pure(f"abs.{_kind}", _kind, _kind)(np.abs)

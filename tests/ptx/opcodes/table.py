@@ -37,24 +37,26 @@ def opcode(*names: str) -> Callable[[Action], Action]:
     return declare
 
 
-def pure(name: str, result: str, *operands: str) -> Callable[[Callable], Callable]:
+def pure(name: str, result: str, *operands: str, more: int = 0) -> Callable[[Callable], Callable]:
     """Declare an opcode that computes its first operand from the others, thread by thread.
 
     Args:
       name: the opcode.
       result: type of the result; the function may return another of the same width.
       *operands: types of the others, in whose dtype the function gets their values.
+      more: how many operands of the last type may follow.
     """
     dtypes, out = [TYPES[kind] for kind in operands], TYPES[result]
 
     def declare(function: Callable) -> Callable:
         def act(block: Block, instruction: Instruction, active) -> None:
             target, *sources = instruction.operands
-            if len(sources) != len(dtypes):
+            extra = len(sources) - len(dtypes)
+            if not 0 <= extra <= more:
                 raise Refused("number of operands")
             values = [
                 block.read(source, dtype, active)
-                for source, dtype in zip(sources, dtypes, strict=True)
+                for source, dtype in zip(sources, dtypes + dtypes[-1:] * extra, strict=True)
             ]
             block.write(target, _keep_bits(function(*values), out), active)
 

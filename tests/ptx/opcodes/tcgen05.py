@@ -136,22 +136,31 @@ def _find_one_warp(block: Block, active) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """What the instruction descriptor says: sums [rows, columns] of products of one type."""
+    """What the instruction descriptor says: sums [rows, columns] of products of one type.
+
+    Attributes:
+      turned: whether each factor is transposed.
+    """
 
     rows: int
     columns: int
     kind: str
+    turned: tuple[bool, bool] = (False, False)
 
     @classmethod
     def read(cls, descriptor: int) -> Shape:
-        """Bits 4 and 5: float32 sums; 7 to 12: types; 17 to 22 and 24 to 28: shape; none else."""
+        """Bits 4 and 5: float32 sums; 7 to 12: types; 15 and 16: transposed; the rest: shape.
+
+        That is in 17 to 22 and 24 to 28. No other bit is known.
+        """
         kinds = {0: "f16", 0b001_001: "bf16"}
         rows, columns = (descriptor >> 24 & 31) << 4, (descriptor >> 17 & 63) << 3
-        known = 1 << 4 | (descriptor & (0b111111 << 7 | 63 << 17 | 31 << 24))
+        known = 1 << 4 | (descriptor & (0b111111 << 7 | 0b11 << 15 | 63 << 17 | 31 << 24))
         kind = kinds.get(descriptor >> 7 & 63)
         if descriptor != known or kind is None or rows not in (64, 128) or not columns:
             raise Refused(f"instruction descriptor {descriptor:#x}")
-        return cls(rows, columns, kind)
+        turned = bool(descriptor >> 15 & 1), bool(descriptor >> 16 & 1)
+        return cls(rows, columns, kind, turned)
 
     def find_lanes(self, first: int) -> np.ndarray:
         """[rows, 1]: layout D, or F."""
@@ -167,13 +176,15 @@ def multiply_add(block: Block, instruction: Instruction, active) -> None:
     thread, warp = _find_one_thread(block, active)
     shape = Shape.read(int(block.read(shape, U32, active)[thread]))
     sums = _find_region(block, target, active, shape, shape.columns)
-    a = _read_left(block, left, active, shape, warp)
-    b, token = _read_shared(block, right, active, shape.columns, shape.kind, thread, warp)
+    where = (block, active, shape, thread, warp)
+    a, tokens = _read_left(left, *where)
+    b, token = _read_shared(right, shape.columns, shape.turned[1], *where)
     before = np.zeros((shape.rows, shape.columns), U32)
     if block.read(keep, BOOL, active)[thread]:
         before = block.tensor_memory.read_sum(warp, *sums)
     block.tensor_memory.add(warp, *sums, add(a @ b.T, before))
-    block.tensor_memory.hold_shared(token)
+    for one in (*tokens, token):
+        block.tensor_memory.hold_shared(one)
 
 
 def _find_region(block: Block, address: Address, active, shape: Shape, columns: int):
@@ -183,17 +194,28 @@ def _find_region(block: Block, address: Address, active, shape: Shape, columns: 
     return lanes, np.broadcast_to((int(start) & 0xFFFF) + np.arange(columns), (shape.rows, columns))
 
 
-def _read_left(block: Block, operand, active, shape: Shape, warp: int) -> np.ndarray:
-    """float64 [rows, 16], from tensor memory."""
+def _read_left(
+    operand, block: Block, active, shape: Shape, thread: int, warp: int
+) -> tuple[np.ndarray, tuple]:
+    """float64 [rows, 16], from tensor memory or shared memory; tokens of what must stay there."""
     if not isinstance(operand, Address):
-        raise Refused("tcgen05.mma with its left factor in shared memory")
+        found, token = _read_shared(
+            operand, shape.rows, shape.turned[0], block, active, shape, thread, warp
+        )
+        return found, (token,)
+    if shape.turned[0]:
+        raise Refused("a transposed factor in tensor memory")
     cells = block.tensor_memory.use(warp, *_find_region(block, operand, active, shape, 8))
-    return widen(cells.view(U16).view(TYPES[shape.kind]))
+    return widen(cells.view(U16).view(TYPES[shape.kind])), ()
 
 
-def _read_shared(block: Block, operand, active, rows: int, kind: str, thread: int, warp: int):
+def _read_shared(
+    operand, rows: int, transposed: bool, block: Block, active, shape: Shape, thread: int, warp: int
+) -> tuple[np.ndarray, tuple]:
     descriptor = int(block.read(operand, U64, active)[thread])
-    return read_matrix(block, descriptor, rows, kind, TCGEN05_SWIZZLES, warp)
+    return read_matrix(
+        block, descriptor, rows, shape.kind, TCGEN05_SWIZZLES, warp, transposed=transposed
+    )
 
 
 def _find_one_thread(block: Block, active) -> tuple[int, int]:

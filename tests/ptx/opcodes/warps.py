@@ -58,6 +58,20 @@ def add_up(block: Block, instruction: Instruction, active) -> None:
     block.write(target, np.repeat(sums, LANES), active)
 
 
+@opcode("redux.sync.max.f32", "redux.sync.min.f32", "redux.sync.max.NaN.f32")
+def find_extreme(block: Block, instruction: Instruction, active) -> None:
+    """The largest or smallest of the warp, in every thread; without `.NaN`, of those not NaN."""
+    target, source, members = instruction.operands
+    _expect_members(block, members, active)
+    values = _read_warps(block, source, active, np.float32)
+    if ".NaN" in instruction.opcode:
+        found = np.maximum.reduce(values, 1)
+    else:
+        found = (np.fmax if ".max" in instruction.opcode else np.fmin).reduce(values, 1)
+    bits = np.where(np.isnan(found), U32.type(0x7FFFFFFF), found.view(U32))
+    block.write(target, np.repeat(bits, LANES), active)
+
+
 @opcode("elect.sync")
 def elect(block: Block, instruction: Instruction, active) -> None:
     """Choose one thread of the warp; which, the ISA leaves open. Here it is the first."""

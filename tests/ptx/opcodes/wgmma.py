@@ -36,12 +36,12 @@ def _declare(columns: int, kind: str) -> None:
     def multiply_add(block: Block, instruction: Instruction, active) -> None:
         _expect_all(active)
         target, left, right, keep, *flags = instruction.operands
-        _expect_plain(flags)
+        turned = _read_flags(flags)
         summed = tuple(item.name for item in target.items)
         used = tuple(item.name for item in left.items) if isinstance(left, Vector) else ()
         _check_registers(block, summed, used)
-        matrices, reads = _read_left(block, left, kind)
-        rights, more = _read_each(block, right, columns, kind)
+        matrices, reads = _read_left(block, left, kind, turned)
+        rights, more = _read_each(block, right, columns, kind, turned[-1])
         products = matrices @ np.repeat(rights, 4, 0).swapaxes(1, 2)
         _add_up(block, summed, products, block.read(keep, BOOL, None))
         product = Product(summed, used, (*reads, *more))
@@ -59,10 +59,11 @@ def _expect_all(active) -> None:
         raise Refused("wgmma by a part of the block")
 
 
-def _expect_plain(flags: list) -> None:
-    """Neither factor negated or transposed."""
-    if flags[:2] != [Literal(1)] * 2 or any(flag != Literal(0) for flag in flags[2:]):
-        raise Refused("wgmma of negated or transposed matrices")
+def _read_flags(flags: list) -> list[bool]:
+    """Whether each factor in shared memory is transposed; none is negated."""
+    if flags[:2] != [Literal(1)] * 2:
+        raise Refused("wgmma of negated matrices")
+    return [flag != Literal(0) for flag in flags[2:]]
 
 
 def _check_registers(block: Block, summed: tuple, used: tuple) -> None:
@@ -73,20 +74,23 @@ def _check_registers(block: Block, summed: tuple, used: tuple) -> None:
         raise Fault("a wgmma adds to sums of another shape that are not done")
 
 
-def _read_left(block: Block, operand, kind: str) -> tuple[np.ndarray, tuple]:
+def _read_left(block: Block, operand, kind: str, turned: list[bool]) -> tuple[np.ndarray, tuple]:
     """float64 [warps, 16, 16]: warp w has rows 16 w .. 16 w + 15 of its group's matrix."""
     if isinstance(operand, Vector):
         return gather_left(block, operand, kind, None), ()
-    matrices, reads = _read_each(block, operand, 64, kind)
+    matrices, reads = _read_each(block, operand, 64, kind, turned[0])
     return matrices.reshape(block.warps, 16, 16), reads
 
 
-def _read_each(block: Block, operand, rows: int, kind: str) -> tuple[np.ndarray, tuple]:
+def _read_each(
+    block: Block, operand, rows: int, kind: str, transposed: bool
+) -> tuple[np.ndarray, tuple]:
     """The matrix of each warpgroup, [groups, rows, 16]."""
     descriptors = block.read(operand, U64, None).reshape(-1, _GROUP)
     check(descriptors == descriptors[:, :1], "threads have different descriptors")
     found = [
-        read_matrix(block, int(own[0]), rows, kind, WGMMA_SWIZZLES, _SEVERAL) for own in descriptors
+        read_matrix(block, int(own[0]), rows, kind, WGMMA_SWIZZLES, _SEVERAL, transposed=transposed)
+        for own in descriptors
     ]
     return np.stack([matrix for matrix, _ in found]), tuple(token for _, token in found)
 

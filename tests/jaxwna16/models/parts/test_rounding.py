@@ -14,11 +14,11 @@ from transformers.models.llama import modeling_llama
 from transformers.models.qwen3_5 import modeling_qwen3_5
 
 from jaxwna16.layers.fused import gated
-from jaxwna16.models.parts.delta_rule import convolve
 from jaxwna16.models.parts.layers import OffsetRMSNorm, RMSNorm
-from jaxwna16.models.parts.rope import rotate
-from jaxwna16.models.qwen3_5.definition import round_sigmoid
-from pallas_kernels.routing import route
+from pallas_kernels.formulas.activations import round_sigmoid
+from pallas_kernels.formulas.rotation import rotate
+from pallas_kernels.step.routing import route
+from pallas_kernels.xla.delta_rule import convolve
 from tests.jaxwna16.models.rounding import count_steps, draw_exact, draw_normal, round_to
 
 DTYPES = ["bfloat16", "float16"]

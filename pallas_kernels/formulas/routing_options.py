@@ -1,4 +1,4 @@
-"""`Routing`, the options of `pallas_kernels.routing.route`."""
+"""`Routing`, the options of `pallas_kernels.step.routing.route`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import dataclasses
 import math
 
 from pallas_kernels.errors import SpecError
-from pallas_kernels.router.scores import SCORINGS
+from pallas_kernels.formulas.routing_scores import SCORINGS
 
 GROUP_SCORES = {"max": 1, "top2_sum": 2}
 """Name -> how many of its best experts are added for the score of a group."""

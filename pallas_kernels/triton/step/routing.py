@@ -1,4 +1,4 @@
-"""`pallas_kernels.routing.route` in one kernel.
+"""`pallas_kernels.step.routing.route` in one kernel.
 
 As XLA fusions it would be about eight kernels, each waiting for the one before; for few tokens that
 would take as long as reading the experts' weights. Here each token has a program of one warp, whose
@@ -18,8 +18,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels.router.options import GROUP_SCORES, Routing
-from pallas_kernels.router.scores import SCORINGS, clear_broken, weigh
+from pallas_kernels.formulas.routing_options import GROUP_SCORES, Routing
+from pallas_kernels.formulas.routing_scores import SCORINGS, clear_broken, weigh
 from pallas_kernels.triton.walk import divide
 
 _TAKEN = jnp.iinfo(jnp.int32).min

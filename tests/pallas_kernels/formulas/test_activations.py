@@ -13,8 +13,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jax.sharding import AbstractDevice, AbstractMesh
 
-from pallas_kernels.activations import ACTIVATIONS, IN_KERNEL, apply, check
 from pallas_kernels.errors import SpecError
+from pallas_kernels.formulas.activations import ACTIVATIONS, IN_KERNEL, apply, check
 
 U = 2.0**-24
 ALONE = [name for name in ACTIVATIONS if name != "swigluoai"]

@@ -160,7 +160,7 @@ def _step_head(
     mixed = []
     for i, values in enumerate(blocks):
         # the next block is on its way while this one is worked on
-        held, coming = coming, load(blocks[i + 1]) if i + 1 < len(blocks) else None
+        held, coming = coming, load(blocks[i + 1]) if i + 1 < len(blocks) else coming
         features = 2 * key_heads * key_dim + head * value_dim + values
         v = convolution.run(features, values < value_dim)
         held = held * decay[:, None]

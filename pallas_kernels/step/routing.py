@@ -24,8 +24,8 @@ import jax.numpy as jnp
 
 from pallas_kernels.backends import check_backend
 from pallas_kernels.errors import BackendError, SpecError
+from pallas_kernels.formulas.routing_options import Routing
 from pallas_kernels.lowering import choose_at_lowering, has_symbolic
-from pallas_kernels.router.options import Routing
 from pallas_kernels.vmap_rule import fold_vmap
 from pallas_kernels.xla.routing import choose_experts
 
@@ -131,7 +131,7 @@ def _choose_by_triton(
     routing: Routing, rows: jax.Array, bias: jax.Array | None, *, interpret: bool
 ) -> tuple:
     # imported here, so that all else works where a later jax has no Pallas-Triton
-    from pallas_kernels.triton.routing import choose_experts as choose_by_triton
+    from pallas_kernels.triton.step.routing import choose_experts as choose_by_triton
 
     def run(rows: jax.Array, bias: jax.Array | None) -> tuple:
         return choose_by_triton(rows, routing, bias, interpret=interpret)

@@ -1,4 +1,4 @@
-"""The formulas of `pallas_kernels.routing.route`, on float32, which a kernel can use, too."""
+"""The formulas of `pallas_kernels.step.routing.route`, on float32, which a kernel can use, too."""
 
 from __future__ import annotations
 

@@ -15,8 +15,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from pallas_kernels import SpecError, route
-from pallas_kernels.router.options import GROUP_SCORES, Routing
-from pallas_kernels.router.scores import SCORINGS
+from pallas_kernels.formulas.routing_options import GROUP_SCORES, Routing
+from pallas_kernels.formulas.routing_scores import SCORINGS
 from tests.grids import sample
 
 U = 2.0**-24

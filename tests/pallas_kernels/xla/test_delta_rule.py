@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers.models.qwen3_5 import modeling_qwen3_5 as theirs
 
-from jaxwna16.models.parts.delta_rule import CHUNK, convolve, run_delta_rule
+from pallas_kernels.xla.delta_rule import CHUNK, convolve, run_delta_rule
 
 ROWS, KEY_HEADS, HEADS, DK, DV = 2, 2, 4, 16, 8
 run = jax.jit(run_delta_rule)
@@ -147,6 +147,26 @@ def test_padding_leaves_the_state_of_each_row_as_it_is_whatever_it_holds(steps):
         assert apart(out[1, : count[1]], alone[1]) < bound(steps)
     else:
         np.testing.assert_array_equal(state, start)
+
+
+def test_a_piece_is_widened_a_chunk_at_a_time():
+    """A token of it takes at most twice what comes in and goes out, in 16 bits."""
+    key_heads, heads, width = 2, 8, 32
+
+    def measure(steps: int) -> tuple[int, int]:
+        def shape(*sizes: int, dtype="bfloat16") -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct((1, *sizes), dtype)
+
+        keys, values = shape(steps, key_heads, width), shape(steps, heads, width)
+        g, state = shape(steps, heads, dtype="float32"), shape(heads, width, width, dtype="float32")
+        inputs = (keys, keys, values, g, shape(steps, heads), state, shape(dtype="int32"))
+        memory = run.lower(*inputs).compile().memory_analysis()
+        return memory.temp_size_in_bytes, (
+            memory.argument_size_in_bytes + memory.output_size_in_bytes
+        )
+
+    (less, few), (more, many) = measure(512), measure(1024)
+    assert more - less <= 2 * (many - few)
 
 
 FEATURES, WIDTH = 6, 4

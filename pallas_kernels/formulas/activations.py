@@ -70,3 +70,8 @@ def _cut_above(h: jax.Array, limit: float) -> jax.Array:
 
 def _cut_below(h: jax.Array, limit: float) -> jax.Array:
     return jnp.where(h < limit, limit, h)
+
+
+def round_sigmoid(x: jax.Array) -> jax.Array:
+    """The sigmoid of a gate, computed in float32 and rounded to the dtype of x."""
+    return jax.nn.sigmoid(x.astype(jnp.float32)).astype(x.dtype)

@@ -1,0 +1,1 @@
+"""Formulas that all backends share: activations of experts, norms of the stream."""

@@ -1,0 +1,23 @@
+"""`Heads`: how a layer of attention is divided."""
+
+from __future__ import annotations
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Heads:
+    """The static facts of a layer.
+
+    Attributes:
+      head_dim: D.
+      kv_heads: heads of keys and values; of queries there are a multiple.
+      gated: of each query head, D features of the query are followed by D of a gate, whose sigmoid
+        multiplies the result.
+      norms_across: queries and keys are normalised over all heads together, not one by one.
+    """
+
+    head_dim: int
+    kv_heads: int
+    gated: bool = False
+    norms_across: bool = False

@@ -1,0 +1,79 @@
+"""Root mean square norms, and the residual stream that a product is added to.
+
+    x' = residual + late(y)        y the product, rounded to the stream's dtype
+    h  = early(x')                 what the next product takes
+
+Most models have `early` norms alone; OLMo 2 has `late` ones alone, others have both.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+KINDS = ("rounded", "offset", "wide")
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["weight"], meta_fields=["eps", "kind"]
+)
+@dataclasses.dataclass(frozen=True)
+class Norm:
+    """x / sqrt(mean(x^2) + eps) times a weight, in one of three ways of rounding.
+
+    Attributes:
+      weight: [N].
+      eps: of the formula.
+      kind: "rounded": normalised in float32, rounded, then times the weight in the dtype of x
+        (Llama); "offset": times 1 + weight in float32, rounded once (Qwen3.5); "wide": times the
+        weight in float32, rounded once (OLMo 2).
+    """
+
+    weight: jax.Array
+    eps: float
+    kind: str
+
+
+class Onto(NamedTuple):
+    """Where a product goes; see the module's docstring.
+
+    Attributes:
+      residual: [..., N].
+      late: norm of the product, or None.
+      early: norm of the sum, or None.
+    """
+
+    residual: jax.Array
+    late: Norm | None = None
+    early: Norm | None = None
+
+
+def normalise(x: jax.Array, eps: float) -> jax.Array:
+    """x / sqrt(mean(x^2) + eps) over the last axis, float32."""
+    wide = x.astype(jnp.float32)
+    return wide * lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
+
+
+def apply_norm(x: jax.Array, norm: Norm) -> jax.Array:
+    """The norm of x [..., N] over its last axis, in the dtype of x."""
+    return apply_weight(normalise(x, norm.eps), norm.weight, norm.kind, x.dtype)
+
+
+def apply_weight(normalised: jax.Array, weight: jax.Array, kind: str, dtype) -> jax.Array:
+    """The second half of the formula: float32 [..., N] times the weight [N], in `dtype`."""
+    weight = jnp.expand_dims(weight, range(normalised.ndim - 1))
+    if kind == "rounded":
+        return normalised.astype(dtype) * weight
+    factor = weight.astype(jnp.float32)
+    return (normalised * (1 + factor if kind == "offset" else factor)).astype(dtype)
+
+
+def add_norm(y: jax.Array, onto: Onto) -> tuple[jax.Array, jax.Array | None]:
+    """Add y [..., N] to the stream: x' and h (None without `early`)."""
+    x = onto.residual + (y if onto.late is None else apply_norm(y, onto.late))
+    return x, None if onto.early is None else apply_norm(x, onto.early)

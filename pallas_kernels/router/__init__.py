@@ -1,1 +1,0 @@
-"""How a router's logits choose experts: what all forms of `route` share."""

@@ -1,0 +1,1 @@
+"""What lies between the products of a model: the residual stream, attention, the delta rule."""

@@ -1,0 +1,1 @@
+"""How the work of attention is divided: of one new token, and of a piece."""

@@ -1,0 +1,124 @@
+"""Heads of one new token, within a kernel: the sum of a product's parts, normalised and rotated.
+
+A feature is rotated together with its partner half of the rotated features away. So both are
+loaded, and a head of any size is one vector: the halves need not be powers of two.
+
+Every step rounds as those of `jaxwna16.models.parts` do. Products of two 16-bit floats are exact in
+float32, so with cosines and sines of 16 bits a head has the same bits on every device.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.pallas import triton as plgpu
+
+from pallas_kernels.formulas.norms import Norm
+from pallas_kernels.tiles.attention.decode_rules import pad
+from pallas_kernels.triton.parts import load_sum
+
+
+@dataclasses.dataclass(frozen=True)
+class Features:
+    """The features of a head, a power of two of them, and their partners in the rotation.
+
+    Attributes:
+      head_dim: D; what is past it is padding.
+      rotated: R.
+    """
+
+    head_dim: int
+    rotated: int
+
+    @property
+    def own(self) -> jax.Array:
+        """int32 [1, D padded]."""
+        return jnp.arange(pad(self.head_dim), dtype=jnp.int32)[None, :]
+
+    @property
+    def partner(self) -> jax.Array:
+        """The other feature of each pair; where nothing is rotated, the same."""
+        own, half = self.own, self.rotated // 2
+        moved = jnp.where(own < half, own + half, own - half)
+        return jnp.where(own < self.rotated, moved, own)
+
+    @property
+    def inside(self) -> jax.Array:
+        """bool [1, D padded]: which are features."""
+        return self.own < self.head_dim
+
+
+def load_head(
+    parts: Any,
+    row: jax.Array,
+    starts: jax.Array,
+    features: Features,
+    rotation: tuple[Any, Any],
+    norm: Norm | None,
+    dtype: Any,
+    wanted: jax.Array | None = None,
+) -> jax.Array:
+    """Some heads of one row of a product, normalised and rotated, in `dtype`; padding is 0.
+
+    Args:
+      parts: `Parts` of references.
+      starts: int32 [G, 1], the first feature of each head.
+      rotation: references to cosines and sines [B, R / 2].
+      norm: whose weight is a reference.
+      wanted: whether to load anything, or get zeros.
+
+    Returns:
+      [G, D padded].
+    """
+    own, partner = features.own, features.partner
+    shape = (starts.shape[0], own.shape[1])
+    mask = features.inside if wanted is None else features.inside & wanted
+    mask = jnp.broadcast_to(mask, shape)
+    x = load_sum(parts, row, starts + own, mask).astype(dtype)
+    other = load_sum(parts, row, starts + partner, mask).astype(dtype)
+    if norm is not None:
+        wide = x.astype(jnp.float32)
+        mean = jnp.sum(wide * wide, axis=1) / features.head_dim
+        factor = lax.rsqrt(mean + norm.eps)[:, None]
+        x = _scale(x, factor, norm, own, features.inside)
+        other = _scale(other, factor, norm, partner, features.inside)
+    if not features.rotated:
+        return x
+    turned = _turn(x, other, row, features, rotation)
+    return jnp.where(jnp.broadcast_to(own < features.rotated, shape), turned, x)
+
+
+def _scale(
+    x: jax.Array, factor: jax.Array, norm: Norm, columns: jax.Array, mask: jax.Array
+) -> jax.Array:
+    """Times the norm's factor [G, 1] and the weights of these features, in the dtype of x."""
+    ref: Any = norm.weight
+    weight = plgpu.load(ref.at[columns], mask=mask, other=0).astype(jnp.float32)
+    normalised = x.astype(jnp.float32) * factor
+    if norm.kind == "rounded":
+        normalised = normalised.astype(x.dtype).astype(jnp.float32)
+    return (normalised * (weight + 1 if norm.kind == "offset" else weight)).astype(x.dtype)
+
+
+def _turn(
+    x: jax.Array, other: jax.Array, row: jax.Array, features: Features, rotation: tuple[Any, Any]
+) -> jax.Array:
+    """x cos -+ partner sin, in the dtype of x.
+
+    Cosines of the same dtype round each product, as an expression in that dtype would.
+    """
+    own, half = features.own, features.rotated // 2
+    place, is_first = jnp.where(own < half, own, own - half), own < half
+    cos, sin = (
+        plgpu.load(table.at[row, place], mask=own < features.rotated, other=0).astype(jnp.float32)
+        for table in rotation
+    )
+    products = (x.astype(jnp.float32) * cos, other.astype(jnp.float32) * sin)
+    if rotation[0].dtype == x.dtype:
+        products = tuple(p.astype(x.dtype).astype(jnp.float32) for p in products)
+    first, second = products
+    return (first + jnp.where(is_first, -second, second)).astype(x.dtype)

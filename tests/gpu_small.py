@@ -1,0 +1,82 @@
+"""The kernels between the products, at the shapes of published models, for `tests.gpu_check`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.formulas.norms import Norm, Onto
+from pallas_kernels.triton.parts import Parts
+from pallas_kernels.triton.step.add_norm import Experts, finish_rows
+from pallas_kernels.triton.step.flash import attend_piece
+
+BF16, F32 = jnp.bfloat16, jnp.float32
+
+
+class Small(NamedTuple):
+    """What is compiled: `fn(*specs)`, whose kernels have `only` in their names."""
+
+    fn: Callable[..., Any]
+    specs: tuple[Any, ...]
+    only: str
+
+
+def list_small() -> dict[str, Small]:
+    """What it does, and for which model and batch -> the kernel."""
+    return {**dict(_list_add_norm()), **dict(_list_pieces())}
+
+
+def describe(*shape: int, dtype: Any = BF16) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def _list_add_norm() -> Iterator[tuple[str, Small]]:
+    for model, rows, hidden, splits in (
+        ("Llama-3.1-8B", 1, 4096, 8),
+        ("Llama-3.1-8B", 16, 4096, 4),
+        ("Qwen3.6-27B", 1, 5120, 8),
+    ):
+
+        def run(sums, residual, weight):
+            return finish_rows(Parts(sums), Onto(residual, early=Norm(weight, 1e-5, "rounded")))
+
+        specs = describe(splits, rows, hidden, dtype=F32), describe(rows, hidden), describe(hidden)
+        yield f"add and norm, {model}, batch {rows}", Small(run, specs, "add_norm")
+
+    def run_experts(sums, residual, weight, local):
+        onto = Onto(residual, early=Norm(weight, 1e-6, "rounded"))
+        return finish_rows(Parts(sums), onto, Experts(local, 128))
+
+    specs = describe(4, 8, 2048, dtype=F32), describe(1, 2048), describe(2048)
+    yield (
+        "add experts and norm, Qwen3-30B-A3B, batch 1",
+        Small(run_experts, (*specs, describe(8, dtype=jnp.int32)), "add_norm"),
+    )
+
+
+def _list_pieces() -> Iterator[tuple[str, Small]]:
+    """Attention of a piece in the middle of a prompt; Gemma 4's widest heads among them."""
+    for model, tokens, heads, kv_heads, head_dim, window, dtype in (
+        ("Llama-3.1-8B", 2048, 32, 8, 128, None, BF16),
+        ("Llama-3.1-8B", 2048, 32, 8, 128, None, jnp.float16),
+        ("Mistral-7B", 2048, 32, 8, 128, 4096, BF16),
+        ("SmolLM2-135M", 512, 9, 3, 64, None, BF16),
+        ("Qwen3.6-27B", 2048, 24, 4, 256, None, BF16),
+        ("gemma-4, windows", 2048, 32, 16, 256, 1024, BF16),
+        ("gemma-4, wide heads", 2048, 32, 4, 512, None, BF16),
+        ("a head of 80", 16, 32, 32, 80, None, BF16),
+    ):
+
+        def run(q, k, v, start, count, window=window):
+            return attend_piece(q, k, v, start=start, count=count, window=window)
+
+        cache, bound = describe(kv_heads, 8192, head_dim, dtype=dtype), describe(1, dtype=jnp.int32)
+        queries = describe(1, tokens, heads, head_dim, dtype=dtype)
+        sixteen = "" if dtype == BF16 else ", float16"
+        yield (
+            f"attention of {tokens} tokens, {model}{sixteen}",
+            Small(run, (queries, cache, cache, bound, bound), "attend_piece"),
+        )
