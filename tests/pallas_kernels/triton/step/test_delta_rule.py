@@ -17,8 +17,8 @@ from jaxwna16.models.parts.delta_rule import DeltaCache
 from jaxwna16.models.parts.layers import Linears
 from jaxwna16.models.qwen3_5.config import DeltaNetConfig
 from jaxwna16.models.qwen3_5.definition import GatedDeltaNet
-from pallas_kernels.triton.delta_rule import step_delta_rule
 from pallas_kernels.triton.parts import Parts
+from pallas_kernels.triton.step.delta_rule import step_delta_rule
 from tests.executed.bounds import DTYPES, Bounded
 from tests.pallas_kernels import delta_rule as oracle
 from tests.pallas_kernels.delta_rule import Sizes
