@@ -13,8 +13,20 @@ from tests.executed.attention import Attention, Combination
 from tests.executed.experts import Experts, Grouping
 from tests.executed.pieces import PieceAttention
 from tests.executed.products import Expansion, Product
+from tests.executed.step import DeltaStep, Routed
 
-Case = Product | Expansion | Experts | Grouping | AddNorm | Attention | Combination | PieceAttention
+Case = (
+    Product
+    | Expansion
+    | Experts
+    | Grouping
+    | AddNorm
+    | Attention
+    | Combination
+    | PieceAttention
+    | Routed
+    | DeltaStep
+)
 ARCHS = tuple(gpu_aot.TARGETS)
 _B, _F = "bfloat16", "float16"
 _BITS, _DTYPES = (4, 8), (_B, _F)
@@ -71,6 +83,12 @@ def list_core() -> list[Case]:
         PieceAttention("sm_80", 64, 4, _B, window=40),
         PieceAttention("sm_90a", 64, 4, _F),
         PieceAttention("sm_100a", 64, 3, _B),
+        Routed("sm_80", 2, 24, 3, _B, "sqrt_softplus", groups=4, group_score="top2_sum"),
+        Routed("sm_90a", 2, 128, 8, _B),
+        Routed("sm_100a", 2, 40, 8, "float32", "sigmoid", bias=True, groups=2),
+        DeltaStep("sm_80", 1, 2, 1, 24, 40, _F, parts=2, bias=True),
+        DeltaStep("sm_90a", 2, 1, 1, 128, 128, _B, parts=2),
+        DeltaStep("sm_100a", 2, 2, 1, 64, 64, "float32", width=2),
     ]
 
 
@@ -124,6 +142,34 @@ def _list_for(arch: str) -> Iterator[Case]:
         yield AddNorm(arch, 2, 128, dtype, splits=2, top_k=8, shared=True, early=early)
     yield AddNorm(arch, 1, 4096, _B, splits=8)
     yield from (PieceAttention(arch, *facts, **more) for facts, more in _list_pieces())
+    yield from (Routed(arch, *facts, **more) for facts, more in _list_routed())
+    yield from (DeltaStep(arch, *facts, **more) for facts, more in _list_steps())
+
+
+def _list_routed() -> Iterator[tuple[tuple, dict]]:
+    """Tokens, experts, top_k and dtype: those of published models among them; and the rest."""
+    wide = "float32"
+    groups = {"groups": 8, "group_score": "top2_sum"}
+    yield (3, 128, 8, _B), {}
+    yield (3, 256, 8, _F), {"renormalize": False}
+    yield (2, 160, 6, wide), {"groups": 8, "renormalize": False}
+    yield (3, 256, 8, wide), {"scoring": "sigmoid", "bias": True, **groups}
+    yield (3, 384, 8, wide), {"scoring": "sigmoid", "bias": True}
+    yield (3, 256, 6, wide), {"scoring": "sqrt_softplus", "bias": True}
+    yield (1, 2, 1, wide), {}
+    yield (2, 1024, 32, wide), {}
+    for scoring in ("softmax", "sigmoid", "sqrt_softplus"):
+        yield (3, 24, 5, _B), {"scoring": scoring, "groups": 3}
+        yield (3, 24, 5, _F), {"scoring": scoring, "groups": 4, "group_score": "top2_sum"}
+
+
+def _list_steps() -> Iterator[tuple[tuple, dict]]:
+    """Rows, value heads, key heads, Dk, Dv and dtype; and the rest."""
+    for dtype in (_B, _F, "float32"):
+        yield (2, 3, 1, 128, 128, dtype), {"parts": 2}
+        yield (2, 4, 2, 64, 64, dtype), {"width": 2, "bias": True}
+        yield (1, 2, 2, 24, 40, dtype), {"width": 3, "parts": 3, "bias": True}
+    yield (1, 1, 1, 256, 136, _B), {}
 
 
 def _list_pieces() -> Iterator[tuple[tuple, dict]]:

@@ -251,6 +251,12 @@ def test_a_reciprocal_root_keeps_small_numbers_unless_it_flushes_them():
     np.testing.assert_array_equal(flushed, [np.inf, 2])
 
 
+def test_approximate_square_roots_are_near():
+    values = np.array([0, 2, 3, 2.0**-140, 2.0**100, np.inf], np.float32)
+    found = apply("sqrt.approx.f32 $0, $1;", values, result=np.float32)
+    np.testing.assert_allclose(found, [math.sqrt(v) for v in values], rtol=2**-22)
+
+
 def test_rounding_down_never_goes_above():
     """fma.rm: the largest float32 that is not above the exact value."""
     rng = np.random.default_rng(2)
@@ -262,6 +268,19 @@ def test_rounding_down_never_goes_above():
         )
         above = np.nextafter(got, np.float32(np.inf))
         assert fractions.Fraction(float(got)) <= exact < fractions.Fraction(float(above))
+
+
+def test_rounding_towards_zero_never_goes_outwards():
+    """add.rz: the largest float32 in magnitude that is not beyond the exact sum."""
+    rng = np.random.default_rng(5)
+    a, b = (rng.standard_normal(500).astype(np.float32) for _ in range(2))
+    b[::2] *= np.float32(1e-6)
+    found = apply("add.rz.f32 $0, $1, $2;", a, b, result=np.float32)
+    for x, y, got in zip(a, b, found, strict=True):
+        exact = abs(fractions.Fraction(float(x)) + fractions.Fraction(float(y)))
+        beyond = np.nextafter(np.abs(got), np.float32(np.inf))
+        assert fractions.Fraction(float(abs(got))) <= exact < fractions.Fraction(float(beyond))
+        assert np.sign(got) == np.sign(np.float64(x) + np.float64(y))
 
 
 @pytest.mark.parametrize("kind", ["f16", "bf16"])

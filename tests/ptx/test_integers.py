@@ -189,3 +189,14 @@ def test_registers_come_apart_and_together_low_part_first():
     values = np.array([0x44332211, 0x80017FFE], np.uint32)
     body = "{ .reg .b16 lo, hi; mov.b32 {lo, hi}, $1; mov.b32 $0, {hi, lo}; }"
     np.testing.assert_array_equal(apply(body, values, result=np.uint32), [0x22114433, 0x7FFE8001])
+
+
+@pytest.mark.parametrize("kind", ["s32", "u32"])
+@pytest.mark.parametrize("choose", [min, max])
+def test_each_thread_of_a_warp_gets_its_least_or_largest_integer(kind, choose):
+    values = np.random.default_rng(6).integers(0, 1 << 32, (4, 32), np.uint32)
+    values[0, 5], values[1, 7], values[2] = 1 << 31, (1 << 31) - 1, values[2] >> 1
+    found = apply(f"redux.sync.{choose.__name__}.{kind} $0, $1, -1;", values, result=np.uint32)
+    numbers = [[_signed(int(v), 32) if kind == "s32" else int(v) for v in row] for row in values]
+    right = np.repeat([choose(row) % (1 << 32) for row in numbers], 32)
+    np.testing.assert_array_equal(found.reshape(-1), right)

@@ -45,20 +45,22 @@ def make_logits(seed=0) -> np.ndarray:
 
 
 def assert_same_choice(router, logits: np.ndarray, *, ordered: bool, **options) -> None:
-    """Identical experts; in order where the router orders them (`sorted=False` does not promise).
+    """Identical experts of both forms; in order where the router orders them (`sorted=False` does not promise).
 
     Weights: here and there each score is good to 16 u and the sum and quotient add k + 4, see
     `test_routing`.
     """
     _, their_weights, their_ids = (a.numpy() for a in router(torch.from_numpy(logits)))
-    ids, weights = (np.asarray(a) for a in route(jnp.asarray(logits), top_k=TOP_K, **options))
     if not ordered:
-        (ids, weights), (their_ids, their_weights) = (
-            sort_by_expert(*found) for found in ((ids, weights), (their_ids, their_weights))
-        )
-    np.testing.assert_array_equal(ids, their_ids)
-    np.testing.assert_allclose(weights, their_weights, rtol=2 * (84 + TOP_K) * U, atol=0)
-    assert len(np.unique(ids)) == E
+        their_ids, their_weights = sort_by_expert(their_ids, their_weights)
+    for backend in ("xla", "triton"):
+        found = route(jnp.asarray(logits), top_k=TOP_K, backend=backend, **options)
+        ids, weights = map(np.asarray, found)
+        if not ordered:
+            ids, weights = sort_by_expert(ids, weights)
+        np.testing.assert_array_equal(ids, their_ids)
+        np.testing.assert_allclose(weights, their_weights, rtol=2 * (84 + TOP_K) * U, atol=0)
+        assert len(np.unique(ids)) == E
 
 
 def sort_by_expert(ids: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -3,12 +3,12 @@
 Source: PTX ISA, chapters "Floating Point Instructions" and "Half Precision Floating Point
 Instructions": `add`, `sub`, `mul`, `fma`, `neg`, `abs`, `min`, `max`, `div`, `rcp`, `sqrt`,
 `rsqrt`, `ex2`. With `x2` both halves of a register are computed, each by itself (of float32 since
-sm_100). What is not `approx`, `full` or `ftz` is rounded once, to nearest even (`.rn`) or down
-(`.rm`), and keeps subnormal numbers; a NaN is the canonical one.
+sm_100). What is not `approx`, `full` or `ftz` is rounded once, to nearest even (`.rn`), down
+(`.rm`) or towards zero (`.rz`), and keeps subnormal numbers; a NaN is the canonical one.
 
-The approximate ones (`div.full`, `rcp.approx`, `rsqrt.approx`, `ex2.approx`: at most 2 units in the
-last place) have bits that only a GPU knows. Here they are the exact value rounded once, and the
-tests' bound holds the difference.
+The approximate ones (`div.full`, `rcp.approx`, `sqrt.approx`, `rsqrt.approx`, `ex2.approx`: at
+most 2 units in the last place) have bits that only a GPU knows. Here they are the exact value
+rounded once, and the tests' bound holds the difference.
 """
 
 from __future__ import annotations
@@ -140,6 +140,15 @@ def multiply_add_down(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray
     return _finish(widen(np.where(widen(near) > exact, down, near)), "f32")
 
 
+@pure("add.rz.f32", "f32", "f32", "f32")
+def add_towards_zero(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Rounded towards zero."""
+    exact = add_to_odd(widen(a), widen(b))
+    near = exact.astype(np.float32)
+    less = np.nextafter(near, np.float32(0))
+    return _finish(widen(np.where(np.abs(widen(near)) > np.abs(exact), less, near)), "f32")
+
+
 for _kind in ("f32", "f16", "bf16"):
     _uint = f"b{8 * TYPES[_kind].itemsize}"
     _top = 1 << 8 * TYPES[_kind].itemsize - 1
@@ -170,6 +179,7 @@ _declare("div.full.f32", "f32", 2, np.divide)
 _declare("rcp.rn.f32", "f32", 1, np.reciprocal)
 _declare("rcp.approx.ftz.f32", "f32", 1, lambda a: _flush(np.reciprocal(_flush(a))))
 _declare("sqrt.rn.f32", "f32", 1, np.sqrt)
+_declare("sqrt.approx.f32", "f32", 1, np.sqrt)
 _declare("ex2.approx.f32", "f32", 1, np.exp2)
 _declare("ex2.approx.ftz.f32", "f32", 1, lambda a: _flush(np.exp2(_flush(a))))
 _declare("lg2.approx.ftz.f32", "f32", 1, lambda a: _flush(np.log2(_flush(a))))

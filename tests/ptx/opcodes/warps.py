@@ -72,6 +72,17 @@ def find_extreme(block: Block, instruction: Instruction, active) -> None:
     block.write(target, np.repeat(bits, LANES), active)
 
 
+@opcode(*(f"redux.sync.{name}.{kind}" for name in ("min", "max") for kind in ("s32", "u32")))
+def find_extreme_integer(block: Block, instruction: Instruction, active) -> None:
+    """The least or the largest of the warp, in every thread of it."""
+    target, source, members = instruction.operands
+    _expect_members(block, members, active)
+    *_, name, kind = instruction.opcode.split(".")
+    values = _read_warps(block, source, active, np.int32 if kind == "s32" else np.uint32)
+    found = values.min(1) if name == "min" else values.max(1)
+    block.write(target, np.repeat(found.view(U32), LANES), active)
+
+
 @opcode("elect.sync")
 def elect(block: Block, instruction: Instruction, active) -> None:
     """Choose one thread of the warp; which, the ISA leaves open. Here it is the first."""
