@@ -6,21 +6,17 @@ program. A round is a chain of operations, each of which waits for the one befor
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-from jax import lax
-
 from jaxwna16.bench.engines import CHAINED
+from jaxwna16.bench.rounds import time_rounds
 from jaxwna16.bench.run import OURS, OUT_OF_TIME, Deadline, Row, describe_failure
 from jaxwna16.bench.step_cases import StepCase
-from jaxwna16.bench.timing import Effort, Timing, measure
+from jaxwna16.bench.step_peers import PEERS, find_version
+from jaxwna16.bench.timing import Effort, Timing
 
 XLA = "xla"
-_ROUNDS = 8
 
 
 def time_step_cases(
@@ -59,29 +55,6 @@ def time_case(case: StepCase, backend: str | None, effort: Effort) -> Timing:
     return time_rounds(fixed, state, advance, chain, effort)
 
 
-def time_rounds(
-    fixed: Any, state: Any, advance: Callable[[Any, Any], Any], chain: int, effort: Effort
-) -> Timing:
-    """Time one of the `chain` operations of a round; `state` is given away."""
-
-    @functools.partial(jax.jit, donate_argnums=1)
-    def run(fixed, state, rounds):
-        return lax.fori_loop(0, rounds, lambda _, state: advance(fixed, state), state)
-
-    # an array: XLA shall not know how many there are, as it does not in the product
-    rounds = min(_ROUNDS, effort.layers)
-    number = jnp.int32(rounds)
-    program = run.lower(fixed, state, number).compile()
-    held = [state]
-
-    def call(made: int) -> Any:
-        del made
-        held[0] = program(fixed, held[0], number)
-        return held[0]
-
-    return measure(call, jax.block_until_ready, effort, products=rounds * chain)
-
-
 def _try(deadline: Deadline, time: Callable[..., Timing], *arguments: Any) -> dict[str, Any]:
     if not deadline.left:
         return {"error": OUT_OF_TIME}
@@ -102,8 +75,6 @@ def time_step_peers(
 
     None of them rotates keys or writes the cache, which ours does.
     """
-    from jaxwna16.bench.step_peers import PEERS, find_version
-
     chosen = [i for i, case in enumerate(cases) if case.operation == "attention"]
     for name, time_peer in PEERS.items():
         version, absent = find_version(name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import importlib.util
 from collections.abc import Callable
@@ -10,13 +11,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxwna16.bench.rounds import time_rounds
 from jaxwna16.bench.step_cases import StepCase
 from jaxwna16.bench.timing import Effort, Timing, measure
 
 
 def _time_jax(case: StepCase, effort: Effort, implementation: str) -> Timing:
-    from jaxwna16.bench.step import time_rounds
-
     m, chain = case.model, case.count_chain(effort)
     line = (case.rows, case.slots, m.kv_heads, m.head_dim)
     q = jax.random.normal(jax.random.key(0), (case.rows, 1, m.heads, m.head_dim), case.dtype)
@@ -39,8 +39,7 @@ def _time_jax(case: StepCase, effort: Effort, implementation: str) -> Timing:
 
 def _time_torch(case: StepCase, effort: Effort, prepare: Callable) -> Timing:
     """A function of PyTorch, called again and again; the host's work counts if it is longer."""
-    import torch
-
+    torch = importlib.import_module("torch")
     m, chain = case.model, case.count_chain(effort)
     place = {"device": "cuda", "dtype": getattr(torch, case.dtype)}
     q = torch.randn(case.rows, 1, m.heads, m.head_dim, **place)
@@ -59,15 +58,13 @@ def _time_torch(case: StepCase, effort: Effort, prepare: Callable) -> Timing:
 
 
 def _prepare_flash_attn(q, seen, count: int) -> Callable:
-    import flash_attn
-
+    flash_attn = importlib.import_module("flash_attn")
     del count
     return lambda k, v: flash_attn.flash_attn_with_kvcache(q, k, v, cache_seqlens=seen)
 
 
 def _prepare_flashinfer(q, seen, count: int) -> Callable:
-    import flashinfer
-
+    flashinfer = importlib.import_module("flashinfer")
     del seen
     if q.shape[0] > 1:
         raise ValueError("one row only: for several it needs a paged cache")

@@ -15,7 +15,7 @@ from jaxwna16.bench.engines import CHAINED
 from jaxwna16.bench.run import OURS, OUT_OF_TIME, Deadline
 from jaxwna16.bench.shapes import STEP_MODELS, TINY_STEP, parse_step_models
 from jaxwna16.bench.step_cases import OPERATIONS, StepCase, plan_step_cases
-from jaxwna16.bench.timing import ON_CPU
+from jaxwna16.bench.timing import ON_CPU, Timing
 
 SMALL = dataclasses.replace(ON_CPU, batch_seconds=1e-4, batches=1, layers=2, cold_bytes=1000)
 EXPERTS = dataclasses.replace(TINY_STEP, name="sparse", experts=4, top_k=2)
@@ -112,7 +112,7 @@ def test_xlas_own_form_is_timed_beside_the_kernels_and_a_failure_is_recorded(mon
         asked.append(backend)
         if backend is None:
             raise ValueError("no GPU\nat all")
-        return step.Timing(1.0, 1.0, 1.0, 1, 1)
+        return Timing(1.0, 1.0, 1.0, 1, 1)
 
     monkeypatch.setattr(step, "time_case", time_case)
     [[row]] = step.time_step_cases([make_case("attention")], None, SMALL, Deadline(60))
