@@ -155,12 +155,21 @@ class StepCase:
         line = (self.rows * m.kv_heads, self.slots, m.head_dim)
 
         def advance(fixed, state):
-            k, v, *places = fixed
+            k, v, rotation, start, count = fixed
             # what comes out is the next queries, so that each waits for the one before
             (q, held), caches = state, []
             for cache in held:
                 q, cache = project_and_attend(
-                    q, (q, k, v), (None, None), *places, None, cache, heads=heads, backend=backend
+                    q,
+                    (q, k, v),
+                    (None, None),
+                    rotation,
+                    start,
+                    count,
+                    None,
+                    cache,
+                    heads=heads,
+                    backend=backend,
                 )
                 caches.append(cache)
             return q, tuple(caches)

@@ -316,16 +316,20 @@ def _bench(
         add_shares(rows, limits)
         return {"limits": dataclasses.asdict(limits), "rows": rows, "peers": peers}
 
-    backend, measure_peers = "xla" if on_cpu else None, time_peers
+    backend = "xla" if on_cpu else None
+    steps: Any = cases if args.step is not None else []
     timed = Bench(cases, backend, effort, deadline, say).run()
-    if args.step is not None:
-        timed = time_step_cases(cases, backend, effort, deadline, say)
-        measure_peers = time_step_peers
+    if steps:
+        timed = time_step_cases(steps, backend, effort, deadline, say)
     for found in timed:
         rows += found
         yield describe()
     if args.peers:
-        for fared in measure_peers(cases, rows, effort, Deadline(args.peer_seconds), say):
+        last = Deadline(args.peer_seconds)
+        fares = time_peers(cases, rows, effort, last, say)
+        if steps:
+            fares = time_step_peers(steps, rows, effort, last, say)
+        for fared in fares:
             peers.append(fared)
             yield describe()
 
