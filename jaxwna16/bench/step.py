@@ -15,8 +15,12 @@ from jaxwna16.bench.run import OURS, OUT_OF_TIME, Deadline, Row, describe_failur
 from jaxwna16.bench.step_cases import StepCase
 from jaxwna16.bench.step_peers import PEERS, find_version
 from jaxwna16.bench.timing import Effort, Timing
+from pallas_kernels.tiles.ahead import fix_ahead
 
 XLA = "xla"
+AHEAD = {"4 MiB ahead": 4 << 20, "16 MiB ahead": 16 << 20}
+"""Ours with so much of the next weights read ahead (`pallas_kernels.tiles.ahead`). Where that is
+faster, `"ahead": BYTES` in the table of tuned tiles turns it on."""
 
 
 def time_step_cases(
@@ -33,8 +37,11 @@ def time_step_cases(
       backend: of ours; None for the GPU's kernels. XLA's form is timed beside them.
       effort, deadline, report: as in `Bench`.
     """
-    engines = {OURS: backend} | ({} if backend == XLA else {XLA: XLA})
     for case in cases:
+        engines = {OURS: backend} | ({} if backend == XLA else {XLA: XLA})
+        # interpreted, or without weights that come next, it could show nothing
+        ahead = AHEAD if backend is None and case.operation in ("layer", "step") else {}
+        engines |= dict.fromkeys(ahead)
         row: Row = {
             **case.describe(),
             "schedule": backend or "triton",
@@ -44,7 +51,8 @@ def time_step_cases(
         }
         for name, its in engines.items():
             report(f"{case.label}: {name}")
-            row["engines"][name] = _try(deadline, time_case, case, its, effort)
+            with fix_ahead(ahead.get(name)):
+                row["engines"][name] = _try(deadline, time_case, case, its, effort)
         yield [row]
 
 

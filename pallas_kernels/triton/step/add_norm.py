@@ -102,11 +102,11 @@ def _divide_ahead(ahead: Sequence[jax.Array], size: int) -> list[int]:
 def _run_program(*refs: Any, tree: Any, inputs: int, choices: int, chunks: Sequence[int]) -> None:
     """The first programs have a row each, the others a chunk of the words that come next."""
     product, onto, experts = jax.tree.unflatten(tree, refs[:inputs])
-    finish = functools.partial(_finish_row, product, onto, experts, refs[inputs:], choices)
+    program, first = pl.program_id(0), onto.residual.shape[0]
+    finish = functools.partial(_finish_row, program, product, onto, experts, refs[inputs:], choices)
     if not chunks:
         finish()
         return
-    program, first = pl.program_id(0), onto.residual.shape[0]
     pl.when(program < first)(finish)
     for words, count in zip(onto.ahead, chunks, strict=True):
         read = functools.partial(_read_chunk, words, program - first, refs[-1])
@@ -129,9 +129,8 @@ def _read_chunk(words: Any, chunk: jax.Array, sink: Any) -> None:
 
 
 def _finish_row(
-    product: Any, onto: Any, experts: Any, out_refs: Sequence[Any], choices: int
+    row: jax.Array, product: Any, onto: Any, experts: Any, out_refs: Sequence[Any], choices: int
 ) -> None:
-    row = pl.program_id(0)
     features, dtype = onto.residual.shape[1], onto.residual.dtype
     padded = 1 << (features - 1).bit_length()
     columns = jnp.arange(padded, dtype=jnp.int32)
