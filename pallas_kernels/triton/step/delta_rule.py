@@ -28,8 +28,9 @@ from jax.experimental.pallas import triton as plgpu
 from pallas_kernels.triton.parts import Parts, load_sum
 from pallas_kernels.triton.walk import divide
 
-_MOST_HELD = 1 << 14
-"""Numbers of a state in registers at a time: 64 for each thread of 8 warps."""
+_MOST_HELD = 1 << 13
+"""Numbers of a state that are worked on at a time, while as many are on their way: 32 of each for
+each thread of 8 warps, so that two programs fit on a core and nothing is spilled."""
 _EPS = 1e-6
 
 
@@ -88,9 +89,7 @@ def step_delta_rule(
         ],
         grid=(batch * heads,),
         input_output_aliases={len(jax.tree.leaves(operands)) - 1: 2},
-        compiler_params=plgpu.CompilerParams(
-            num_warps=8 if held >= _MOST_HELD else 4, num_stages=1
-        ),
+        compiler_params=plgpu.CompilerParams(num_warps=8 if held > _MOST_HELD else 4, num_stages=1),
         interpret=interpret,
         name="step_delta_rule",
     )(*operands)

@@ -1,24 +1,17 @@
-"""A step of the gated delta rule in one kernel, against float64 and against the model's layer."""
+"""A step of the gated delta rule in one kernel, against float64 and against XLA's form."""
 
 from __future__ import annotations
 
 import functools
-import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
-from jaxwna16.layers.fused import project
-from jaxwna16.models.parts.decoder import Piece
-from jaxwna16.models.parts.delta_rule import DeltaCache
-from jaxwna16.models.parts.layers import Linears
-from jaxwna16.models.qwen3_5.config import DeltaNetConfig
-from jaxwna16.models.qwen3_5.definition import GatedDeltaNet
-from pallas_kernels.triton.parts import Parts
+from pallas_kernels.formulas.delta_net import DeltaCache, DeltaNet
 from pallas_kernels.triton.step.delta_rule import step_delta_rule
+from pallas_kernels.xla.delta_rule import mix
 from tests.executed.bounds import DTYPES, Bounded
 from tests.pallas_kernels import delta_rule as oracle
 from tests.pallas_kernels.delta_rule import Sizes
@@ -106,26 +99,24 @@ def test_what_an_inactive_row_holds_does_not_matter():
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("key_heads", [1, 2])
-def test_it_is_what_the_layer_of_the_model_does(dtype, key_heads):
+def test_it_is_what_xla_does_for_the_layer_of_the_model(dtype, key_heads):
     """Both lie within the bound, so they are at most two bounds apart."""
     sizes = Sizes(3, 4, key_heads, 16, 8, 4, dtype)
-    layer, weights = make_layer(sizes)
+    weights = oracle.draw_weights(sizes)
+    net = DeltaNet(**jax.tree.map(jnp.asarray, weights), norm_eps=oracle.EPS, key_heads=key_heads)
     inputs, state = oracle.draw_cache(sizes)
     expected = oracle.exactly(state)
     cache = DeltaCache(jnp.asarray(inputs), jnp.asarray(state))
-    rng = np.random.default_rng(5)
     for number in range(3):
-        x = jnp.asarray(rng.standard_normal((3, 1, 32)).astype(DTYPES[dtype]))
+        products = oracle.draw_products(sizes, seed=number)
         active = np.int32([1, number % 2, 1])
-        none = jnp.zeros(0)
-        theirs, cache = layer(x, Piece((none, none), none, none, jnp.asarray(active)), cache)
-        linears = (layer.in_proj_qkv, layer.in_proj_z, layer.in_proj_b, layer.in_proj_a)
-        products = [Parts(p[:, 0][None]) for p in project(x, linears)]
-        before = inputs
-        y, inputs, state = run(products, inputs, state, active, weights, key_heads=key_heads)
-        bounds, expected = oracle.step(
-            sizes, products, weights, np.asarray(before), expected, active
+        tokens = [jnp.asarray(p.sums).swapaxes(0, 1) for p in products]
+        theirs, cache = mix(tokens, net, cache, jnp.asarray(active))
+        before = np.asarray(inputs)
+        y, inputs, state = run(
+            oracle.convert(products), inputs, state, active, weights, key_heads=key_heads
         )
+        bounds, expected = oracle.step(sizes, products, weights, before, expected, active)
         np.testing.assert_array_equal(np.asarray(inputs), np.asarray(cache.inputs))
         assert_within(bounds, y, theirs[:, 0])
         assert_within(expected, state, cache.state)
@@ -135,29 +126,3 @@ def assert_within(bounds: Bounded, ours, theirs) -> None:
     ours, theirs = (np.asarray(a).astype(np.float64) for a in (ours, theirs))
     assert bounds.measure(ours) <= 1
     assert (np.abs(ours - theirs) <= 2 * bounds.error).all()
-
-
-def make_layer(sizes: Sizes) -> tuple[GatedDeltaNet, dict[str, np.ndarray]]:
-    """A layer of 32 features with drawn weights, whose last product is the identity."""
-    delta = DeltaNetConfig(
-        key_heads=sizes.key_heads,
-        value_heads=sizes.heads,
-        key_dim=sizes.key_dim,
-        value_dim=sizes.value_dim,
-        width=sizes.width,
-    )
-    config = types.SimpleNamespace(hidden_size=32, delta=delta, rms_norm_eps=oracle.EPS)
-    dtype = jnp.dtype(sizes.dtype)
-    layer = GatedDeltaNet(config, Linears({}, dtype, None), "layer")
-    weights, rng = oracle.draw_weights(sizes), np.random.default_rng(7)
-    for linear in (layer.in_proj_qkv, layer.in_proj_z, layer.in_proj_b, layer.in_proj_a):
-        shape = linear.weight[...].shape
-        drawn = rng.standard_normal(shape).astype(np.float32) / np.float32(32**0.5)
-        linear.weight.set_value(jnp.asarray(drawn).astype(dtype))
-    layer.out_proj.weight.set_value(jnp.eye(32, dtype=dtype))
-    layer.conv1d.weight.set_value(jnp.asarray(weights["conv_weight"])[:, None])
-    layer.A_log.set_value(jnp.asarray(weights["A_log"]))
-    layer.dt_bias.set_value(jnp.asarray(weights["dt_bias"]))
-    layer.norm.weight.set_value(jnp.asarray(weights["norm_weight"]))
-    assert isinstance(layer, nnx.Module)
-    return layer, weights
