@@ -92,7 +92,7 @@ def test_in_float32_the_fused_layers_are_bit_for_bit_the_linears_by_themselves(k
 
 
 def test_a_layer_is_seven_kernels():
-    """q/k/v, attention, o and its end, gate/up, down and its end; biases do not part gate and up."""
+    """q/k/v, attention, o and its end, gate/up (biases do not part them), down and its end."""
     reference, _ = quantize_reference(*KINDS[1])
     config = LlamaConfig.from_dict(reference.config.to_dict())
     specs = {
