@@ -55,10 +55,10 @@ def test_patterns_that_tools_write_are_compiled(pattern):
 
 @pytest.mark.parametrize("pattern", ENDLESS)
 def test_patterns_that_would_take_for_ever_are_matched_soon(pattern):
-    compiled, start = compile_pattern(pattern), time.perf_counter()
+    compiled, start = compile_pattern(pattern), time.process_time()
     for name in ("a" * 500, "a" * 499 + "!", "ab." * 160, "a\n" * 250, "(" * 400):
         compiled.match(name)
-    assert time.perf_counter() - start < 2
+    assert time.process_time() - start < 2
     for text in ("", "a", "x", "abab", "aab!", "ab.c", "abcab"):
         assert bool(compiled.match(text)) == bool(re.match(pattern, text))
 
@@ -184,10 +184,10 @@ def test_whatever_is_compiled_is_matched_soon(pattern):
         compiled = compile_pattern(pattern)
     except ValueError:
         return
-    start = time.perf_counter()
+    start = time.process_time()
     for name in ("a" * 99, "a" * 99 + "!", "a.b." * 25, "ab" * 50 + "!"):
         compiled.match(name)
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
 
 
 @pytest.mark.parametrize("where", ["ignore", "targets"])
@@ -200,13 +200,13 @@ def test_a_checkpoint_cannot_hang_the_loader_by_a_pattern(tmp_path, where, patte
     (section if where == "ignore" else group)[where] = [f"re:{pattern}"]
     folder: Path = tmp_path / "c"
     write_entries(folder, files | {CONFIG: json.dumps(config).encode()})
-    start = time.perf_counter()
+    start = time.process_time()
     if where == "ignore":
         assert any("matches no module" in warning for warning in load_checkpoint(folder).warnings)
     else:
         with pytest.raises(CheckpointError, match="no target of config_groups matches"):
             load_checkpoint(folder)
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
 
 
 @pytest.mark.parametrize("count, message", [(15_000, "not a regular exp"), (10**5, "at most 20,")])
@@ -220,11 +220,11 @@ def test_patterns_without_number_are_refused_soon(tmp_path, base, field, count, 
     names = {f"re:({i}" if field == "ignore" else f"({i}": {} for i in range(count)}
     config["quantization_config"][field] = names if field == "dynamic" else list(names)
     write_entries(tmp_path / "c", files | {CONFIG: json.dumps(config).encode()})
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(CheckpointError, match=message) as caught:
         load_checkpoint(tmp_path / "c")
     assert len(str(caught.value)) < 30_000
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
 
 
 def test_more_patterns_than_can_be_matched_are_refused():
