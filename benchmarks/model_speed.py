@@ -44,7 +44,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -54,6 +53,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.large_checkpoints import GROUP, SHAPES, Shape  # noqa: E402
 from jaxwna16.bench.limits import measure_limits  # noqa: E402
 from jaxwna16.bench.machine import describe_machine  # noqa: E402
+from jaxwna16.bench.models import draw_weights  # noqa: E402
 from jaxwna16.bench.shapes import parse_counts  # noqa: E402
 from jaxwna16.bench.timing import ON_CPU, ON_GPU  # noqa: E402
 from jaxwna16.generation.tokens import GenerationResult, generate_tokens  # noqa: E402
@@ -187,26 +187,7 @@ def make_model(shape: Shape) -> CausalLM:
     family = find_family(config)
     parsed, specs = family.read(config), list_specs(shape)
     model = nnx.eval_shape(lambda: family.open_class()(parsed, specs, dtype="bfloat16"))
-    graph, state = nnx.split(model)
-    keys = iter(jax.random.split(jax.random.key(0), len(nnx.to_flat_state(state))))
-    filled = [
-        (path, variable.replace(draw(next(keys), variable.get_value(), str(path[-1]))))
-        for path, variable in nnx.to_flat_state(state)
-    ]
-    return nnx.merge(graph, nnx.from_flat_state(filled))
-
-
-def draw(key: jax.Array, leaf: Any, name: str) -> jax.Array:
-    """Random values of a leaf; of floats so many sizes that activations stay near one."""
-    if jnp.issubdtype(leaf.dtype, jnp.unsignedinteger):
-        return jax.random.bits(key, leaf.shape, leaf.dtype)
-    if leaf.dtype == jnp.int8:
-        return jax.random.randint(key, leaf.shape, -8, 8, jnp.int8)
-    if name == "scale":
-        return jax.random.uniform(key, leaf.shape, leaf.dtype, 0.001, 0.004)
-    if len(leaf.shape) < 2:
-        return jnp.ones(leaf.shape, leaf.dtype)
-    return 0.02 * jax.random.normal(key, leaf.shape, leaf.dtype)
+    return draw_weights(model)
 
 
 def list_specs(shape: Shape) -> dict[str, QuantSpec]:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.formulas.norms import Norm, Onto
 from pallas_kernels.formulas.routing_options import Routing
+from pallas_kernels.tiles.ahead import fix_ahead
 from pallas_kernels.triton.parts import Parts
 from pallas_kernels.triton.step.add_norm import Experts, finish_rows
 from pallas_kernels.triton.step.delta_rule import step_delta_rule
@@ -49,6 +50,16 @@ def _list_add_norm() -> Iterator[tuple[str, Small]]:
 
         specs = describe(splits, rows, hidden, dtype=F32), describe(rows, hidden), describe(hidden)
         yield f"add and norm, {model}, batch {rows}", Small(run, specs, "add_norm")
+
+    def run_ahead(sums, residual, weight, words):
+        with fix_ahead(8 << 20):
+            norm = Norm(weight, 1e-5, "rounded")
+            return finish_rows(Parts(sums), Onto(residual, early=norm, ahead=(words,)))
+
+    specs = describe(8, 1, 4096, dtype=F32), describe(1, 4096), describe(4096)
+    words = describe(224, 32, 64, 32, dtype=jnp.uint16)
+    name = "add and norm, 8 MiB ahead, Llama-3.1-8B, batch 1"
+    yield name, Small(run_ahead, (*specs, words), "add_norm")
 
     def run_experts(sums, residual, weight, local):
         onto = Onto(residual, early=Norm(weight, 1e-6, "rounded"))

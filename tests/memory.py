@@ -9,7 +9,6 @@ from __future__ import annotations
 import ctypes
 import gc
 import os
-import resource
 import sys
 from collections.abc import Iterator
 
@@ -17,15 +16,16 @@ import jax
 import psutil
 import pytest
 
+from tests.peaks import read_peak, read_started_peak
+
 LIMIT_MB = 1500
 """What a test process may take, in units of 2^20 bytes."""
 
-_STEP_MB = 250
+_STEP_MB = 120
 """What a file's tests may add before memory is given back between them."""
 
 _PEAKS = "peaks_mb"
 _M_MMAP_THRESHOLD = -3  # malloc.h
-_RU_MAXRSS_UNIT = 1 if sys.platform == "darwin" else 1024
 _peaks: list[tuple[int, int]] = []
 _resident_mb = LIMIT_MB // 2
 
@@ -62,7 +62,7 @@ def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> 
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """Hand the peaks of this process and of the largest that it started to the controller."""
-    mine = tuple(_read_peak_mb(whose) for whose in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    mine = read_peak() >> 20, read_started_peak() >> 20
     if hasattr(session.config, "workeroutput"):
         session.config.workeroutput[_PEAKS] = mine
     elif not session.config.pluginmanager.hasplugin("dsession"):
@@ -92,10 +92,6 @@ def _give_back() -> None:
     gc.collect()
     if sys.platform == "linux":  # glibc keeps what is freed
         ctypes.CDLL(None).malloc_trim(0)
-
-
-def _read_peak_mb(whose: int) -> int:
-    return resource.getrusage(whose).ru_maxrss * _RU_MAXRSS_UNIT >> 20
 
 
 def _read_resident_mb() -> int:

@@ -6,10 +6,13 @@ They have every kind of tensor of all thirty. `make thorough` takes all, as `mak
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
@@ -34,3 +37,13 @@ def write_layers(layers: int, folder: Path) -> Path:
         tensors = {name: file.get_tensor(name) for name in kept}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
+
+
+def compute_perplexity(logits: np.ndarray, tokens: list[int]) -> float:
+    """By torch in float64, of logits [windows, window, V], as the mean over the scored tokens."""
+    rows = torch.tensor(tokens).reshape(logits.shape[:2])
+    losses = [
+        torch.nn.functional.cross_entropy(torch.from_numpy(scored[:-1]).double(), row[1:]).item()
+        for scored, row in zip(logits, rows, strict=True)  # all of them at once are 200 MB
+    ]
+    return math.exp(sum(losses) / len(losses))

@@ -10,7 +10,6 @@ first layers; `make thorough` takes all layers.
 from __future__ import annotations
 
 import gc
-import math
 from pathlib import Path
 
 import jax
@@ -25,7 +24,7 @@ from examples.fetch_smollm2 import fetch
 from examples.make_moe import make_moe
 from jaxwna16.evaluation.perplexity import read_text
 from tests.checkpoints import decompress, make_args, read_files
-from tests.smollm2 import DEPTHS
+from tests.smollm2 import DEPTHS, compute_perplexity
 
 TEXT = Path(__file__).parents[1] / "examples" / "data" / "persuasion.txt"
 WINDOW, WINDOWS = 128, 2
@@ -65,13 +64,6 @@ def run_transformers(model: transformers.PreTrainedModel, tokens: list[int]) -> 
     with torch.inference_mode():
         rows = torch.tensor(tokens).reshape(-1, WINDOW)
         return torch.cat([model.eval()(row[None]).logits for row in rows]).numpy()
-
-
-def compute_perplexity(logits: np.ndarray, tokens: list[int]) -> float:
-    """By torch in float64, as the mean over the scored tokens of all windows."""
-    scored = torch.from_numpy(logits)[:, :-1].double().flatten(0, 1)
-    targets = torch.tensor(tokens).reshape(-1, WINDOW)[:, 1:].flatten()
-    return math.exp(torch.nn.functional.cross_entropy(scored, targets).item())
 
 
 def decompress_mixtral(folder: Path, layers: int) -> transformers.MixtralForCausalLM:
@@ -121,9 +113,10 @@ def test_experts_that_are_the_dense_ffn_give_the_dense_models_logits(tmp_path, t
 
 def test_perplexity_of_perturbed_experts_agrees_to_four_digits(perturbed, tokens):
     reference = transformers.MixtralForCausalLM.from_pretrained(perturbed, dtype="float32")
-    expected = compute_perplexity(run_transformers(reference, tokens), tokens)
+    logits = run_transformers(reference, tokens)
     del reference
     gc.collect()
+    expected = compute_perplexity(logits, tokens)
     model = jaxwna16.load_model(perturbed)
     found = jaxwna16.measure_perplexity(model, tokens, window=WINDOW).perplexity
     assert found == pytest.approx(expected, rel=5e-5)

@@ -29,6 +29,13 @@ MOE_LEGEND = (
 )
 
 
+STEP_LEGEND = (
+    "A step: tokens are rows, each of which gets one. Attention is all between its products; half "
+    "of the C slots are seen. A layer is the mean of a chain. One program loops over them on the "
+    "device, as a model does. Other attentions neither rotate nor write the cache."
+)
+
+
 def tabulate_rows(rows: Sequence[Row]) -> Cells:
     """A header, then one line a case."""
     others = list(
@@ -58,6 +65,8 @@ def _list_moe_cells(row: Row) -> list[str]:
 
 def word_legend(rows: Sequence[Row]) -> str:
     """What the columns of `tabulate_rows` mean."""
+    if any("slots" in row for row in rows):
+        return f"{LEGEND} {STEP_LEGEND}"
     experts = any("experts_touched" in row for row in rows)
     return f"{LEGEND} {MOE_LEGEND}" if experts else LEGEND
 
@@ -189,7 +198,8 @@ def write_markdown(report: dict[str, Any]) -> str:
     if report["tuned"]:
         parts += ["## Tuned tiles", _format_table(tabulate_tuned(report["tuned"]))]
     if report["rows"]:
-        parts += ["## Targets", _format_table(tabulate_targets(report["rows"]), 1)]
+        targets = tabulate_targets(report["rows"])
+        parts += ["## Targets", _format_table(targets, 1)] if targets[1:] else []
         parts += [
             "## Cases",
             word_legend(report["rows"]),

@@ -1,4 +1,4 @@
-"""The shapes that are timed: linear layers and experts of known models, and squares.
+"""The shapes that are timed: linear layers, experts and steps of known models, and squares.
 
 A linear layer is written K x N, experts H x I x E x top_k.
 """
@@ -168,3 +168,74 @@ def _merge(shapes: list[Shape]) -> list[Shape]:
         known = roles.setdefault(shape, [])
         known += [role for role in [shape.role] if role and role not in known]
     return [dataclasses.replace(shape, role="; ".join(names)) for shape, names in roles.items()]
+
+
+@dataclasses.dataclass(frozen=True)
+class StepShape:
+    """A language model's decode step.
+
+    Attributes:
+      name: of the model.
+      hidden, inner, layers, heads, kv_heads, head_dim, vocabulary: its sizes; `inner` of one expert
+        where there are experts.
+      experts, top_k: how many, and how many a token chooses; 0 without.
+      group_size: input features that share a scale.
+    """
+
+    name: str
+    hidden: int
+    inner: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocabulary: int
+    experts: int = 0
+    top_k: int = 0
+    group_size: int = 128
+
+    @property
+    def label(self) -> str:
+        """Its name."""
+        return self.name
+
+    def describe_config(self) -> dict[str, object]:
+        """A config.json."""
+        config: dict[str, object] = {
+            "model_type": "qwen3_moe" if self.experts else "llama",
+            "hidden_size": self.hidden,
+            "intermediate_size": self.inner,
+            "num_hidden_layers": self.layers,
+            "num_attention_heads": self.heads,
+            "num_key_value_heads": self.kv_heads,
+            "head_dim": self.head_dim,
+            "max_position_embeddings": 131072,
+            "vocab_size": self.vocabulary,
+            "tie_word_embeddings": False,
+        }
+        if self.experts:
+            config |= {
+                "num_experts": self.experts,
+                "num_experts_per_tok": self.top_k,
+                "moe_intermediate_size": self.inner,
+                "norm_topk_prob": True,
+                "decoder_sparse_step": 1,
+            }
+        return config
+
+
+STEP_MODELS = {
+    "llama-3.1-8b": StepShape("llama-3.1-8b", 4096, 14336, 32, 32, 8, 128, 128256),
+    "qwen3-30b-a3b": StepShape("qwen3-30b-a3b", 2048, 768, 48, 32, 4, 128, 151936, 128, 8),
+}
+TINY_STEP = StepShape("tiny", 128, 128, 2, 4, 2, 64, 64, group_size=32)
+"""For a CPU, to try the bench."""
+
+
+def parse_step_models(text: str) -> list[StepShape]:
+    """Models by name: "llama-3.1-8b,qwen3-30b-a3b"."""
+    names = text.split(",")
+    known = STEP_MODELS | {TINY_STEP.name: TINY_STEP}
+    if unknown := [name for name in names if name not in known]:
+        raise argparse.ArgumentTypeError(f"no model {unknown[0]!r}: there are {', '.join(known)}")
+    return [known[name] for name in names]

@@ -88,6 +88,8 @@ def _fall(rows: Sequence[Row]) -> float | None:
 
 
 def _kind_of(row: Row) -> str:
+    if "slots" in row:
+        return "step"
     return "moe" if "experts_touched" in row else "dense"
 
 

@@ -268,7 +268,9 @@ def write_winners(tuned: Iterable[Tuned], device: Device, path: Path, made: dict
     found = [outcome.case.make_entry(outcome.best.schedule) for outcome in tuned if outcome.best]
     entries = {e.key: e for e in [*table.entries, *found] if isinstance(e, Entry)}
     experts = {e.key: e for e in [*table.experts, *found] if isinstance(e, MoeEntry)}
-    new = TileTable(device.kind, tuple(entries.values()), made, tuple(experts.values()))
+    new = TileTable(
+        device.kind, tuple(entries.values()), made, tuple(experts.values()), table.ahead
+    )
     write_table(path, new)
     return len(entries) + len(experts)
 

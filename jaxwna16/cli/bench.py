@@ -11,14 +11,18 @@ from typing import TYPE_CHECKING, Any
 
 from jaxwna16.bench.shapes import (
     MOE_MODELS,
+    STEP_MODELS,
+    TINY_STEP,
     TOKENS,
     list_default_shapes,
     parse_counts,
     parse_group_size,
     parse_moe_shapes,
     parse_shapes,
+    parse_step_models,
 )
 from jaxwna16.cli.arguments import CallError, add_json
+from jaxwna16.cli.bench_files import draw, make_folder, write
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -32,6 +36,8 @@ _PEER_SECONDS = 120.0
 _CPU_TOKENS = [1, 16]
 _CPU_SHAPES = "2048x2048"
 _CPU_EXPERTS = "512x256x16x4"
+_STEP_ROWS, _STEP_SLOTS = ((1, 16, 64), (1,)), ((4096,), (64,))
+"""On a GPU, and on a CPU."""
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -55,6 +61,21 @@ def configure(parser: argparse.ArgumentParser) -> None:
         type=parse_moe_shapes,
         help="experts instead of linear layers: models, or hidden x intermediate x experts x top_k "
         f"(2048x768x128x8); default: {', '.join(MOE_MODELS)}",
+    )
+    parser.add_argument(
+        "--step",
+        metavar="MODEL,...",
+        nargs="?",
+        const=[],
+        type=parse_step_models,
+        help="what lies between the products of a decode step, a layer, and the whole step: models "
+        f"(default: {', '.join(STEP_MODELS)})",
+    )
+    parser.add_argument(
+        "--slots",
+        metavar="C,...",
+        type=parse_counts,
+        help="with --step, room in the cache, half of it seen (default: 4096)",
     )
     parser.add_argument(
         "--tokens",
@@ -127,7 +148,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     spare_device_memory()
     on_cpu = _check_call(args)
     if args.output is not None:
-        _make_folder(args.output)
+        make_folder(args.output)
     cases = _plan(args, on_cpu)
     report = {
         "machine": describe_machine(),
@@ -142,13 +163,14 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     }
     with _show_progress() as say:
         # after each part, so that an interrupted run keeps the parts before
-        for found in (_tune if args.tune else _bench)(args, cases, on_cpu, say):
+        measure = _tune if args.tune else _bench
+        for found in measure(args, cases, on_cpu, say):
             report |= found
             report["problems"] = list_problems(report)
             if args.output is not None:
-                _write(report, args)
+                write(report, args)
     if args.output is not None:
-        _draw(report, args)
+        draw(report, args)
     return report
 
 
@@ -185,8 +207,9 @@ def show(report: dict[str, Any], console: Console) -> None:
     if report["rows"]:
         print_table(tabulate_rows(report["rows"]), "shape", "weight")
         console.print(word_legend(report["rows"]), style="dim")
-        if report["machine"]["device"]["platform"] == "gpu":
-            print_table(tabulate_targets(report["rows"]), "case", "target", "measured", "published")
+        targets = tabulate_targets(report["rows"])
+        if report["machine"]["device"]["platform"] == "gpu" and targets[1:]:
+            print_table(targets, "case", "target", "measured", "published")
     for line in report["problems"]:
         console.print(escape_line(line))
     for file in report["files"]:
@@ -199,6 +222,10 @@ def _check_call(args: argparse.Namespace) -> bool:
 
     if args.moe is not None and args.shapes:
         raise CallError("--shapes times linear layers, --moe times experts: give only one of them")
+    if args.step is not None and (args.moe is not None or args.shapes or args.tune):
+        raise CallError("--step times a decode step: give no --shapes, --moe or --tune with it")
+    if args.slots and args.step is None:
+        raise CallError("--slots is of the cache that --step reads: add --step")
     if args.table is not None and not args.tune:
         raise CallError("--table is the file that --tune writes: add --tune")
     for name in ("seconds", "peer_seconds"):
@@ -227,6 +254,8 @@ def _plan(args: argparse.Namespace, on_cpu: bool) -> Sequence[AnyCase]:
     from jaxwna16.bench.moe_cases import plan_moe_cases
     from jaxwna16.bench.tune import TOKENS as TUNED_TOKENS
 
+    if args.step is not None:
+        return _plan_step(args, on_cpu)
     plan: Callable[..., Sequence[AnyCase]]
     if args.moe is None:
         plan, named = plan_cases, args.shapes
@@ -256,6 +285,14 @@ def _plan(args: argparse.Namespace, on_cpu: bool) -> Sequence[AnyCase]:
     return [*first, *others, *cases[len(first) :]]
 
 
+def _plan_step(args: argparse.Namespace, on_cpu: bool) -> Sequence[Any]:
+    from jaxwna16.bench.step_cases import plan_step_cases
+
+    models = args.step or ([TINY_STEP] if on_cpu else list(STEP_MODELS.values()))
+    rows = args.tokens or _STEP_ROWS[on_cpu]
+    return plan_step_cases(models, rows, args.slots or _STEP_SLOTS[on_cpu], args.dtype)
+
+
 def _bench(
     args: argparse.Namespace, cases: Sequence[AnyCase], on_cpu: bool, say: Callable[[str], None]
 ) -> Iterator[dict[str, Any]]:
@@ -265,6 +302,7 @@ def _bench(
     from jaxwna16.bench.limits import measure_limits
     from jaxwna16.bench.peers import time_peers
     from jaxwna16.bench.run import Bench, Deadline, add_shares
+    from jaxwna16.bench.step import time_step_cases, time_step_peers
     from jaxwna16.bench.timing import ON_CPU, ON_GPU
 
     effort = ON_CPU if on_cpu else ON_GPU
@@ -278,11 +316,20 @@ def _bench(
         add_shares(rows, limits)
         return {"limits": dataclasses.asdict(limits), "rows": rows, "peers": peers}
 
-    for found in Bench(cases, "xla" if on_cpu else None, effort, deadline, say).run():
+    backend = "xla" if on_cpu else None
+    steps: Any = cases if args.step is not None else []
+    timed = Bench(cases, backend, effort, deadline, say).run()
+    if steps:
+        timed = time_step_cases(steps, backend, effort, deadline, say)
+    for found in timed:
         rows += found
         yield describe()
     if args.peers:
-        for fared in time_peers(cases, rows, effort, Deadline(args.peer_seconds), say):
+        last = Deadline(args.peer_seconds)
+        fares = time_peers(cases, rows, effort, last, say)
+        if steps:
+            fares = time_step_peers(steps, rows, effort, last, say)
+        for fared in fares:
             peers.append(fared)
             yield describe()
 
@@ -335,43 +382,9 @@ def _describe_origin() -> dict[str, str]:
 def _describe_options(args: argparse.Namespace) -> dict[str, Any]:
     left_out = {"verb", "json"}
     options = {name: value for name, value in vars(args).items() if name not in left_out}
-    for name in ("shapes", "moe"):
+    for name in ("shapes", "moe", "step"):
         options[name] = options[name] and [shape.label for shape in options[name]]
     return {name: str(v) if isinstance(v, Path) else v for name, v in options.items()}
-
-
-def _make_folder(folder: Path) -> None:
-    """Make the folder first, so that a wrong name costs no time on the GPU."""
-    from jaxwna16.errors import InputError
-
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{folder}: cannot write results there: {error}") from error
-
-
-def _write(report: dict[str, Any], args: argparse.Namespace) -> None:
-    """Write the tables."""
-    from jaxwna16.bench.output import write_tables
-
-    report["files"] = write_tables(report, args.output, _name_files(args))
-
-
-def _draw(report: dict[str, Any], args: argparse.Namespace) -> None:
-    """Draw the plot beside the tables. If this fails, only the plot is missing."""
-    from jaxwna16.bench.output import write_plot
-
-    try:
-        report["files"] += write_plot(report, args.output, _name_files(args))
-    except Exception as error:  # whatever another library raises
-        report["problems"].append(f"no plot: {error}")
-        _write(report, args)
-
-
-def _name_files(args: argparse.Namespace) -> str:
-    if args.moe is not None:
-        return "moe-tuning" if args.tune else "moe"
-    return "tuning" if args.tune else "kernels"
 
 
 @contextmanager

@@ -109,7 +109,9 @@ def _find_largest(order: Array, holds: Callable[[Array], Array]) -> Array:
             return found | (digit << shift)
 
         found = jnp.zeros(len(order), jnp.uint32)
-        return _sign(lax.fori_loop(0, 32 // bits, find_digit, found))
+        # without a loop, a GPU plays the whole step back from one command buffer
+        unroll = bits > 1
+        return _sign(lax.fori_loop(0, 32 // bits, find_digit, found, unroll=unroll))
 
     return lax.platform_dependent(
         order, cpu=functools.partial(search, bits=1), default=functools.partial(search, bits=4)

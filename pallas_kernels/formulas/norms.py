@@ -46,11 +46,14 @@ class Onto(NamedTuple):
       residual: [..., N].
       late: norm of the product, or None.
       early: norm of the sum, or None.
+      ahead: packed words that the next product takes. They change no result; see
+        `pallas_kernels.tiles.ahead`.
     """
 
     residual: jax.Array
     late: Norm | None = None
     early: Norm | None = None
+    ahead: tuple[jax.Array, ...] = ()
 
 
 def normalise(x: jax.Array, eps: float) -> jax.Array:

@@ -51,12 +51,12 @@ def multiply_onto(
         from pallas_kernels.triton.step.add_norm import finish_rows
 
         def run(rows, others):
-            weights, late, early = others
+            weights, *rest = others
             options = {"prefer": prefer, "interpret": interpret}
             [product] = multiply_each(rows[0], [weights], [spec], **options)
-            return finish_rows(product, Onto(rows[1], late, early), interpret=interpret)
+            return finish_rows(product, Onto(rows[1], *rest), interpret=interpret)
 
-        return fold_vmap(run)((x, onto.residual), (weights, onto.late, onto.early))
+        return fold_vmap(run)((x, onto.residual), (weights, *onto[1:]))
 
     run = choose_at_lowering(by_xla, by_triton, backend, x.dtype)
     return _run_flat(run, x, dict(weights), onto)
@@ -71,10 +71,10 @@ def add_onto(y: jax.Array, onto: Onto, *, backend: str | None = None) -> Stream:
         from pallas_kernels.triton.parts import Parts
         from pallas_kernels.triton.step.add_norm import finish_rows
 
-        def run(rows, norms):
-            return finish_rows(Parts(rows[0][None]), Onto(rows[1], *norms), interpret=interpret)
+        def run(rows, rest):
+            return finish_rows(Parts(rows[0][None]), Onto(rows[1], *rest), interpret=interpret)
 
-        return fold_vmap(run)((y, onto.residual), (onto.late, onto.early))
+        return fold_vmap(run)((y, onto.residual), tuple(onto[1:]))
 
     run = choose_at_lowering(lambda y, _, onto: add_norm(y, onto), by_triton, backend, y.dtype)
     return _run_flat(run, y, {}, onto)
@@ -118,16 +118,16 @@ def run_experts_onto(
 
         def run(rows, others):
             x, ids, factors, shared, gate, residual = rows
-            stacks, *norms = others
+            stacks, *rest = others
             product, local = multiply_experts(
                 call, (x, ids, factors), None, stacks, interpret=interpret
             )
             experts = Experts(local, call.experts, shared, gate)
-            return finish_rows(product, Onto(residual, *norms), experts, interpret=interpret)
+            return finish_rows(product, Onto(residual, *rest), experts, interpret=interpret)
 
         ids, factors, stacks, shared, gate = weights
         rows = x, ids, factors, shared, gate, onto.residual
-        return fold_vmap(run)(rows, (stacks, onto.late, onto.early))
+        return fold_vmap(run)(rows, (stacks, *onto[1:]))
 
     def flatten(leaf):
         return None if leaf is None else leaf.reshape(-1, leaf.shape[-1])

@@ -168,12 +168,19 @@ def _find_idle(tiles: Tiles, spec: QuantSpec) -> list[str]:
 
 @dataclasses.dataclass(frozen=True)
 class TileTable:
-    """All entries for one kind of GPU; `made` says with what and when they were made."""
+    """All entries for one kind of GPU.
+
+    Attributes:
+      made: with what and when they were made.
+      ahead: bytes of the next weights that small kernels bring into the cache, see
+        `pallas_kernels.tiles.ahead`.
+    """
 
     device_kind: str
     entries: tuple[Entry, ...]
     made: Mapping[str, str]
     experts: tuple[MoeEntry, ...] = ()
+    ahead: int = 0
 
 
 def find_schedule(

@@ -7,7 +7,8 @@
                   "top_k": 8, "tokens": 16, "x_dtype": "bfloat16",
                   "schedule": {"first": {...}, "second": {...}, "direct": false}}, ...]}
 
-`experts` may be missing. `pallas_kernels.tiles.entries` says which entry serves a product. A table
+`experts` may be missing, and so may `ahead`, a number of bytes (`pallas_kernels.tiles.ahead`).
+`pallas_kernels.tiles.entries` says which entry serves a product. A table
 is looked for in $JAXWNA16_TILES (a file, or a folder of files), the user's cache folder, and this
 package, in that order. It is used as a whole or refused as a whole. A GPU that nobody described
 (`device.UNKNOWN`) has no table.
@@ -49,6 +50,7 @@ KERNEL_VERSION = 1
 FOLDER_VARIABLE = "JAXWNA16_TILES"
 _PACKAGED = Path(__file__).parent
 _MAX_BYTES = 4 << 20
+_MAX_AHEAD = 128 << 20
 _MAX_INTEGER = 2**31 - 1
 _MAX_FAULTS = 20
 _WAY_OUT = "delete or correct the file; `jaxwna16 bench --tune` makes a new table"
@@ -92,6 +94,16 @@ def load_moe_schedule(
     table = _load_table(device)
     facts = (specs, experts, tokens, top_k, x_dtype, scale_dtypes)
     return table and find_moe_schedule(table, device, *facts)
+
+
+def load_ahead(device: Device) -> int:
+    """`ahead` of the device's table; 0 without a table.
+
+    Raises:
+      TableError: as `load_schedule`.
+    """
+    table = _load_table(device)
+    return 0 if table is None else table.ahead
 
 
 def _load_table(device: Device) -> TileTable | None:
@@ -171,6 +183,7 @@ def _format(table: TileTable) -> str:
         f"  {json.dumps(name)}: {json.dumps(value, sort_keys=True)}"
         for name, value in zip(_HEADER, values, strict=True)
     ]
+    header += [f'  "ahead": {table.ahead}'] if table.ahead else []
     lists = [
         "\n".join([f'  "{name}": [', ",\n".join(_format_entries(getattr(table, name))), "  ]"])
         for name in _LISTS
@@ -213,7 +226,9 @@ def _parse(text: bytes, path: Path) -> TileTable:
         content = json.loads(text, object_pairs_hook=_make_object)
     except (ValueError, RecursionError) as error:
         _refuse(path, [f"it cannot be read as JSON: {error}"])
-    faults = _find_wrong_names(content, (*_HEADER, "entries"), "the table", optional=("experts",))
+    faults = _find_wrong_names(
+        content, (*_HEADER, "entries"), "the table", optional=("experts", "ahead")
+    )
     if not faults:
         faults = _find_header_faults(content)
     if faults:
@@ -224,7 +239,8 @@ def _parse(text: bytes, path: Path) -> TileTable:
     experts, more = _parse_entries(content.get("experts", []), MoeEntry, device, "experts")
     if faults := [*found, *more]:
         _refuse(path, faults)
-    return TileTable(content["device_kind"], entries, content["made"], experts)
+    ahead = content.get("ahead", 0)
+    return TileTable(content["device_kind"], entries, content["made"], experts, ahead)
 
 
 def _make_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -255,6 +271,9 @@ def _find_header_faults(content: dict[str, Any]) -> list[str]:
         faults.append(f"device_kind must be printable text, found {_show(kind)}")
     if not isinstance(made, dict) or not all(isinstance(text, str) for text in made.values()):
         faults.append(f"made must map names to text, found {_show(made)}")
+    ahead = content.get("ahead", 0)
+    if type(ahead) is not int or not 0 <= ahead <= _MAX_AHEAD:
+        faults.append(f"ahead must be 0 to {_MAX_AHEAD} bytes, found {_show(ahead)}")
     for name in _LISTS:
         if not isinstance(content.get(name, []), list):
             faults.append(f"{name} must be a list, found {_show(content[name])}")

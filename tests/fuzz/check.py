@@ -30,6 +30,7 @@ from tests.fault_kinds import find_kind
 from tests.fuzz.bases import make_bases
 from tests.fuzz.files import Entry, write_entries
 from tests.fuzz.oracle import RefusedError, expect
+from tests.peaks import begin_peak, read_status
 
 SECONDS = 20.0
 """Of computing, after which a mutant counts as one that hangs; the slowest take about one."""
@@ -199,9 +200,9 @@ def _watch(folder: Path) -> Iterator[_Watched]:
     global _watching
     watched = _Watched()
     _opened.clear()
-    before = _start_memory()
+    before = begin_peak()
     limits = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (_read_status("VmSize:") + _ADDRESSES, limits[1]))
+    resource.setrlimit(resource.RLIMIT_AS, (read_status("VmSize") + _ADDRESSES, limits[1]))
     timers = {
         signal.ITIMER_PROF: (signal.SIGPROF, SECONDS),
         signal.ITIMER_REAL: (signal.SIGALRM, _WAITING_SECONDS),
@@ -220,7 +221,7 @@ def _watch(folder: Path) -> Iterator[_Watched]:
         for number, handler in previous.items():
             signal.signal(number, handler)
         resource.setrlimit(resource.RLIMIT_AS, limits)
-    watched.nbytes = max(0, _read_status("VmHWM:") - before)
+    watched.nbytes = max(0, read_status("VmHWM") - before)
     real = os.path.realpath(folder)
     for path in _opened:
         inside = os.path.realpath(path).startswith(f"{real}{os.sep}")
@@ -236,15 +237,3 @@ def _may_be_a_source(path: str) -> bool:
 
 def _end(*_: object) -> None:
     raise HangError
-
-
-def _start_memory() -> int:
-    """Resident bytes now, from which on the peak is counted."""
-    with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
-        file.write("5")
-    return _read_status("VmRSS:")
-
-
-def _read_status(field: str) -> int:
-    with open("/proc/self/status", encoding="ascii") as file:
-        return next(int(line.split()[1]) << 10 for line in file if line.startswith(field))

@@ -13,13 +13,6 @@ BUDGETS: dict[tuple[str, str], int] = {
 }
 """Kernels of a layer of a model, by its kind, in a decode step of few rows."""
 
-NOT_YET: dict[tuple[str, str], dict[int, int]] = {
-    ("Qwen3-30B-A3B", "attention"): {16: 13},
-    ("Qwen3.6-27B, all packed", "delta net"): {1: 17, 16: 20},
-}
-"""Rows -> how many there are today where that is more. Whoever brings a number down lowers it here,
-and takes it out when it is within the budget."""
-
 BUDGET_BATCHES = (1, 16)
 
 
@@ -27,8 +20,7 @@ def find_budget(program: Program, kind: str) -> int | None:
     """Kernels that a layer may have; None where nothing is said."""
     if program.kind != "decode" or program.size not in BUDGET_BATCHES:
         return None
-    key = program.model, kind
-    return NOT_YET.get(key, {}).get(program.size, BUDGETS.get(key))
+    return BUDGETS.get((program.model, kind))
 
 
 def count_layer(reading: Reading, kind: str) -> int:

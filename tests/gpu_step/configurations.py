@@ -4,19 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from flax import nnx
-
 from benchmarks.large_checkpoints import GROUP, SHAPES
+from jaxwna16.bench.models import describe_model
 from jaxwna16.models.causal_lm import CausalLM
-from jaxwna16.models.families import find_family
-from jaxwna16.models.parts.layers import Dense
-from jaxwna16.models.parts.moe import FloatExperts
-from pallas_kernels.format.spec import QuantSpec
 
 _PUBLISHED = Path(__file__).parents[1] / "jaxwna16" / "models" / "published"
 _PACKED_DELTA = "Qwen3.6-27B, all packed"
@@ -87,12 +81,9 @@ def make_abstract(name: str, layers: int | None = None, **changes: Any) -> Confi
     whole = config.get("text_config", config)["num_hidden_layers"]
     text = config.get("text_config", config) | {"num_hidden_layers": layers or whole} | changes
     config = config | {"text_config": text} if "text_config" in config else text
-    family = find_family(config)
-    parsed = family.read(config)
-    make = family.open_class()
-    plain = nnx.eval_shape(lambda: make(parsed, {}, dtype="bfloat16"))
-    specs = dict(_list_specs(plain, config["quantization_config"]["ignore"]))
-    model = nnx.eval_shape(lambda: make(parsed, specs, dtype="bfloat16"))
+    ignore = config["quantization_config"]["ignore"]
+    model = describe_model(config, ignore=ignore, group_size=GROUP)
+    parsed = model.config
     full = getattr(parsed, "is_full", (True,) * parsed.num_hidden_layers)
     moe = parsed.moe
     return Configuration(
@@ -102,24 +93,3 @@ def make_abstract(name: str, layers: int | None = None, **changes: Any) -> Confi
         moe.routing.top_k if moe else 0,
         moe.experts if moe else 0,
     )
-
-
-def _list_specs(model: CausalLM, ignore: list[str]) -> Iterator[tuple[str, QuantSpec]]:
-    """What the quantized modules of a plain model would be packed as."""
-    patterns = [
-        re.compile(p.removeprefix("re:") if p.startswith("re:") else re.escape(p) + "$")
-        for p in ignore
-    ]
-    for keys, module in nnx.iter_modules(model):
-        path = ".".join(map(str, keys))
-        if any(pattern.match(path) for pattern in patterns):
-            continue
-        if isinstance(module, Dense):
-            yield path, _make_spec(*module.weight.shape)
-        elif isinstance(module, FloatExperts):
-            yield f"{path}.w13", _make_spec(*module.w13.weight.shape[1:])
-            yield f"{path}.w2", _make_spec(*module.w2.weight.shape[1:])
-
-
-def _make_spec(n: int, k: int) -> QuantSpec:
-    return QuantSpec(bits=4, group_size=GROUP, symmetric=False, in_features=k, out_features=n)

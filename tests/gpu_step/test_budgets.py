@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.gpu_step.budgets import BUDGETS, NOT_YET, count_layer, find_budget, find_faults
+from tests.gpu_step.budgets import BUDGETS, find_budget, find_faults
 from tests.gpu_step.cases import list_core, list_programs
 from tests.gpu_step.readings import Kernel, Program, Reading, from_json, to_json
 
@@ -58,16 +58,6 @@ def test_core_programs_stay_within_their_budgets(readings, program):
 
 
 @pytest.mark.parametrize("program", list_core(), ids=str)
-def test_what_is_not_within_the_budget_yet_is_no_worse_than_it_must_be(readings, program):
-    """Once a number is better, `NOT_YET` must say so."""
-    reading = readings[str(program)]
-    for kind in dict.fromkeys(reading.kinds):
-        today = NOT_YET.get((program.model, kind), {}).get(program.size)
-        if today and program.kind == "decode":
-            assert count_layer(reading, kind) == today
-
-
-@pytest.mark.parametrize("program", list_core(), ids=str)
 def test_a_step_is_recorded_and_moves_little_more_than_it_must(readings, program):
     """Its kernels are played back by the GPU, and read each weight once.
 
@@ -87,8 +77,6 @@ def test_a_step_is_recorded_and_moves_little_more_than_it_must(readings, program
 def test_every_budget_is_of_a_program_that_is_compiled():
     models = {program.model for program in list_programs(4, whole=False)}
     assert {model for model, _ in BUDGETS} <= models
-    assert NOT_YET.keys() <= BUDGETS.keys()
-    assert all(n > BUDGETS[key] for key, each in NOT_YET.items() for n in each.values())
 
 
 def test_a_budget_holds_for_decoding_few_rows():

@@ -45,8 +45,8 @@ def assert_close(out, x, weights, spec, *, exact_scale=False, bias=None, sums=1)
     """
     u, v = 2.0**-24, UNIT[x.dtype.type]
     tiny = 2.0**-25 if x.dtype == jnp.float16 else 0.0
-    w, exact_x = np.asarray(dequantize(weights, spec), np.float64), np.asarray(x, np.float64)
-    y, magnitude = exact_x @ w.T, np.abs(exact_x) @ np.abs(w).T
+    exact_x = np.asarray(x, np.float64)
+    y, magnitude = _multiply_exactly(exact_x, np.asarray(dequantize(weights, spec)))
     gamma = sums * (spec.in_features + 64) * u / (1 - (spec.in_features + 64) * u)
     narrow = 0.0 if x.dtype == jnp.float32 else v
     weight_error = narrow + (2.0**-8 if exact_scale else 0.0)
@@ -60,3 +60,10 @@ def assert_close(out, x, weights, spec, *, exact_scale=False, bias=None, sums=1)
     assert out.shape == y.shape
     worst = np.max(np.abs(np.asarray(out, np.float64) - y) / error, initial=0.0)
     assert worst <= 1, f"{worst:.3f} times the error that rounding explains"
+
+
+def _multiply_exactly(x, w):
+    """x @ w.T and |x| @ |w|.T [M, N] of float64 x, with few rows of w in float64 at a time."""
+    parts = (w[n : n + 256].astype(np.float64) for n in range(0, len(w), 256))
+    pairs = [(x @ part.T, np.abs(x) @ np.abs(part).T) for part in parts]
+    return (np.concatenate(blocks, axis=1) for blocks in zip(*pairs, strict=True))

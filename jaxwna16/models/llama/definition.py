@@ -13,8 +13,8 @@ from jaxwna16.models.parts.attention import LayerCache, SelfAttention
 from jaxwna16.models.parts.decoder import Decoder
 from jaxwna16.models.parts.layers import MLP, Linears, RMSNorm
 from jaxwna16.models.parts.moe import SparseBlock
-from jaxwna16.models.parts.piece import Piece, Stream
-from pallas_kernels.formulas.norms import Norm, Onto
+from jaxwna16.models.parts.piece import Following, Piece, Stream
+from pallas_kernels.formulas.norms import Onto
 
 
 class DecoderLayer(nnx.Module):
@@ -38,16 +38,22 @@ class DecoderLayer(nnx.Module):
             inner, bias = config.intermediate_size, config.mlp_bias
             self.mlp = MLP(hidden, inner, bias, linears, f"{path}.mlp")
 
+    @property
+    def mixer(self) -> SelfAttention:
+        """What carries tokens over to other tokens."""
+        return self.self_attn
+
     def make_cache(self, batch: int, slots: int) -> LayerCache:
         """What the layer keeps of `slots` tokens of each row, empty."""
-        return self.self_attn.make_cache(batch, slots)
+        return self.mixer.make_cache(batch, slots)
 
     def __call__(
-        self, stream: Stream, piece: Piece, cache: LayerCache | None, following: Norm
+        self, stream: Stream, piece: Piece, cache: LayerCache | None, following: Following
     ) -> tuple[Stream, LayerCache | None]:
-        onto = Onto(stream.x, early=self.post_attention_layernorm.norm)
+        norm, words = self.post_attention_layernorm.norm, self.mlp.list_words()
+        onto = Onto(stream.x, early=norm, ahead=words)
         stream, cache = self.self_attn(stream.taken, piece, cache, onto)
-        onto = Onto(stream.x, early=following)
+        onto = Onto(stream.x, early=following.norm, ahead=following.ahead)
         return Stream(*self.mlp.run_onto(stream.taken, onto)), cache
 
 

@@ -10,7 +10,7 @@ from flax import nnx
 
 from jaxwna16.layers.fused import gather, project_onto
 from jaxwna16.models.config.language_config import LanguageConfig
-from jaxwna16.models.parts.layers import Linears, RMSNorm
+from jaxwna16.models.parts.layers import Linears, RMSNorm, list_words
 from jaxwna16.models.parts.piece import Piece, Stream
 from pallas_kernels.formulas.heads import Heads
 from pallas_kernels.formulas.norms import Onto
@@ -85,6 +85,10 @@ class SelfAttention(nnx.Module):
         """An empty cache, zeros, with room for `slots` tokens of each row."""
         shape = (batch * self.heads.kv_heads, slots, self.heads.head_dim)
         return LayerCache(jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype))
+
+    def list_words(self) -> tuple[jax.Array, ...]:
+        """Packed words of the first products."""
+        return list_words(self.q_proj, self.k_proj, self.v_proj)
 
     def __call__(
         self, x: jax.Array, piece: Piece, cache: LayerCache | None, onto: Onto

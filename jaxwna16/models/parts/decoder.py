@@ -9,8 +9,10 @@ import jax
 from flax import nnx
 
 from jaxwna16.models.parts.layers import Embedding, Linears
-from jaxwna16.models.parts.piece import Piece, Stream, find_positions
+from jaxwna16.models.parts.piece import Following, Piece, Stream, find_positions
 from jaxwna16.models.parts.rope import rotation_tables
+from pallas_kernels.tiles.ahead import choose_ahead
+from pallas_kernels.tiles.device import find_device
 
 Array = jax.Array
 Cache = tuple[Any, ...]
@@ -25,9 +27,10 @@ class Decoder(nnx.Module):
     Attributes:
       make_layer: called as `make_layer(config, linears, layer)`. Makes a module with
         `make_cache(batch, slots)` and `__call__(stream, piece, cache, following)`, which returns
-        the `Stream` and the cache. `following` is the norm of the stream that comes after the
+        the `Stream` and the cache. `following` has the norm of the stream that comes after the
         layer: `input_layernorm` of the next, if layers have it, and in the end the last norm. So
-        the layer's last product, its sum with the stream and that norm are one operation.
+        the layer's last product, its sum with the stream and that norm are one operation. `mixer`
+        of the layer is its first part, whose `list_words()` are read ahead.
       make_norm: the class of the last norm.
       rope_dtype: dtype of cosines and sines; None is that of the stream.
     """
@@ -65,18 +68,24 @@ class Decoder(nnx.Module):
         rotation = rotation_tables(
             config.rope, config.rotary_dim, positions, self.rope_dtype or x.dtype
         )
-        first, *others = (getattr(layer, "input_layernorm", None) for layer in self.layers)
+        first = getattr(self.layers[0], "input_layernorm", None)
         stream = Stream(x, None if first is None else first(x))
         caches = []
-        for i, (following, window) in enumerate(
-            zip((*others, self.norm), self.list_windows(), strict=True)
-        ):
+        for i, window in enumerate(self.list_windows()):
             piece = Piece(rotation, start, count, window)
             before = None if cache is None else cache[i]
-            norm = None if following is None else following.norm
-            stream, after = run_layer(self.layers[i], stream, piece, before, norm)
+            following = self._find_following(i)
+            stream, after = run_layer(self.layers[i], stream, piece, before, following)
             caches.append(after)
         return stream.taken, tuple(caches)
+
+    def _find_following(self, layer: int) -> Following:
+        if layer + 1 == len(self.layers):
+            return Following(self.norm.norm)
+        after = self.layers[layer + 1]
+        norm = getattr(after, "input_layernorm", None)
+        ahead = after.mixer.list_words() if choose_ahead(find_device()) else ()
+        return Following(None if norm is None else norm.norm, ahead)
 
 
 @jax.jit

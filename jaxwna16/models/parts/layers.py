@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -99,9 +100,18 @@ class MLP(nnx.Module):
     def __call__(self, x: Array) -> Array:
         return self.down_proj(gated(x, self.gate_proj, self.up_proj))
 
+    def list_words(self) -> tuple[Array, ...]:
+        """Packed words of the first products."""
+        return list_words(self.gate_proj, self.up_proj)
+
     def run_onto(self, x: Array, onto: Onto) -> tuple[Array, Array | None]:
         """Add the result for x to a stream; see `project_onto`."""
         return project_onto(gated(x, self.gate_proj, self.up_proj), self.down_proj, onto)
+
+
+def list_words(*layers: Any) -> tuple[Array, ...]:
+    """The packed words of those layers that have some."""
+    return tuple(layer.packed[...] for layer in layers if isinstance(layer, QuantDense))
 
 
 def matmul_precision(dtype: jax.typing.DTypeLike) -> lax.Precision:

@@ -45,6 +45,10 @@ class SparseBlock(nnx.Module):
             shared_gate=None if gate is None else gate(x),
         )
 
+    def list_words(self) -> tuple[Array, ...]:
+        """None: nobody knows yet which experts come next."""
+        return ()
+
     def run_onto(self, x: Array, onto: Onto) -> tuple[Array, Array | None]:
         """Add the result for x to a stream; see `project_onto`."""
         experts, gate = self.experts, self.shared_expert_gate

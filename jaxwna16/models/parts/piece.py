@@ -9,6 +9,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.formulas.norms import Norm
+
 Array = jax.Array
 
 
@@ -32,6 +34,20 @@ class Piece:
     start: Array
     lengths: Array
     window: int | None
+
+
+class Following(NamedTuple):
+    """What comes after a layer.
+
+    Attributes:
+      norm: of the stream: the next layer's first or the decoder's last; None if the next layer
+        takes the stream itself.
+      ahead: packed words that the next layer multiplies with first, where they are read ahead
+        (`pallas_kernels.tiles.ahead`).
+    """
+
+    norm: Norm | None
+    ahead: tuple[Array, ...] = ()
 
 
 class Stream(NamedTuple):

@@ -17,12 +17,12 @@ from jaxwna16.layers.fused import gather, project_onto
 from jaxwna16.models.causal_lm import CausalLM
 from jaxwna16.models.parts.attention import LayerCache, SelfAttention
 from jaxwna16.models.parts.decoder import Decoder
-from jaxwna16.models.parts.layers import MLP, Linears, OffsetRMSNorm
+from jaxwna16.models.parts.layers import MLP, Linears, OffsetRMSNorm, list_words
 from jaxwna16.models.parts.moe import SparseBlock
-from jaxwna16.models.parts.piece import Piece, Stream
+from jaxwna16.models.parts.piece import Following, Piece, Stream
 from jaxwna16.models.qwen3_5.config import Qwen35Config
 from pallas_kernels.formulas.delta_net import DeltaCache, DeltaNet, make_delta_cache
-from pallas_kernels.formulas.norms import Norm, Onto
+from pallas_kernels.formulas.norms import Onto
 from pallas_kernels.step.delta_rule import project_and_update
 from pallas_kernels.xla.delta_rule import gate_norm
 
@@ -75,6 +75,10 @@ class GatedDeltaNet(nnx.Module):
         sizes = self.sizes
         heads = (sizes.value_heads, sizes.key_dim, sizes.value_dim)
         return make_delta_cache(batch, sizes.width, sizes.features, heads, self.dtype)
+
+    def list_words(self) -> tuple[Array, ...]:
+        """Packed words of the first products."""
+        return list_words(self.in_proj_qkv, self.in_proj_z)
 
     def __call__(
         self, x: Array, piece: Piece, cache: DeltaCache | None, onto: Onto
@@ -131,11 +135,12 @@ class DecoderLayer(nnx.Module):
         return self.mixer.make_cache(batch, slots)
 
     def __call__(
-        self, stream: Stream, piece: Piece, cache: Any, following: Norm
+        self, stream: Stream, piece: Piece, cache: Any, following: Following
     ) -> tuple[Stream, Any]:
-        onto = Onto(stream.x, early=self.post_attention_layernorm.norm)
+        norm, words = self.post_attention_layernorm.norm, self.mlp.list_words()
+        onto = Onto(stream.x, early=norm, ahead=words)
         stream, cache = self.mixer(stream.taken, piece, cache, onto)
-        onto = Onto(stream.x, early=following)
+        onto = Onto(stream.x, early=following.norm, ahead=following.ahead)
         return Stream(*self.mlp.run_onto(stream.taken, onto)), cache
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -16,10 +17,14 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.formulas.norms import Norm, Onto, apply_weight
+from pallas_kernels.tiles.ahead import choose_ahead
+from pallas_kernels.tiles.device import find_device
 from pallas_kernels.triton.parts import Parts, load_sum
 
 _ELEMENTS = 8
 """Of a row, for each thread: two vectors of float32."""
+_CHUNK = 1 << 14
+"""Words that a program without a row reads ahead, 32 KiB."""
 
 
 @functools.partial(
@@ -61,28 +66,71 @@ def finish_rows(
     residual = onto.residual
     rows, features = residual.shape
     padded = 1 << (features - 1).bit_length()
-    inputs = product, onto, experts
-    leaves, tree = jax.tree.flatten(inputs)
+    chunks = _divide_ahead(onto.ahead, choose_ahead(find_device()))
+    ahead = tuple(words.reshape(-1) for words in onto.ahead[: len(chunks)])
+    leaves, tree = jax.tree.flatten((product, onto._replace(ahead=ahead), experts))
     out = [jax.ShapeDtypeStruct(residual.shape, residual.dtype)] * (1 + (onto.early is not None))
+    sink = [jax.ShapeDtypeStruct((1,), jnp.int32)] if chunks else []
     run = functools.partial(
-        _finish_row, tree=tree, inputs=len(leaves), choices=product.sums.shape[1] // rows
+        _run_program,
+        tree=tree,
+        inputs=len(leaves),
+        choices=product.sums.shape[1] // rows,
+        chunks=chunks,
     )
     warps = min(max(padded // (32 * _ELEMENTS), 1), 16)
-    x, *normalised = pl.pallas_call(
+    x, *others = pl.pallas_call(
         run,
-        out_shape=out,
-        grid=(rows,),
+        out_shape=[*out, *sink],
+        grid=(rows + sum(chunks),),
         compiler_params=plgpu.CompilerParams(num_warps=warps, num_stages=1),
         interpret=interpret,
         name="add_norm",
     )(*leaves)
-    return x, normalised[0] if normalised else None
+    return x, None if onto.early is None else others[0]
 
 
-def _finish_row(*refs: Any, tree: Any, inputs: int, choices: int) -> None:
+def _divide_ahead(ahead: Sequence[jax.Array], size: int) -> list[int]:
+    """How many chunks of `_CHUNK` words are read of each array, in their order, within `size`."""
+    left, chunks = size // (2 * _CHUNK), []
+    for words in ahead:
+        chunks.append(min(left, words.size // _CHUNK))
+        left -= chunks[-1]
+    return chunks if any(chunks) else []
+
+
+def _run_program(*refs: Any, tree: Any, inputs: int, choices: int, chunks: Sequence[int]) -> None:
+    """The first programs have a row each, the others a chunk of the words that come next."""
     product, onto, experts = jax.tree.unflatten(tree, refs[:inputs])
-    out_refs = refs[inputs:]
-    row = pl.program_id(0)
+    program, first = pl.program_id(0), onto.residual.shape[0]
+    finish = functools.partial(_finish_row, program, product, onto, experts, refs[inputs:], choices)
+    if not chunks:
+        finish()
+        return
+    pl.when(program < first)(finish)
+    for words, count in zip(onto.ahead, chunks, strict=True):
+        read = functools.partial(_read_chunk, words, program - first, refs[-1])
+        pl.when((program >= first) & (program < first + count))(read)
+        first += count
+
+
+def _read_chunk(words: Any, chunk: jax.Array, sink: Any) -> None:
+    """Read words, so that they are in the cache.
+
+    What nobody uses would not be read. So it is used for a sum of non-negative numbers, which the
+    compiler does not know to be so.
+    """
+    places = chunk * _CHUNK + jnp.arange(_CHUNK, dtype=jnp.int32)
+    total = jnp.sum(plgpu.load(words.at[places]).astype(jnp.int32))
+
+    @pl.when(total == -1)
+    def keep() -> None:
+        sink[0] = total
+
+
+def _finish_row(
+    row: jax.Array, product: Any, onto: Any, experts: Any, out_refs: Sequence[Any], choices: int
+) -> None:
     features, dtype = onto.residual.shape[1], onto.residual.dtype
     padded = 1 << (features - 1).bit_length()
     columns = jnp.arange(padded, dtype=jnp.int32)

@@ -20,6 +20,7 @@ from tests.fuzz.beside.bases import make_bases
 from tests.fuzz.beside.mutations import MUTATIONS
 from tests.fuzz.drive import Figures, draw_mutants, drive
 from tests.fuzz.files import Entry, write_entries
+from tests.peaks import note_started
 
 STEPS = ("inspect", "verify", "load_model", "tokenizer", "chat", "generate")
 _WAITING_SECONDS = 240.0
@@ -56,7 +57,9 @@ class Worker:
         timer.cancel()
         if not reply:
             raise AssertionError(f"the worker ended: {self.stop()}")
-        return json.loads(reply)
+        found = json.loads(reply)
+        note_started(found.pop("peak"))
+        return found
 
     def stop(self) -> str:
         """End it; its exit code and the end of its errors."""

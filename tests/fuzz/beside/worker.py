@@ -29,6 +29,7 @@ from jaxwna16.generation.text import Tokenizer
 from jaxwna16.models.causal_lm import CausalLM
 from loaders.errors import escape_line
 from pallas_kernels.errors import Wna16Error
+from tests.peaks import begin_peak, read_peak, read_status
 
 SECONDS = 10
 ADDRESSES = 2 << 30
@@ -55,8 +56,8 @@ def work() -> None:
 
 
 def _try(folder: Path) -> dict[str, Any]:
-    before = _start_memory()
-    limit = _read_status("VmSize:") + ADDRESSES
+    before = begin_peak()
+    limit = read_status("VmSize") + ADDRESSES
     resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
     signal.setitimer(signal.ITIMER_PROF, SECONDS)
     children = _count_children()
@@ -66,8 +67,8 @@ def _try(folder: Path) -> dict[str, Any]:
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
     seconds = time.process_time() - start + _count_children() - children
-    nbytes = max(0, _read_status("VmHWM:") - before)
-    return {"outcome": outcome, "seconds": seconds, "bytes": nbytes}
+    nbytes = max(0, read_status("VmHWM") - before)
+    return {"outcome": outcome, "seconds": seconds, "bytes": nbytes, "peak": read_peak()}
 
 
 def _use(folder: Path) -> dict[str, str]:
@@ -157,17 +158,6 @@ def _refuse(constant: str) -> None:
 def _count_children() -> float:
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
     return usage.ru_utime + usage.ru_stime
-
-
-def _start_memory() -> int:
-    """Resident bytes now, from which on the peak is counted."""
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    return _read_status("VmRSS:")
-
-
-def _read_status(field: str) -> int:
-    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    return next(int(line.split()[1]) << 10 for line in lines if line.startswith(field))
 
 
 if __name__ == "__main__":

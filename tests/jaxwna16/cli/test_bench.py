@@ -46,6 +46,9 @@ def test_the_refusal_is_json_too(call):
         (["--cpu", "--moe", "64x32"], "neither HxIxExtop_k"),
         (["--cpu", "--moe", "64x32x2x4"], "a token cannot choose 4 of 2 experts"),
         (["--cpu", "--moe", "--shapes", "64x64"], "--shapes times linear layers"),
+        (["--cpu", "--step", "gpt"], "no model 'gpt'"),
+        (["--cpu", "--step", "--moe"], "give no --shapes, --moe or --tune with it"),
+        (["--cpu", "--slots", "64"], "add --step"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -100,6 +103,20 @@ def test_experts_are_timed_and_written_beside_linear_layers(call, tmp_path):
     assert outcome.report["problems"] == []
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == ["moe.json", "moe.md", "moe.png"]
+
+
+def test_a_step_is_timed_and_written_beside_them(call, tmp_path, monkeypatch):
+    monkeypatch.setattr("jaxwna16.bench.step_cases.OPERATIONS", ("attention", "add_norm"))
+    outcome = call("bench", "--cpu", "--step", "--slots", "16", "--output", tmp_path, "--json")
+    assert outcome.code == 0
+    rows = outcome.report["rows"]
+    assert [row["shape"] for row in rows] == ["attention tiny C=16", "add_norm tiny C=16"]
+    assert all(row["figures"]["bandwidth_share"] > 0 for row in rows)
+    assert outcome.report["options"]["step"] == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step.json", "step.md", "step.png"]
+    written = (tmp_path / "step.md").read_text()
+    assert "## Targets" not in written
+    assert "half of the C slots are seen" in written
 
 
 def test_a_group_that_does_not_fit_experts_names_them(call):

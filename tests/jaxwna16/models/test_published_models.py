@@ -21,9 +21,17 @@ from tests.jaxwna16.models.published_models import NAMES, read_bytes, read_publi
 DENSE = "qwen3.6-27b"
 BLOCK = 4
 """Layers of one block of the hybrid pattern."""
-KERNELS = {DENSE: 3 * 2 + 4, "qwen3.5-122b-a10b": 3 * 4 + 6, "qwen3-30b-a3b": 4 * 4}
-"""In a block: gate and up, and down; of experts both products, and of shared ones the former two;
-q/k/v and o in layers of attention. Delta nets are ignored by these checkpoints, as heads are."""
+_MLP, _ATTENTION, _DELTA = 3, 5, 2
+_SPARSE = _MLP + 1
+_SHARED = 2
+KERNELS = {
+    DENSE: 3 * (_DELTA + _MLP) + _ATTENTION + _MLP,
+    "qwen3.5-122b-a10b": 3 * (_DELTA + _SPARSE + _SHARED) + _ATTENTION + _SPARSE + _SHARED,
+    "qwen3-30b-a3b": 4 * (_ATTENTION + _SPARSE),
+}
+"""In a block: gate and up, down, and the end of it; of experts the router's choice, too, and of
+shared ones the two products; q/k/v, attention and its combine, o and the end of it. The products of
+delta nets are ignored by these checkpoints, as heads are: their rule and the end of it remain."""
 _ROOT = Path(__file__).parents[3]
 _PLUGIN = Path(sys.prefix) / "gpu-check"
 

@@ -45,7 +45,7 @@ def make_logits(seed=0) -> np.ndarray:
 
 
 def assert_same_choice(router, logits: np.ndarray, *, ordered: bool, **options) -> None:
-    """Identical experts of both forms, in order where the router orders them (else `sorted=False`).
+    """Identical experts of both forms, in order where the router orders them.
 
     Weights: here and there each score is good to 16 u and the sum and quotient add k + 4, see
     `test_routing`.

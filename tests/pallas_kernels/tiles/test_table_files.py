@@ -104,11 +104,12 @@ def test_what_the_tuner_may_choose_is_written_and_read_back(data, kind, tmp_path
     unique = {"max_size": 4, "unique_by": lambda entry: entry.key}
     experts = data.draw(st.lists(_moe_entries(device), **unique))
     made = data.draw(st.dictionaries(st.text(), st.text(), max_size=3))
-    table = TileTable(device_kind=kind, entries=tuple(entries), made=made, experts=tuple(experts))
+    ahead = data.draw(st.integers(0, 1 << 27))
+    table = TileTable(kind, tuple(entries), made, tuple(experts), ahead)
     path = _name_new_file(tmp_path_factory)
     write_table(path, table)
     back = read_table(path)
-    assert back.device_kind == kind
+    assert (back.device_kind, back.ahead) == (kind, ahead)
     assert back.made == made
     assert back.entries == tuple(sorted(entries, key=lambda entry: entry.key))
     assert back.experts == tuple(sorted(experts, key=lambda entry: entry.key))
@@ -215,6 +216,8 @@ def _set_tiles(name, value):
         (_set("device_kind", "\x1b[2J"), r"device_kind must be printable text, found '.x1b"),
         (_set("made", {"jax": 10}), r"made must map names to text, found {'jax': 10}"),
         (_set("entries", {}), r"entries must be a list, found {}"),
+        (_set("ahead", -1), r"ahead must be 0 to 134217728 bytes, found -1"),
+        (_set("ahead", True), r"ahead must be 0 to 134217728 bytes, found True"),
         (_set("extra", 1), "the table has an unknown 'extra'"),
         (lambda content: content.pop("made"), "the table lacks made"),
         (lambda content: content["entries"].append(7), r"entries\[1\] must be an object, found 7"),

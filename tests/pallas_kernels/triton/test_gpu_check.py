@@ -79,6 +79,17 @@ def test_attention_of_a_piece_uses_what_hopper_has_and_spills_nothing(findings):
         assert any(o.startswith("LDGSTS") and o.endswith(".128") for o in finding["opcodes"])
 
 
+def test_words_that_nobody_uses_are_read_ahead_all_the_same(findings):
+    """The compiler leaves out loads whose results it knows to be unused."""
+    loads = {
+        name: findings[str(Between("sm_90a", f"add and norm, {name}"))]["opcodes"]["LDG.E.128"]
+        for name in ("Llama-3.1-8B, batch 1", "8 MiB ahead, Llama-3.1-8B, batch 1")
+    }
+    plain, ahead = loads.values()
+    # 32 KiB by 512 threads, 16 bytes at a time
+    assert ahead == plain + 4
+
+
 @pytest.mark.parametrize("number", [2, pytest.param(60, marks=pytest.mark.thorough)])
 def test_tiles_never_take_more_shared_memory_than_estimated(number):
     """XLA says what it needs; where that is more than there is, it compiles nothing."""

@@ -91,8 +91,8 @@ def test_in_float32_the_fused_layers_are_bit_for_bit_the_linears_by_themselves(k
         np.testing.assert_array_equal(y, expected)
 
 
-def test_a_layer_is_five_kernels():
-    """q/k/v, attention, o, gate/up and down; biases of gate and up do not part them."""
+def test_a_layer_is_seven_kernels():
+    """q/k/v, attention, o and its end, gate/up, down and its end; biases do not part gate and up."""
     reference, _ = quantize_reference(*KINDS[1])
     config = LlamaConfig.from_dict(reference.config.to_dict())
     specs = {
@@ -108,7 +108,7 @@ def test_a_layer_is_five_kernels():
     }
     model = Llama(config, specs, dtype=jnp.bfloat16, backend="triton")
     kernels = find_kernels(Llama.__call__, model, jnp.zeros((1, 4), jnp.int32))
-    assert len(kernels) == 5 * config.num_hidden_layers
+    assert len(kernels) == 7 * config.num_hidden_layers
 
 
 def test_a_wrong_integer_dtype_is_an_error_of_ours():

@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 
 from pallas_kernels.formulas.norms import KINDS, Norm, Onto
+from pallas_kernels.tiles.ahead import fix_ahead
 from pallas_kernels.triton.parts import Parts
 from pallas_kernels.triton.step.add_norm import Experts, finish_rows
 from tests.grids import cover
+from tests.jaxprs import find_kernels
 
 U = 2.0**-24
 UNIT = {"bfloat16": 2.0**-8, "float16": 2.0**-11}
@@ -135,3 +137,31 @@ def test_equal_rows_give_equal_bits_whatever_stands_beside_them():
     both = run(Parts(sums), Onto(residual, early=early))
     for one, many in zip(alone, both, strict=True):
         np.testing.assert_array_equal(one[0], many[1])
+
+
+@pytest.mark.parametrize("size", [1 << 15, 3 << 15, 1 << 20])
+def test_words_read_ahead_change_nothing(size):
+    sums, residual = draw(4, 2, 320), draw(2, 320, dtype="bfloat16")
+    early = make_norm(320, "rounded", "bfloat16", 4)
+    words = tuple(jnp.zeros((count, 2, 64, 32), jnp.uint16) for count in (5, 16))
+
+    def finish(ahead):
+        with fix_ahead(size):
+            onto = Onto(residual, early=early, ahead=ahead)
+            return finish_rows(Parts(sums), onto, interpret=True)
+
+    for one, other in zip(finish(words), finish(()), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_programs_without_a_row_read_the_next_words_in_their_order():
+    words = tuple(jnp.zeros((count, 2, 64, 32), jnp.uint16) for count in (5, 16))
+    onto = Onto(draw(2, 320, dtype="bfloat16"), ahead=words)
+    grids = {}
+    for size in (0, 1 << 15, 2 << 15, 3 << 15, 1 << 20):
+        with fix_ahead(size):
+            run = functools.partial(finish_rows, interpret=False)
+            [kernel] = find_kernels(run, Parts(draw(4, 2, 320)), onto)
+        grids[size >> 15] = kernel.params["grid_mapping"].grid
+    # 20,480 words have one whole chunk of 32 KiB, 65,536 have four
+    assert grids == {0: (2,), 1: (3,), 2: (4,), 3: (5,), 32: (7,)}
