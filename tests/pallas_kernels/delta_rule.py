@@ -59,8 +59,14 @@ def draw_products(sizes: Sizes, seed: int) -> list[Parts]:
     for features in (sizes.features, sizes.heads * sizes.value_dim, sizes.heads, sizes.heads):
         sums = rng.standard_normal((sizes.parts, sizes.rows, features))
         bias = rng.standard_normal(features).astype(dtype) if sizes.bias else None
-        products.append(Parts(sums.astype(np.float32 if sizes.parts > 1 else dtype), bias))
+        sums = sums.astype(np.float32 if sizes.parts > 1 else dtype)
+        products.append(_join(sums, bias))
     return products
+
+
+def _join(sums: Any, bias: Any) -> Parts:
+    """Of arrays of NumPy."""
+    return Parts(sums, bias)
 
 
 def draw_cache(sizes: Sizes, seed: int = 1) -> tuple[np.ndarray, np.ndarray]:
@@ -106,7 +112,7 @@ def step(
     q, k = (_divide(_cut(mixed, slice(i * keys, (i + 1) * keys), sizes.key_dim), 1) for i in (0, 1))
     # key heads serve value heads in a row
     q, k = (_apply(part, np.repeat, sizes.heads // sizes.key_heads, 1) for part in (q, k))
-    q = q.times(np.float64(sizes.key_dim**-0.5))
+    q = q.times(np.array(sizes.key_dim**-0.5))
     v = _cut(mixed, slice(2 * keys, None), sizes.value_dim)
     beta, decay = _find_factors(a, b, weights, dtype)
     held = _multiply(state, _apply(decay, np.expand_dims, (2, 3)))

@@ -11,12 +11,14 @@ import functools
 import itertools
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pallas_kernels.errors import BackendError
 from pallas_kernels.formulas.routing_options import Routing
 from pallas_kernels.formulas.routing_scores import SCORINGS
 from pallas_kernels.step.routing import route
@@ -77,9 +79,18 @@ def assert_same(ours, theirs, routing: Routing, experts: int = 6) -> None:
     np.testing.assert_allclose(ours[1], theirs[1], rtol=most, atol=0, equal_nan=True)
 
 
-# few values, and all that is no number
-_LOGITS = st.sampled_from((-3.0, -1.25, 0.0, 0.5, 2.0, 18.0, 30.0, -INF, INF, NAN, -NAN))
-_BIASES = st.sampled_from((-1.5, 0.0, -0.0, 0.25, INF, -INF, 3e38))
+_FINITE, _TOKENS, _EXPERTS = (-3.0, -1.25, 0.0, 0.5, 2.0, 18.0, 30.0), 4, 12
+_BIASES = (-1.5, 0.0, -0.0, 0.25, INF, -INF, 3e38)
+
+
+def draw_row(values) -> st.SearchStrategy:
+    return st.lists(st.sampled_from(values), min_size=_EXPERTS, max_size=_EXPERTS)
+
+
+def draw_rows() -> st.SearchStrategy:
+    """Few values; some tokens have all that is no number."""
+    row = draw_row(_FINITE) | draw_row((*_FINITE, -INF)) | draw_row((*_FINITE, INF, NAN, -NAN))
+    return st.lists(row, min_size=_TOKENS, max_size=_TOKENS)
 
 
 @pytest.mark.parametrize("scoring", SCORINGS)
@@ -96,17 +107,16 @@ def test_whatever_the_logits_are_the_choice_is_that_of_xla(scoring):
             scaling_factor=2.5,
         ),
     ]
-    rows = st.lists(st.lists(_LOGITS, min_size=12, max_size=12), min_size=4, max_size=4)
-    biases = st.none() | st.lists(_BIASES, min_size=12, max_size=12)
+    biases = st.none() | draw_row(_BIASES) | draw_row((-1.5, -2.0, -0.75))
     seen = set()
 
     @settings(max_examples=150, deadline=None, derandomize=True)
-    @given(st.sampled_from(routings), rows, biases)
+    @given(st.sampled_from(routings), draw_rows(), biases)
     def hold(routing, rows, bias):
         rows = jnp.float32(rows)
         bias = None if bias is None else jnp.float32(bias)
         found = run(rows, routing, bias)
-        assert_same(found, run_by_xla(rows, routing, bias), routing, 12)
+        assert_same(found, run_by_xla(rows, routing, bias), routing, _EXPERTS)
         seen.update(np.isnan(np.asarray(found[1])).any(-1).tolist())
 
     hold()
@@ -167,3 +177,14 @@ def test_route_is_one_kernel_on_a_gpu_with_the_slopes_of_xla():
         [kernel] = find_kernels(lambda x, b=backend: route(x, top_k=3, backend=b), logits)
         assert kernel.params["grid_mapping"].grid == (6,)
     assert not find_kernels(lambda x: route(x, top_k=3, backend="xla"), logits)
+
+
+def test_an_unknown_backend_and_an_unknown_number_of_tokens_are_refused():
+    with pytest.raises(BackendError, match="backend must be None or one of"):
+        route(jnp.zeros((2, 8)), top_k=1, backend="cuda")
+    [tokens] = jax.export.symbolic_shape("tokens")
+    rows = jax.ShapeDtypeStruct((tokens, 8), jnp.float32)
+    with pytest.raises(BackendError, match="needs a known number of tokens"):
+        jax.eval_shape(lambda x: route(x, top_k=1, backend="triton"), rows)
+    exported = jax.export.export(jax.jit(lambda x: route(x, top_k=2)))(rows)
+    assert exported.call(np.float32([[0, 3, 1, 2, 0, 0, 0, 0]]))[0].tolist() == [[1, 3]]
