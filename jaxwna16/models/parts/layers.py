@@ -18,6 +18,9 @@ from pallas_kernels.formulas.norms import Norm, Onto, apply_norm
 
 Array = jax.Array
 
+_NARROW = 64
+"""Rows of x and features of a product that is no more than a reduction."""
+
 
 class Dense(nnx.Module):
     """y = x W^T + b with W [N, K] as checkpoints store it; products are summed in float32.
@@ -121,12 +124,30 @@ def matmul_precision(dtype: jax.typing.DTypeLike) -> lax.Precision:
 
 def multiply(x: Array, weight: Array) -> Array:
     """x [..., K] times weight [N, K] transposed, float32 [..., N]."""
+    if weight.shape[0] > _NARROW or x.size > _NARROW * x.shape[-1]:
+        return _multiply_wide(x, weight)
+    return lax.platform_dependent(x, weight, cuda=_multiply_narrow, default=_multiply_wide)
+
+
+def _multiply_wide(x: Array, weight: Array) -> Array:
     return lax.dot_general(
         x,
         weight,
         (((x.ndim - 1,), (1,)), ((), ())),
         precision=matmul_precision(x.dtype),
         preferred_element_type=jnp.float32,
+    )
+
+
+def _multiply_narrow(x: Array, weight: Array) -> Array:
+    """The same as one reduction.
+
+    Of several such products of one x, a GPU's XLA would copy the weights together at each call,
+    multiply, and cut the result: five kernels in place of one.
+    """
+    wide = weight.astype(jnp.float32)
+    return jnp.sum(
+        x[..., None, :].astype(jnp.float32) * jnp.expand_dims(wide, range(x.ndim - 1)), -1
     )
 
 

@@ -92,6 +92,14 @@ def _draw(rng: np.random.Generator, name: str, leaf: jax.ShapeDtypeStruct) -> ja
     return jnp.asarray(rng.normal(size=leaf.shape) * leaf.shape[-1] ** -0.5, leaf.dtype)
 
 
+@pytest.fixture(autouse=True)
+def forget_programs():
+    """Those of a family's kernels, interpreted, take hundreds of MB."""
+    yield
+    make_models.cache_clear()
+    jax.clear_caches()
+
+
 def step(model: CausalLM, cache, tokens, start, count):
     arrays = (jnp.asarray(x, jnp.int32) for x in (tokens, start, count))
     hidden, cache = run_hidden(model, *arrays, cache)
