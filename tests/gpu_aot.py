@@ -46,7 +46,7 @@ import jax
 # jax.sharding has no public name for this yet (0.10 to 0.12)
 from jax._src.mesh import AbstractDevice
 from jax.experimental import topologies
-from jax.sharding import AbstractMesh, SingleDeviceSharding
+from jax.sharding import AbstractMesh, AxisType, SingleDeviceSharding
 
 # the plugin prints a stack trace at every compilation without a GPU; finding its names takes
 # several times as long as compiling
@@ -167,7 +167,9 @@ def aim(arch: str) -> Iterator[None]:
     target = TARGETS[arch]
     # Since 0.11 Pallas-Triton asks the mesh which GPU it lowers for.
     abstract = AbstractDevice(target.device_kind, target.cores, "cuda")
-    with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=abstract)):
+    with jax.sharding.use_abstract_mesh(
+        AbstractMesh((1,), ("x",), (AxisType.Auto,), abstract_device=abstract)
+    ):
         yield
 
 
