@@ -5,19 +5,16 @@ Sparse layers are in `jaxwna16.models.parts.moe`.
 
 from __future__ import annotations
 
-from flax import nnx
-
 from jaxwna16.models.causal_lm import CausalLM
 from jaxwna16.models.llama.config import LlamaConfig
-from jaxwna16.models.parts.attention import LayerCache, SelfAttention
+from jaxwna16.models.parts.attention import SelfAttention
 from jaxwna16.models.parts.decoder import Decoder
+from jaxwna16.models.parts.decoder_layer import Layer
 from jaxwna16.models.parts.layers import MLP, Linears, RMSNorm
 from jaxwna16.models.parts.moe import SparseBlock
-from jaxwna16.models.parts.piece import Following, Piece, Stream
-from pallas_kernels.formulas.norms import Onto
 
 
-class DecoderLayer(nnx.Module):
+class DecoderLayer(Layer):
     """Attention, and an MLP or experts, each on a normalised input and added to the stream."""
 
     def __init__(self, config: LlamaConfig, linears: Linears, layer: int):
@@ -37,24 +34,6 @@ class DecoderLayer(nnx.Module):
         else:
             inner, bias = config.intermediate_size, config.mlp_bias
             self.mlp = MLP(hidden, inner, bias, linears, f"{path}.mlp")
-
-    @property
-    def mixer(self) -> SelfAttention:
-        """What carries tokens over to other tokens."""
-        return self.self_attn
-
-    def make_cache(self, batch: int, slots: int) -> LayerCache:
-        """What the layer keeps of `slots` tokens of each row, empty."""
-        return self.mixer.make_cache(batch, slots)
-
-    def __call__(
-        self, stream: Stream, piece: Piece, cache: LayerCache | None, following: Following
-    ) -> tuple[Stream, LayerCache | None]:
-        norm, words = self.post_attention_layernorm.norm, self.mlp.list_words()
-        onto = Onto(stream.x, early=norm, ahead=words)
-        stream, cache = self.self_attn(stream.taken, piece, cache, onto)
-        onto = Onto(stream.x, early=following.norm, ahead=following.ahead)
-        return Stream(*self.mlp.run_onto(stream.taken, onto)), cache
 
 
 class LlamaDecoder(Decoder):

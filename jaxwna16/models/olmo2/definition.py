@@ -7,18 +7,18 @@ x = x + norm(mlp(x))
 from __future__ import annotations
 
 import jax.numpy as jnp
-from flax import nnx
 
 from jaxwna16.models.causal_lm import CausalLM
 from jaxwna16.models.olmo2.config import Olmo2Config
 from jaxwna16.models.parts.attention import LayerCache, SelfAttention
 from jaxwna16.models.parts.decoder import Decoder
+from jaxwna16.models.parts.decoder_layer import Layer
 from jaxwna16.models.parts.layers import MLP, LateRMSNorm, Linears
 from jaxwna16.models.parts.piece import Following, Piece, Stream
 from pallas_kernels.formulas.norms import Onto
 
 
-class DecoderLayer(nnx.Module):
+class DecoderLayer(Layer):
     """Attention and an MLP, the result of each normalised and added to the stream."""
 
     def __init__(self, config: Olmo2Config, linears: Linears, layer: int):
@@ -36,15 +36,6 @@ class DecoderLayer(nnx.Module):
         self.post_attention_layernorm = LateRMSNorm(hidden, eps, dtype=linears.dtype)
         self.mlp = MLP(hidden, config.intermediate_size, False, linears, f"{path}.mlp")
         self.post_feedforward_layernorm = LateRMSNorm(hidden, eps, dtype=linears.dtype)
-
-    @property
-    def mixer(self) -> SelfAttention:
-        """What carries tokens over to other tokens."""
-        return self.self_attn
-
-    def make_cache(self, batch: int, slots: int) -> LayerCache:
-        """What the layer keeps of `slots` tokens of each row, empty."""
-        return self.mixer.make_cache(batch, slots)
 
     def __call__(
         self, stream: Stream, piece: Piece, cache: LayerCache | None, following: Following

@@ -15,11 +15,12 @@ from flax import nnx
 
 from jaxwna16.layers.fused import gather, project_onto
 from jaxwna16.models.causal_lm import CausalLM
-from jaxwna16.models.parts.attention import LayerCache, SelfAttention
+from jaxwna16.models.parts.attention import SelfAttention
 from jaxwna16.models.parts.decoder import Decoder
+from jaxwna16.models.parts.decoder_layer import Layer
 from jaxwna16.models.parts.layers import MLP, Linears, OffsetRMSNorm, list_words
 from jaxwna16.models.parts.moe import SparseBlock
-from jaxwna16.models.parts.piece import Following, Piece, Stream
+from jaxwna16.models.parts.piece import Piece, Stream
 from jaxwna16.models.qwen3_5.config import Qwen35Config
 from pallas_kernels.formulas.delta_net import DeltaCache, DeltaNet, make_delta_cache
 from pallas_kernels.formulas.norms import Onto
@@ -99,7 +100,7 @@ class GatedDeltaNet(nnx.Module):
         return Stream(*project_onto(y, self.out_proj, onto)), cache
 
 
-class DecoderLayer(nnx.Module):
+class DecoderLayer(Layer):
     """A delta net or attention, then an MLP or experts, each added to the stream."""
 
     def __init__(self, config: Qwen35Config, linears: Linears, layer: int):
@@ -129,19 +130,6 @@ class DecoderLayer(nnx.Module):
     def mixer(self) -> Any:
         """Whichever it has: what carries tokens over to other tokens."""
         return self.self_attn if self.is_full else self.linear_attn
-
-    def make_cache(self, batch: int, slots: int) -> LayerCache | DeltaCache:
-        """What the layer keeps of `slots` tokens of each row, empty."""
-        return self.mixer.make_cache(batch, slots)
-
-    def __call__(
-        self, stream: Stream, piece: Piece, cache: Any, following: Following
-    ) -> tuple[Stream, Any]:
-        norm, words = self.post_attention_layernorm.norm, self.mlp.list_words()
-        onto = Onto(stream.x, early=norm, ahead=words)
-        stream, cache = self.mixer(stream.taken, piece, cache, onto)
-        onto = Onto(stream.x, early=following.norm, ahead=following.ahead)
-        return Stream(*self.mlp.run_onto(stream.taken, onto)), cache
 
 
 class Qwen35Decoder(Decoder):

@@ -1,0 +1,45 @@
+"""`Layer`: what the decoder layers of all families do, whatever mixes tokens and what follows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+from flax import nnx
+
+from jaxwna16.models.parts.piece import Following, Piece, Stream
+from pallas_kernels.formulas.norms import Onto
+
+Array = jax.Array
+
+
+class Layer(nnx.Module):
+    """What carries tokens over to other tokens, then an MLP or experts, each added to the stream.
+
+    A family's subclass makes `self_attn` (or states `mixer`), `mlp`, and norms: `input_layernorm`
+    and `post_attention_layernorm` are of what each of the two takes. Where norms are elsewhere, it
+    has a `__call__` of its own.
+    """
+
+    self_attn: Any
+    mlp: Any
+    post_attention_layernorm: Any
+
+    @property
+    def mixer(self) -> Any:
+        """What carries tokens over to other tokens."""
+        return self.self_attn
+
+    def make_cache(self, batch: int, slots: int) -> Any:
+        """What the layer keeps of `slots` tokens of each row, empty."""
+        return self.mixer.make_cache(batch, slots)
+
+    def __call__(
+        self, stream: Stream, piece: Piece, cache: Any, following: Following
+    ) -> tuple[Stream, Any]:
+        """The stream [B, S, hidden] behind the layer, and the cache with the piece."""
+        norm, words = self.post_attention_layernorm.norm, self.mlp.list_words()
+        onto = Onto(stream.x, early=norm, ahead=words)
+        stream, cache = self.mixer(stream.taken, piece, cache, onto)
+        onto = Onto(stream.x, early=following.norm, ahead=following.ahead)
+        return Stream(*self.mlp.run_onto(stream.taken, onto)), cache
