@@ -335,7 +335,7 @@ def _bench(
 
 
 def _tune(
-    args: argparse.Namespace, cases: Sequence[AnyCase], on_cpu: bool, say: Callable[[str], None]
+    args: argparse.Namespace, cases: Sequence[AnyCase], _: bool, say: Callable[[str], None]
 ) -> Iterator[dict[str, Any]]:
     """The parts of the report so far, after each case; its winner is then in the table."""
     from jaxwna16.bench.run import Deadline
@@ -346,27 +346,31 @@ def _tune(
         tune_cases,
         write_winners,
     )
+    from jaxwna16.bench.tune_ahead import tune_ahead
     from pallas_kernels.tiles.device import find_device
     from pallas_kernels.tiles.tables import user_table_path
 
-    del on_cpu
     device, deadline = find_device(), Deadline(args.seconds or _TUNING_SECONDS)
     path, origin = args.table or user_table_path(device.kind), _describe_origin()
     # read first, so that an unusable table costs no time on the GPU
     table = read_tuned(path, device)
-    entries, plan, tuned = len(table.entries) + len(table.experts), plan_tuning(cases), []
+    entries, ahead = len(table.entries) + len(table.experts), table.ahead
+    plan, tuned = plan_tuning(cases), []
 
     def describe() -> dict[str, Any]:
         left = len(plan) - len(tuned)
         return {
             "tuned": tuned,
-            "table": {"file": str(path), "entries": entries, "cases_without_time": left},
+            "table": dict(file=str(path), entries=entries, cases_without_time=left, ahead=ahead),
         }
 
     yield describe()
     for found in tune_cases(plan, device, deadline, Workbench(deadline), say):
         tuned.append(found.describe())
         entries = write_winners([found], device, path, origin)
+        yield describe()
+    if args.moe is None:
+        ahead = tune_ahead(device, path, origin, deadline, say)
         yield describe()
 
 

@@ -8,7 +8,7 @@ import jax
 import pytest
 
 from jaxwna16.bench import run as running
-from jaxwna16.bench import tune
+from jaxwna16.bench import tune, tune_ahead
 from jaxwna16.cli import bench
 from jaxwna16.cli.main import main
 from pallas_kernels.tiles import device
@@ -246,6 +246,8 @@ def pretended_gpu(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(device, "find_device", lambda: device.Device("an invented GPU", 132))
     monkeypatch.setattr(tune, "Workbench", Trials)
+    # the more is read ahead, the faster is a layer, up to 8 MiB
+    monkeypatch.setattr(tune_ahead, "time_layer", lambda size: 1e-4 + abs(size - (8 << 20)) * 1e-12)
 
 
 TUNE = ["bench", "--tune", "--shapes", "4096x4096", "--tokens", "1,100"]
@@ -258,7 +260,13 @@ def test_tuning_writes_the_table_that_is_named_and_says_what_was_gained(
     outcome = call(*TUNE, "--table", table, "--output", tmp_path / "out", "--json")
     assert outcome.code == 0
     report = outcome.report
-    assert report["table"] == {"file": str(table), "entries": 2, "cases_without_time": 0}
+    assert report["table"] == {
+        "file": str(table),
+        "entries": 2,
+        "cases_without_time": 0,
+        "ahead": 8 << 20,
+    }
+    assert tile_tables.read_table(table).ahead == 8 << 20
     assert [found["tokens"] for found in report["tuned"]] == [1, 128]
     assert all(found["best_seconds"] == 1e-5 for found in report["tuned"])
     entries = tile_tables.read_table(table).entries
@@ -288,7 +296,12 @@ def test_whoever_stops_the_tuner_has_the_winners_before(call, pretended_gpu, tmp
     assert [entry.tokens for entry in tile_tables.read_table(table).entries] == [1]
     report = json.loads((tmp_path / "tuning.json").read_text())
     assert [found["tokens"] for found in report["tuned"]] == [1]
-    assert report["table"] == {"file": str(table), "entries": 1, "cases_without_time": 1}
+    assert report["table"] == {
+        "file": str(table),
+        "entries": 1,
+        "cases_without_time": 1,
+        "ahead": 0,
+    }
 
 
 def test_experts_are_tuned_into_the_same_table(call, pretended_gpu, tmp_path):
@@ -297,7 +310,12 @@ def test_experts_are_tuned_into_the_same_table(call, pretended_gpu, tmp_path):
     experts = ["bench", "--tune", "--moe", "qwen3-30b-a3b", "--tokens", "1,60"]
     outcome = call(*experts, "--table", table, "--output", tmp_path / "out", "--json")
     assert outcome.code == 0
-    assert outcome.report["table"] == {"file": str(table), "entries": 4, "cases_without_time": 0}
+    assert outcome.report["table"] == {
+        "file": str(table),
+        "entries": 4,
+        "cases_without_time": 0,
+        "ahead": 8 << 20,
+    }
     assert [found["tokens"] for found in outcome.report["tuned"]] == [1, 64]
     found = tile_tables.read_table(table)
     assert len(found.entries) == 2
