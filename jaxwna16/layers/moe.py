@@ -23,6 +23,7 @@ from pallas_kernels.errors import SpecError
 from pallas_kernels.format.spec import QuantSpec
 from pallas_kernels.format.weights import check_weights, make_abstract
 from pallas_kernels.formulas.activations import check as check_activation
+from pallas_kernels.formulas.activations import weigh
 from pallas_kernels.formulas.routing_options import Routing
 from pallas_kernels.moe import quant_moe
 from pallas_kernels.step.routing import route
@@ -349,4 +350,4 @@ def weigh_shared(shared: jax.Array | None, gate: jax.Array | None) -> jax.Array 
     shared, gate = convert_array("shared", shared), convert_array("shared_gate", gate)
     if gate.shape != (*shared.shape[:-1], 1):
         raise SpecError(f"shared_gate must be {[*shared.shape[:-1], 1]}, got {list(gate.shape)}")
-    return shared.astype(jnp.float32) * jax.nn.sigmoid(gate.astype(jnp.float32))
+    return weigh(shared, gate)

@@ -72,6 +72,11 @@ def _cut_below(h: jax.Array, limit: float) -> jax.Array:
     return jnp.where(h < limit, limit, h)
 
 
+def weigh(x: jax.Array, gate: jax.Array) -> jax.Array:
+    """x [..., N] times the sigmoid of the logits `gate` [..., 1], float32."""
+    return x.astype(jnp.float32) * jax.nn.sigmoid(gate.astype(jnp.float32))
+
+
 def round_sigmoid(x: jax.Array) -> jax.Array:
     """The sigmoid of a gate, computed in float32 and rounded to the dtype of x."""
     return jax.nn.sigmoid(x.astype(jnp.float32)).astype(x.dtype)

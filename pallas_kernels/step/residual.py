@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import moe
 from pallas_kernels.format.spec import QuantSpec
+from pallas_kernels.formulas.activations import weigh
 from pallas_kernels.formulas.norms import Onto, add_norm
 from pallas_kernels.lowering import choose_at_lowering, has_symbolic
 from pallas_kernels.matmul import check_call, quant_matmul
@@ -144,8 +145,7 @@ def add_shared(y: jax.Array, shared: jax.Array | None, gate: jax.Array | None) -
     """float32 y [..., N] plus `shared` times the sigmoid of its gate's logits [..., 1]."""
     if shared is None:
         return y
-    wide = shared.astype(jnp.float32)
-    return y + (wide if gate is None else wide * jax.nn.sigmoid(gate.astype(jnp.float32)))
+    return y + (shared.astype(jnp.float32) if gate is None else weigh(shared, gate))
 
 
 def _run_flat(run, x: jax.Array, weights: Any, onto: Onto) -> Stream:

@@ -58,6 +58,7 @@ class SparseBlock(nnx.Module):
         ids, factors = route(
             self.gate(x),
             correction_bias=self.gate.read_bias(),
+            backend=options.backend,
             **dataclasses.asdict(options.routing),
         )
         return run_experts_onto(
