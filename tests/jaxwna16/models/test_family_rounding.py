@@ -24,7 +24,8 @@ from flax import nnx
 from jaxwna16.models.causal_lm import CausalLM
 from jaxwna16.models.families import find_family
 from jaxwna16.models.filling.renaming import rename
-from tests.jaxwna16.models.family_rows import BASES, HYBRID, ROWS
+from tests.jaxwna16.models.family_rows import BASES, ROWS
+from tests.jaxwna16.models.family_rows.qwen3_5 import HYBRID
 from tests.jaxwna16.models.hf_models import cast_weights, convert, make_reference, random_tokens
 from tests.jaxwna16.models.rounding import count_steps, draw_exact, round_to
 

@@ -23,7 +23,7 @@ from jaxwna16.models.filling.params import list_leaves
 from pallas_kernels import QuantSpec
 from tests.checkpoints import make_args, read_files
 from tests.jaxprs import find_kernels
-from tests.jaxwna16.models.family_rows import FOUR_LAYERS, USUAL
+from tests.jaxwna16.models.family_rows.qwen3_5 import FOUR_LAYERS, USUAL
 from tests.jaxwna16.models.hf_checkpoints import load_reference, write_folders
 from tests.jaxwna16.models.hf_models import (
     forward,

@@ -1,0 +1,159 @@
+"""Llama and its relatives."""
+
+from __future__ import annotations
+
+from tests.jaxwna16.models.family_rows.row import Row, rope
+
+EXPERTS = {"num_local_experts": 8, "num_experts": 8, "moe_intermediate_size": 48}
+DEEPSEEK = {
+    "n_routed_experts": 16,
+    "num_experts_per_tok": 4,
+    "moe_intermediate_size": 48,
+    "n_shared_experts": 2,
+    "n_group": 4,
+    "topk_group": 2,
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 2.5,
+    "first_k_dense_replace": 1,
+}
+
+ROWS: dict[str, Row] = {
+    "llama": Row(
+        variants={
+            "": {},
+            "tied, all biases": {
+                "tie_word_embeddings": True,
+                "attention_bias": True,
+                "mlp_bias": True,
+            },
+            "one key head, wide heads": {"num_key_value_heads": 1, "head_dim": 32},
+            "linear rope": rope("linear", factor=4.0),
+            "dynamic rope within its length": rope("dynamic", factor=2.0),
+            "dynamic rope past its length": {
+                **rope("dynamic", factor=4.0),
+                "max_position_embeddings": 16,
+            },
+            "llama3 rope": rope(
+                "llama3",
+                factor=8.0,
+                low_freq_factor=1.0,
+                high_freq_factor=4.0,
+                original_max_position_embeddings=32,
+            ),
+            "yarn rope": rope("yarn", factor=4.0, original_max_position_embeddings=32),
+            "yarn rope with mscale": rope(
+                "yarn",
+                factor=4.0,
+                original_max_position_embeddings=32,
+                mscale=0.7,
+                mscale_all_dim=1.2,
+                beta_fast=16.0,
+                beta_slow=2.0,
+                truncate=False,
+            ),
+        },
+        bfloat16={"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True},
+    ),
+    "mistral": Row(
+        variants={"window of 5": {"sliding_window": 5}, "no window": {"sliding_window": None}},
+        group_size=-1,
+        symmetric=True,
+    ),
+    "qwen2": Row(
+        variants={
+            "second layer sliding": {
+                "use_sliding_window": True,
+                "sliding_window": 5,
+                "max_window_layers": 1,
+            },
+            "": {},
+        },
+        group_size=32,
+        scale_dtype="float32",
+    ),
+    "qwen3": Row(
+        variants={
+            "": {"head_dim": 32},
+            "tied, sliding, biases": {
+                "head_dim": 8,
+                "tie_word_embeddings": True,
+                "attention_bias": True,
+                "use_sliding_window": True,
+                "sliding_window": 6,
+                "max_window_layers": 1,
+            },
+        },
+        bits=8,
+        group_size=32,
+        scale_dtype="float16",
+        bfloat16={},
+    ),
+    "mixtral": Row(
+        variants={
+            "": {"num_local_experts": 8},
+            "window of 5, top 1 of 4": {
+                "num_local_experts": 4,
+                "num_experts_per_tok": 1,
+                "sliding_window": 5,
+                "head_dim": 32,
+            },
+        },
+        bfloat16={"num_experts_per_tok": 8},
+    ),
+    "qwen2_moe": Row(
+        variants={
+            "": {**EXPERTS, "num_experts_per_tok": 2, "shared_expert_intermediate_size": 80},
+            "sparse and dense layers, renormalised": {
+                **EXPERTS,
+                "num_experts_per_tok": 3,
+                "norm_topk_prob": True,
+                "shared_expert_intermediate_size": 32,
+                "num_hidden_layers": 6,
+                "decoder_sparse_step": 2,
+                "mlp_only_layers": [3],
+                "qkv_bias": False,
+                "use_sliding_window": True,
+                "sliding_window": 5,
+                "max_window_layers": 3,
+            },
+        },
+        bits=8,
+        group_size=-1,
+        scale_dtype="float32",
+    ),
+    "qwen3_moe": Row(
+        variants={
+            "": {**EXPERTS, "num_experts_per_tok": 2, "norm_topk_prob": True, "head_dim": 32},
+            "16 experts, top 4, tied": {
+                **EXPERTS,
+                "num_experts": 16,
+                "num_experts_per_tok": 4,
+                "tie_word_embeddings": True,
+                "attention_bias": True,
+                "use_sliding_window": True,
+                "sliding_window": 6,
+            },
+        },
+        bits=8,
+    ),
+    "dots1": Row(
+        needed={"n_routed_experts": 8, "n_shared_experts": 1, "num_experts_per_tok": 2},
+        variants={
+            "grouped": {**DEEPSEEK, "sliding_window": 5, "max_window_layers": 1},
+            "one group": {
+                **DEEPSEEK,
+                "n_group": 1,
+                "topk_group": 1,
+                "norm_topk_prob": False,
+                "head_dim": 32,
+            },
+        },
+    ),
+    "glm4_moe": Row(
+        variants={
+            "grouped": {**DEEPSEEK, "head_dim": 24, "attention_bias": True},
+            "normalised heads": {**DEEPSEEK, "use_qk_norm": True},
+        },
+        scale_dtype="float32",
+    ),
+}
