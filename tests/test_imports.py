@@ -73,6 +73,7 @@ WINGS = {
         __init__
         filling
         families
+        nearest
         FAMILY
         causal_lm
         parts

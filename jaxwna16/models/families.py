@@ -18,6 +18,7 @@ from jaxwna16.models.config.language_config import LanguageConfig
 from jaxwna16.models.llama import config as llama_config
 from jaxwna16.models.llama import names as llama_names
 from jaxwna16.models.llama.relatives import RELATIVES
+from jaxwna16.models.nearest import describe_unsupported
 from jaxwna16.models.olmo2 import config as olmo2_config
 from jaxwna16.models.qwen3_5 import config as qwen3_5_config
 from jaxwna16.models.qwen3_5 import names as qwen3_5_names
@@ -80,7 +81,9 @@ def find_family(config: Mapping[str, Any]) -> Family:
     reader = ConfigReader(config)
     model_type = reader.choose("model_type", None, MODEL_TYPES, required=True)
     if model_type is None:
-        raise ModelError("this model is not supported", reader.reasons)
+        reads = {name: family.read for family in FAMILIES for name in family.model_types}
+        reasons = [*reader.reasons, *describe_unsupported(config, reads)]
+        raise ModelError("this model is not supported", reasons)
     return next(family for family in FAMILIES if model_type in family.model_types)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from jaxwna16.models.config.asked_keys import AskedKeys
 from loaders.errors import cut_text
 
 MAX_COUNT = 2**31 - 1
@@ -24,9 +25,9 @@ class ConfigReader:
     """
 
     def __init__(self, config: Mapping[str, Any], section: str = ""):
-        self.given = config
+        self.given = AskedKeys(config)
         self.section = section
-        self.config = {key: value for key, value in config.items() if value is not None}
+        self.config = AskedKeys({k: value for k, value in config.items() if value is not None})
         self.reasons: list[str] = []
 
     def refuse(self, key: str, found: object, expected: str) -> None:
