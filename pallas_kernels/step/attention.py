@@ -33,7 +33,7 @@ def project_and_attend(
     x: jax.Array,
     linears: Sequence[Linear],
     norms: tuple[Norm | None, Norm | None],
-    rotation: tuple[jax.Array, jax.Array],
+    rotation: tuple[jax.Array, jax.Array] | None,
     start: jax.Array,
     count: jax.Array,
     window: int | None,
@@ -49,7 +49,7 @@ def project_and_attend(
       x: [B, S, K].
       linears: of q, k and v.
       norms: of queries and keys, or None.
-      rotation: cosines and sines of the positions, [B, S, R / 2].
+      rotation: cosines and sines of the positions, [B, S, R / 2]; None rotates nothing.
       start, count, window: as in `attend`.
       cache: keys and values [B * kv_heads, C, D] of the tokens before; None for a piece that is
         whole rows.
@@ -91,7 +91,7 @@ def project_and_attend(
             v,
             q_norm=norms[0],
             k_norm=norms[1],
-            rotation=tuple(table[:, 0] for table in rotation),
+            rotation=jax.tree.map(lambda table: table[:, 0], rotation),
             position=start,
             active=count,
             cache_k=cache[0],

@@ -20,7 +20,7 @@ Cache = tuple[Array, Array]
 def mix(
     products: Sequence[Array],
     norms: tuple[Norm | None, Norm | None],
-    rotation: tuple[Array, Array],
+    rotation: tuple[Array, Array] | None,
     start: Array,
     count: Array,
     cache: Cache | None,
@@ -31,6 +31,7 @@ def mix(
     """From q, k and v [B, S, N] to the mixed values [B, S, H * D], and the cache with the piece.
 
     Args:
+      rotation: cosines and sines [B, S, R / 2]; None rotates nothing.
       attend: attention over the cache, or over the piece's own keys and values without one.
     """
     q, k, v = products
@@ -46,9 +47,10 @@ def mix(
         q, gate = jnp.split(q.reshape(*lead, -1, 2 * heads.head_dim), 2, axis=-1)
     q, k, v = (y.reshape(*lead, -1, heads.head_dim) for y in (q, k, v))
     q, k = (
-        rotate(y if norm is None else apply_norm(y, norm), *rotation)
-        for y, norm in zip((q, k), norms, strict=True)
+        y if norm is None else apply_norm(y, norm) for y, norm in zip((q, k), norms, strict=True)
     )
+    if rotation is not None:
+        q, k = (rotate(y, *rotation) for y in (q, k))
     held = _fold_heads(k), _fold_heads(v)
     if cache is not None:
         held = cache = _write_slots(cache, held, _find_slots(start, count, lead[1]))

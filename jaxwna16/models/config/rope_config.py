@@ -122,6 +122,21 @@ def read_rope(reader: ConfigReader, max_positions: int, theta: float) -> RopeCon
     )
 
 
+def read_rotated(reader: ConfigReader, layers: int) -> tuple[bool, ...]:
+    """Per layer, whether it rotates heads: `no_rope_layers`, a 1 where it does (SmolLM3).
+
+    Where that is absent, all but every `no_rope_layer_interval`-th layer do.
+    """
+    step, given = reader.count("no_rope_layer_interval", 4), reader.config.get("no_rope_layers")
+    if given is None:
+        return tuple((i + 1) % step != 0 for i in range(layers))
+    if not isinstance(given, list) or len(given) < layers or any(n not in (0, 1) for n in given):
+        expected = f"at least {layers} entries, each 1 for a layer with rope or 0 for one without"
+        reader.refuse("no_rope_layers", given, expected)
+        return (True,) * layers
+    return tuple(n == 1 for n in given[:layers])
+
+
 def _find_rope(reader: ConfigReader) -> tuple[str, Any]:
     """The key that has the rope parameters, and these.
 

@@ -23,6 +23,7 @@ def read_stated(
     states_kv_heads: bool = True,
     head_dim: int | None = None,
     partial_rotary_factor: float = 1.0,
+    tied: bool = False,
 ) -> dict[str, Any]:
     """The fields of `LanguageConfig` but for those of experts and of layers that predict.
 
@@ -33,6 +34,7 @@ def read_stated(
       states_kv_heads: whether `num_key_value_heads` must be there, too; otherwise there are as many
         as `num_attention_heads` where it is absent. Where it is null, there always are.
       head_dim: None is hidden_size / num_attention_heads.
+      tied: `tie_word_embeddings` of the family.
     """
     refuse_others(reader)
     if not reader.given.get("is_causal", True):
@@ -45,7 +47,7 @@ def read_stated(
         "intermediate_size": reader.count("intermediate_size"),
         "rotary_dim": read_rotary_dim(reader, head_dim, partial_rotary_factor),
         "rms_norm_eps": reader.number("rms_norm_eps", rms_norm_eps),
-        "tie_word_embeddings": reader.flag("tie_word_embeddings"),
+        "tie_word_embeddings": reader.flag("tie_word_embeddings", tied),
         "rope": read_rope(reader, positions, rope_theta),
         "dtype": read_saved_dtype(reader),
         "eos_token_ids": read_eos(reader),

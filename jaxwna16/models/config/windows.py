@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Literal
 
 from jaxwna16.models.config.config_reader import ConfigReader
 
@@ -23,13 +24,14 @@ class WindowRule:
       has_switch: whether there are windows only where `use_sliding_window` is true.
       slides: whether a layer of a model with windows has one, of its number and
         `max_window_layers`; a list of `layer_types` comes before it. None is a window in every
-        layer, without such a list.
-      max_window_layers: where `slides` is given.
+        layer, without such a list. "unrotated" is one in every layer without rope, and such a list
+        comes before it, too.
+      max_window_layers: where `slides` is a function.
     """
 
     size: int | None
     has_switch: bool = False
-    slides: Callable[[int, int], bool] | None = None
+    slides: Callable[[int, int], bool] | Literal["unrotated"] | None = None
     max_window_layers: int = 0
 
 
@@ -54,12 +56,15 @@ def slide_every_other_until(layer: int, last: int) -> bool:
     return layer % 2 == 0 and layer < last
 
 
-def read_windows(reader: ConfigReader, rule: Windows, layers: int) -> tuple[int | None, ...]:
+def read_windows(
+    reader: ConfigReader, rule: Windows, layers: int, rotated: Sequence[bool] = ()
+) -> tuple[int | None, ...]:
     """Sliding windows per layer, None for none.
 
     Args:
       rule: of the family.
       layers: how many there are.
+      rotated: per layer, whether it has rope, where the rule asks for it.
     """
     if rule is None:
         _refuse_windows(reader)
@@ -71,9 +76,11 @@ def read_windows(reader: ConfigReader, rule: Windows, layers: int) -> tuple[int 
         if types is not None:
             reader.refuse(_TYPES, types, f"none in a {reader.config['model_type']} model")
         return (window,) * layers
-    last = _read_last(reader, rule)
     if types is not None:
         return _read_types(reader, rule, window, layers)
+    if rule.slides == "unrotated":
+        return tuple(None if has_rope else window for has_rope in rotated)
+    last = _read_last(reader, rule)
     return tuple(window if rule.slides(i, last) else None for i in range(layers))
 
 

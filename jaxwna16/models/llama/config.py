@@ -10,6 +10,7 @@ from jaxwna16.errors import ModelError
 from jaxwna16.models.config.config_reader import ConfigReader
 from jaxwna16.models.config.language_config import MAX_LAYERS, LanguageConfig
 from jaxwna16.models.config.moe_config import read_moe
+from jaxwna16.models.config.rope_config import read_rotated
 from jaxwna16.models.config.stated import check_reasons, read_stated
 from jaxwna16.models.config.windows import read_windows
 from jaxwna16.models.llama.relatives import RELATIVES, Rule
@@ -22,6 +23,7 @@ class LlamaConfig(LanguageConfig):
     Attributes:
       qkv_bias, out_bias, mlp_bias: which linears have a bias.
       qk_norm: whether queries and keys are normalised per head (Qwen3).
+      rotated: per layer, whether it rotates heads.
       windows: per layer, how many tokens a query sees (itself included), or None for all before it.
     """
 
@@ -29,6 +31,7 @@ class LlamaConfig(LanguageConfig):
     out_bias: bool
     mlp_bias: bool
     qk_norm: bool
+    rotated: tuple[bool, ...]
     windows: tuple[int | None, ...]
 
     @classmethod
@@ -53,15 +56,18 @@ class LlamaConfig(LanguageConfig):
             states_kv_heads=family.states_kv_heads,
             head_dim=family.head_dim,
             partial_rotary_factor=family.partial_rotary_factor,
+            tied=family.tied,
         )
         layers = stated["num_hidden_layers"]
+        rotated = read_rotated(reader, layers) if family.has_unrotated else (True,) * layers
         parsed = cls(
             **stated,
             qkv_bias=_decide(reader, family.qkv_bias),
             out_bias=_decide(reader, family.out_bias),
             mlp_bias=_decide(reader, family.mlp_bias),
             qk_norm=_decide(reader, family.qk_norm),
-            windows=read_windows(reader, family.windows, layers),
+            rotated=rotated,
+            windows=read_windows(reader, family.windows, layers, rotated),
             moe=read_moe(reader, family.experts, layers),
             prediction_layers=reader.count(
                 "num_nextn_predict_layers",

@@ -6,6 +6,7 @@ Sparse layers are in `jaxwna16.models.parts.moe`.
 from __future__ import annotations
 
 from jaxwna16.models.causal_lm import CausalLM
+from jaxwna16.models.config.rope_config import RopeConfig
 from jaxwna16.models.llama.config import LlamaConfig
 from jaxwna16.models.parts.attention import SelfAttention
 from jaxwna16.models.parts.decoder import Decoder
@@ -37,12 +38,15 @@ class DecoderLayer(Layer):
 
 
 class LlamaDecoder(Decoder):
-    """The decoder of Llama and its relatives, some layers of which see windows only."""
+    """The decoder of Llama and its relatives: some layers see windows only or have no rope."""
 
     make_layer, make_norm = DecoderLayer, RMSNorm
 
     def list_windows(self) -> tuple[int | None, ...]:
         return self.config.windows
+
+    def list_ropes(self) -> list[RopeConfig | None]:
+        return [self.config.rope if has_rope else None for has_rope in self.config.rotated]
 
 
 class Llama(CausalLM):

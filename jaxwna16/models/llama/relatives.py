@@ -33,6 +33,8 @@ class Relative:
       states_kv_heads: whether `num_key_value_heads` must be there; otherwise there are as many as
         `num_attention_heads` where it is absent. Where it is null, there always are.
       head_dim: None is hidden_size / num_attention_heads.
+      tied: whether the head is the embedding.
+      has_unrotated: whether some layers have no rope, see `read_rotated`.
       windows: how config.json states sliding windows, see `read_windows`.
       experts: how it states experts, see `read_moe`.
       has_prediction_layers: whether one layer past the last predicts tokens, if config.json is
@@ -48,6 +50,8 @@ class Relative:
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
     partial_rotary_factor: float = 1.0
+    tied: bool = False
+    has_unrotated: bool = False
     windows: Windows = None
     experts: ExpertRule | None = None
     has_prediction_layers: bool = False
@@ -72,6 +76,15 @@ RELATIVES = {
         qk_norm=True,
         head_dim=128,
         windows=WindowRule(size=4096, has_switch=True, slides=slide_from, max_window_layers=28),
+    ),
+    "smollm3": Relative(
+        qkv_bias=_ATTENTION_BIAS,
+        out_bias=_ATTENTION_BIAS,
+        mlp_bias=("mlp_bias", False),
+        rope_theta=2e6,
+        tied=True,
+        has_unrotated=True,
+        windows=WindowRule(size=None, has_switch=True, slides="unrotated"),
     ),
     "mixtral": Relative(
         rms_norm_eps=1e-5,

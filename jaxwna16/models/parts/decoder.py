@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import jax
 from flax import nnx
 
+from jaxwna16.models.config.rope_config import RopeConfig
 from jaxwna16.models.parts.layers import Embedding, Linears
 from jaxwna16.models.parts.piece import Following, Piece, Stream, find_positions
 from jaxwna16.models.parts.rope import rotation_tables
@@ -54,6 +55,10 @@ class Decoder(nnx.Module):
         """Per layer, how many tokens a query sees (itself included), or None for all before it."""
         return [None] * len(self.layers)
 
+    def list_ropes(self) -> Sequence[RopeConfig | None]:
+        """Per layer, the rope that turns its heads, or None where nothing does."""
+        return [self.config.rope] * len(self.layers)
+
     def make_cache(self, batch: int, slots: int) -> Cache:
         """An empty cache for `slots` tokens of each row."""
         return tuple(layer.make_cache(batch, slots) for layer in self.layers)
@@ -65,14 +70,18 @@ class Decoder(nnx.Module):
         config = self.config
         positions = find_positions(start, count, tokens.shape[1])
         x = self.embed_tokens(tokens)
-        rotation = rotation_tables(
-            config.rope, config.rotary_dim, positions, self.rope_dtype or x.dtype
-        )
+        ropes = self.list_ropes()
+        # one table each: layers that share a rope share it, too
+        tables = {
+            rope: rotation_tables(rope, config.rotary_dim, positions, self.rope_dtype or x.dtype)
+            for rope in dict.fromkeys(ropes)
+            if rope is not None
+        }
         first = getattr(self.layers[0], "input_layernorm", None)
         stream = Stream(x, None if first is None else first(x))
         caches = []
-        for i, window in enumerate(self.list_windows()):
-            piece = Piece(rotation, start, count, window)
+        for i, (window, rope) in enumerate(zip(self.list_windows(), ropes, strict=True)):
+            piece = Piece(None if rope is None else tables[rope], start, count, window)
             before = None if cache is None else cache[i]
             following = self._find_following(i)
             stream, after = run_layer(self.layers[i], stream, piece, before, following)

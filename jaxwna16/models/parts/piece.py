@@ -24,13 +24,14 @@ class Piece:
     """What a layer is told of the tokens.
 
     Attributes:
-      rotation: cosines and sines of the positions, see `rotation_tables`.
+      rotation: cosines and sines of the positions, see `rotation_tables`; None where the layer does
+        not rotate heads.
       start: int32 [B], how many tokens of each row come before.
       lengths: int32 [B], how many tokens of each row are no padding.
       window: how many tokens each attends to, itself included; None is all before it.
     """
 
-    rotation: tuple[Array, Array]
+    rotation: tuple[Array, Array] | None
     start: Array
     lengths: Array
     window: int | None

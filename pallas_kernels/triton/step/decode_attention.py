@@ -84,7 +84,7 @@ def attend_token(
     *,
     q_norm: Norm | None,
     k_norm: Norm | None,
-    rotation: tuple[Array, Array],
+    rotation: tuple[Array, Array] | None,
     position: Array,
     active: Array,
     cache_k: Array,
@@ -104,7 +104,7 @@ def attend_token(
       q_norm, k_norm: of each head, before it is rotated.
       rotation: cosines and sines [B, R / 2] of the position: the first R <= D features of a head
         are rotated, as two halves. In the cache's dtype each product is rounded, in float32 only
-        the result.
+        the result. None rotates nothing.
       position: int32 [B], the slot of the new token.
       active: int32 [B], 0 for a row that takes no part: its cache stays as it is, whatever its
         position, and its result means nothing.
@@ -126,7 +126,7 @@ def attend_token(
     task = Task(
         kv_heads=kv_heads,
         group=q.features // (stride * kv_heads),
-        features=Features(head_dim, 2 * rotation[0].shape[-1]),
+        features=Features(head_dim, 0 if rotation is None else 2 * rotation[0].shape[-1]),
         window=window,
         gated=gated,
         scale=head_dim**-0.5 if scale is None else scale,
@@ -178,7 +178,7 @@ def _check(task: Task, q: Parts, k: Parts, v: Parts, norms, batch: int, cache_k,
 def attend_splits(
     projected: tuple[Parts, Parts, Parts],
     norms: tuple[Norm | None, Norm | None],
-    rotation: tuple[Array, Array],
+    rotation: tuple[Array, Array] | None,
     places: tuple[Array, Array],
     caches: tuple[Array, Array],
     task: Task,

@@ -57,7 +57,7 @@ def load_head(
     row: jax.Array,
     starts: jax.Array,
     features: Features,
-    rotation: tuple[Any, Any],
+    rotation: tuple[Any, Any] | None,
     norm: Norm | None,
     dtype: Any,
     wanted: jax.Array | None = None,
@@ -67,27 +67,30 @@ def load_head(
     Args:
       parts: `Parts` of references.
       starts: int32 [G, 1], the first feature of each head.
-      rotation: references to cosines and sines [B, R / 2].
+      rotation: references to cosines and sines [B, R / 2]; None if no feature is rotated.
       norm: whose weight is a reference.
       wanted: whether to load anything, or get zeros.
 
     Returns:
       [G, D padded].
     """
-    own, partner = features.own, features.partner
+    own = features.own
+    columns = [own] if rotation is None else [own, features.partner]
     shape = (starts.shape[0], own.shape[1])
     mask = features.inside if wanted is None else features.inside & wanted
     mask = jnp.broadcast_to(mask, shape)
-    x = load_sum(parts, row, starts + own, mask).astype(dtype)
-    other = load_sum(parts, row, starts + partner, mask).astype(dtype)
+    heads = [load_sum(parts, row, starts + column, mask).astype(dtype) for column in columns]
     if norm is not None:
-        wide = x.astype(jnp.float32)
+        wide = heads[0].astype(jnp.float32)
         mean = jnp.sum(wide * wide, axis=1) / features.head_dim
         factor = lax.rsqrt(mean + norm.eps)[:, None]
-        x = _scale(x, factor, norm, own, features.inside)
-        other = _scale(other, factor, norm, partner, features.inside)
-    if not features.rotated:
-        return x
+        heads = [
+            _scale(x, factor, norm, column, features.inside)
+            for x, column in zip(heads, columns, strict=True)
+        ]
+    if rotation is None:
+        return heads[0]
+    x, other = heads
     turned = _turn(x, other, row, features, rotation)
     return jnp.where(jnp.broadcast_to(own < features.rotated, shape), turned, x)
 

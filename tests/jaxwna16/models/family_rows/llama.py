@@ -88,6 +88,27 @@ ROWS: dict[str, Row] = {
         scale_dtype="float16",
         bfloat16={},
     ),
+    "smollm3": Row(
+        variants={
+            "": {"num_hidden_layers": 4},
+            "untied, all biases, other layers without rope": {
+                "tie_word_embeddings": False,
+                "attention_bias": True,
+                "mlp_bias": True,
+                "no_rope_layers": [0, 1, 0],
+                "num_hidden_layers": 3,
+                "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+                "use_sliding_window": True,
+                "sliding_window": 5,
+            },
+            "windows where there is no rope": {
+                "no_rope_layer_interval": 2,
+                "use_sliding_window": True,
+                "sliding_window": 5,
+            },
+        },
+        group_size=32,
+    ),
     "mixtral": Row(
         variants={
             "": {"num_local_experts": 8},

@@ -103,6 +103,7 @@ def test_biases_and_norms_follow_the_family():
         "mistral": (False, False, False, False),
         "qwen2": (True, False, False, False),
         "qwen3": (True, True, False, True),
+        "smollm3": (True, True, True, False),
         "mixtral": (False, False, False, False),
         "qwen2_moe": (True, False, False, False),
         "qwen3_moe": (True, True, False, True),
@@ -205,6 +206,9 @@ def test_frequencies_equal_those_of_transformers_to_the_last_bits(family):
         ({"model_type": "qwen2", "layer_types": 2}, "layer_types: expected 2 entries"),
         ({"model_type": "qwen2", "max_window_layers": "x"}, "max_window_layers: expected an int"),
         ({"model_type": "mistral", "sliding_window": 0}, "sliding_window: expected an integer"),
+        ({"model_type": "smollm3", "no_rope_layers": [1]}, "no_rope_layers: expected at least 2"),
+        ({"model_type": "smollm3", "no_rope_layers": [1, 2]}, "1 for a layer with rope or 0"),
+        ({"model_type": "smollm3", "no_rope_layer_interval": 0}, "no_rope_layer_interval"),
     ],
 )
 def test_what_is_not_supported_is_refused_with_the_key_and_the_choices(changes, reason):

@@ -211,6 +211,15 @@ def test_whole_numbers_are_exact():
     np.testing.assert_array_equal(result.reshape(exact.shape), exact)
 
 
+@pytest.mark.parametrize("norm", ["", "wide"])
+def test_without_tables_heads_are_as_with_empty_ones(norm):
+    step = Step(16, 2, (40, 3), 50, 2, norm=norm)
+    given = draw(step)
+    bare = dataclasses.replace(given, rotation=None)
+    for found, right in zip(run(step, bare, TWO), run(step, given, TWO), strict=True):
+        np.testing.assert_array_equal(found, right)
+
+
 def test_the_rule_divides_a_cache_that_nobody_divided():
     step = Step(16, 2, (300, 90), 400, 1, 16)
     given = draw(step)
