@@ -1,16 +1,16 @@
 """Root mean square norms, and the residual stream that a product is added to.
 
-    x' = residual + late(y)        y the product, rounded to the stream's dtype
-    h  = early(x')                 what the next product takes
+    x' = residual + factor late(y)    y the product, rounded to the stream's dtype
+    h  = early(x')                    what the next product takes
 
-Most models have `early` norms alone; OLMo 2 has `late` ones alone, others have both.
+Most models have `early` norms alone; OLMo 2 has `late` ones alone, others have both. Granite has a
+factor that is not 1.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -39,7 +39,13 @@ class Norm:
     kind: str
 
 
-class Onto(NamedTuple):
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["residual", "late", "early", "ahead"],
+    meta_fields=["factor"],
+)
+@dataclasses.dataclass(frozen=True)
+class Onto:
     """Where a product goes; see the module's docstring.
 
     Attributes:
@@ -48,12 +54,14 @@ class Onto(NamedTuple):
       early: norm of the sum, or None.
       ahead: packed words that the next product takes. They change no result; see
         `pallas_kernels.tiles.ahead`.
+      factor: of what is added, which is rounded once more behind it.
     """
 
     residual: jax.Array
     late: Norm | None = None
     early: Norm | None = None
     ahead: tuple[jax.Array, ...] = ()
+    factor: float = 1.0
 
 
 def normalise(x: jax.Array, eps: float) -> jax.Array:
@@ -76,7 +84,16 @@ def apply_weight(normalised: jax.Array, weight: jax.Array, kind: str, dtype) -> 
     return (normalised * (1 + factor if kind == "offset" else factor)).astype(dtype)
 
 
+def apply_factor(x: jax.Array, factor: float) -> jax.Array:
+    """x times a number that is not rounded before: computed in float32, in the dtype of x."""
+    if factor == 1:
+        return x
+    # times a Python number, the number would be rounded to the dtype of x first
+    return (x.astype(jnp.float32) * factor).astype(x.dtype)
+
+
 def add_norm(y: jax.Array, onto: Onto) -> tuple[jax.Array, jax.Array | None]:
     """Add y [..., N] to the stream: x' and h (None without `early`)."""
-    x = onto.residual + (y if onto.late is None else apply_norm(y, onto.late))
+    y = y if onto.late is None else apply_norm(y, onto.late)
+    x = onto.residual + apply_factor(y, onto.factor)
     return x, None if onto.early is None else apply_norm(x, onto.early)

@@ -64,13 +64,13 @@ def project_and_attend(
     arrays, call = separate(linears, backend, prefer)
     if cache is None or x.shape[1] > 1 or has_symbolic(x.shape) or 0 in x.shape:
         products = call.multiply(x, arrays)
-        run = functools.partial(attend, window=window, backend=backend)
+        run = functools.partial(attend, window=window, scale=heads.scale, backend=backend)
         return mix(products, norms, rotation, start, count, cache, heads=heads, attend=run)
     x = call.check(x, arrays)
 
     def by_xla(x, arrays, norms, rotation, start, count, cache):
         products = call.multiply_by_xla(x, arrays)
-        run = functools.partial(attend_by_xla, window=window)
+        run = functools.partial(attend_by_xla, window=window, scale=heads.scale)
         return mix(products, norms, rotation, start, count, cache, heads=heads, attend=run)
 
     def by_triton(x, arrays, norms, rotation, start, count, cache, *, interpret):
@@ -99,6 +99,7 @@ def project_and_attend(
             kv_heads=heads.kv_heads,
             window=window,
             gated=heads.gated,
+            scale=heads.scale,
             interpret=interpret,
         )
         return mixed[:, None], tuple(cache)
@@ -115,6 +116,7 @@ def attend(
     count: jax.Array,
     window: int | None,
     *,
+    scale: float | None = None,
     backend: str | None = None,
 ) -> jax.Array:
     """Causal attention of the queries of a piece, softmax in float32.
@@ -130,6 +132,7 @@ def attend(
       start, count: int32 [B], how many tokens come before the piece, and how many are in it.
         Results of queries from `count` on mean nothing, but are finite.
       window: how many tokens a query sees, itself included; None is all before it.
+      scale: of the scores; None is 1 / sqrt(D).
       backend: as in `quant_matmul`; float32 is always XLA's.
 
     Returns:
@@ -138,11 +141,12 @@ def attend(
     Raises:
       BackendError: if sizes are symbolic (in `jax.export`) where a GPU kernel is lowered.
     """
-    by_xla = functools.partial(attend_by_xla, window=window)
+    facts = {"window": window, "scale": scale}
+    by_xla = functools.partial(attend_by_xla, **facts)
     # one query fills no tile
     if q.shape[1] == 1 or (backend is None and _is_doubtful()):
         return by_xla(q, cache_k, cache_v, start, count)
-    by_triton = functools.partial(_attend_by_triton, window=window)
+    by_triton = functools.partial(_attend_by_triton, **facts)
     choose = choose_at_lowering(by_xla, by_triton, backend, q.dtype)
     return choose(q, cache_k, cache_v, start, count)
 
@@ -156,7 +160,7 @@ def _is_doubtful() -> bool:
     return find_device().is_blackwell and jax.__version_info__ >= (0, 12)
 
 
-def _attend_by_triton(q, cache_k, cache_v, start, count, *, window, interpret) -> jax.Array:
+def _attend_by_triton(q, cache_k, cache_v, start, count, *, interpret, **facts) -> jax.Array:
     # imported here, so that all else works where a later jax has no Pallas-Triton
     from pallas_kernels.triton.step.flash import attend_piece
 
@@ -164,6 +168,4 @@ def _attend_by_triton(q, cache_k, cache_v, start, count, *, window, interpret) -
         refused = refuse_at_lowering(_SYMBOLIC.format(q=list(q.shape), k=list(cache_k.shape)))
         batch, steps, heads, head_dim = q.shape
         return jnp.full((batch, steps, heads * head_dim), refused.astype(q.dtype))
-    return attend_piece(
-        q, cache_k, cache_v, start=start, count=count, window=window, interpret=interpret
-    )
+    return attend_piece(q, cache_k, cache_v, start=start, count=count, interpret=interpret, **facts)

@@ -5,6 +5,7 @@ On a GPU the sum over the splits of K, the sum with the stream and the norms are
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -52,12 +53,12 @@ def multiply_onto(
         from pallas_kernels.triton.step.add_norm import finish_rows
 
         def run(rows, others):
-            weights, *rest = others
+            weights, rest = others
             options = {"prefer": prefer, "interpret": interpret}
             [product] = multiply_each(rows[0], [weights], [spec], **options)
-            return finish_rows(product, Onto(rows[1], *rest), interpret=interpret)
+            return finish_rows(product, _put(rest, rows[1]), interpret=interpret)
 
-        return fold_vmap(run)((x, onto.residual), (weights, *onto[1:]))
+        return fold_vmap(run)((x, onto.residual), (weights, _put(onto, None)))
 
     run = choose_at_lowering(by_xla, by_triton, backend, x.dtype)
     return _run_flat(run, x, dict(weights), onto)
@@ -73,9 +74,9 @@ def add_onto(y: jax.Array, onto: Onto, *, backend: str | None = None) -> Stream:
         from pallas_kernels.triton.step.add_norm import finish_rows
 
         def run(rows, rest):
-            return finish_rows(Parts(rows[0][None]), Onto(rows[1], *rest), interpret=interpret)
+            return finish_rows(Parts(rows[0][None]), _put(rest, rows[1]), interpret=interpret)
 
-        return fold_vmap(run)((y, onto.residual), tuple(onto[1:]))
+        return fold_vmap(run)((y, onto.residual), _put(onto, None))
 
     run = choose_at_lowering(lambda y, _, onto: add_norm(y, onto), by_triton, backend, y.dtype)
     return _run_flat(run, y, {}, onto)
@@ -119,16 +120,16 @@ def run_experts_onto(
 
         def run(rows, others):
             x, ids, factors, shared, gate, residual = rows
-            stacks, *rest = others
+            stacks, rest = others
             product, local = multiply_experts(
                 call, (x, ids, factors), None, stacks, interpret=interpret
             )
             experts = Experts(local, call.experts, shared, gate)
-            return finish_rows(product, Onto(residual, *rest), experts, interpret=interpret)
+            return finish_rows(product, _put(rest, residual), experts, interpret=interpret)
 
         ids, factors, stacks, shared, gate = weights
         rows = x, ids, factors, shared, gate, onto.residual
-        return fold_vmap(run)(rows, (stacks, *onto[1:]))
+        return fold_vmap(run)(rows, (stacks, _put(onto, None)))
 
     def flatten(leaf):
         return None if leaf is None else leaf.reshape(-1, leaf.shape[-1])
@@ -148,8 +149,13 @@ def add_shared(y: jax.Array, shared: jax.Array | None, gate: jax.Array | None) -
     return y + (shared.astype(jnp.float32) if gate is None else weigh(shared, gate))
 
 
+def _put(onto: Onto, residual: Any) -> Onto:
+    """The same with another stream."""
+    return dataclasses.replace(onto, residual=residual)
+
+
 def _run_flat(run, x: jax.Array, weights: Any, onto: Onto) -> Stream:
     """`run` with the leading dimensions folded into one."""
     shape = onto.residual.shape
-    flat = onto._replace(residual=onto.residual.reshape(-1, shape[-1]))
+    flat = _put(onto, onto.residual.reshape(-1, shape[-1]))
     return jax.tree.map(lambda y: y.reshape(shape), run(x.reshape(-1, x.shape[-1]), weights, flat))

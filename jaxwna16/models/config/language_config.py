@@ -28,6 +28,10 @@ class LanguageConfig:
       moe: experts and routing; None in a model without.
       prediction_layers: how many layers may stand past the last in the files, for predicting
         several tokens at once.
+      embedding_multiplier: of the rows of the embedding, where they enter the stream.
+      residual_multiplier: of what a layer's two parts add to the stream.
+      attention_scale: of the scores; None is 1 / sqrt(head_dim).
+      logit_scale: of the logits.
     """
 
     model_type: str
@@ -47,6 +51,10 @@ class LanguageConfig:
     eos_token_ids: tuple[int, ...]
     moe: MoeConfig | None
     prediction_layers: int = 0
+    embedding_multiplier: float = 1.0
+    residual_multiplier: float = 1.0
+    attention_scale: float | None = None
+    logit_scale: float = 1.0
 
     @property
     def max_length(self) -> int:

@@ -54,6 +54,16 @@ def read_stated(
     }
 
 
+def read_multipliers(reader: ConfigReader) -> dict[str, float]:
+    """The four multipliers of Granite, each 1 where it is absent, as fields of `LanguageConfig`."""
+    return {
+        "embedding_multiplier": reader.number("embedding_multiplier", 1.0),
+        "residual_multiplier": reader.number("residual_multiplier", 1.0),
+        "attention_scale": reader.number("attention_multiplier", 1.0),
+        "logit_scale": 1 / reader.number("logits_scaling", 1.0),
+    }
+
+
 def check_reasons(reader: ConfigReader) -> None:
     """Raise a `ModelError` that lists what was refused, if anything was."""
     if reader.reasons:

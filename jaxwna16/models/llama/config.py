@@ -11,7 +11,7 @@ from jaxwna16.models.config.config_reader import ConfigReader
 from jaxwna16.models.config.language_config import MAX_LAYERS, LanguageConfig
 from jaxwna16.models.config.moe_config import read_moe
 from jaxwna16.models.config.rope_config import read_rotated
-from jaxwna16.models.config.stated import check_reasons, read_stated
+from jaxwna16.models.config.stated import check_reasons, read_multipliers, read_stated
 from jaxwna16.models.config.windows import read_windows
 from jaxwna16.models.llama.relatives import RELATIVES, Rule
 
@@ -62,6 +62,7 @@ class LlamaConfig(LanguageConfig):
         rotated = read_rotated(reader, layers) if family.has_unrotated else (True,) * layers
         parsed = cls(
             **stated,
+            **(read_multipliers(reader) if family.has_multipliers else {}),
             qkv_bias=_decide(reader, family.qkv_bias),
             out_bias=_decide(reader, family.out_bias),
             mlp_bias=_decide(reader, family.mlp_bias),

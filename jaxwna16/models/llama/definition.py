@@ -35,6 +35,7 @@ class DecoderLayer(Layer):
         else:
             inner, bias = config.intermediate_size, config.mlp_bias
             self.mlp = MLP(hidden, inner, bias, linears, f"{path}.mlp")
+        self.residual_multiplier = config.residual_multiplier
 
 
 class LlamaDecoder(Decoder):

@@ -39,6 +39,7 @@ class Relative:
       experts: how it states experts, see `read_moe`.
       has_prediction_layers: whether one layer past the last predicts tokens, if config.json is
         silent.
+      has_multipliers: whether config.json states multipliers, see `read_multipliers`.
     """
 
     qkv_bias: Rule = False
@@ -55,6 +56,7 @@ class Relative:
     windows: Windows = None
     experts: ExpertRule | None = None
     has_prediction_layers: bool = False
+    has_multipliers: bool = False
 
 
 RELATIVES = {
@@ -125,6 +127,14 @@ RELATIVES = {
             experts=128, top_k=8, inner=1408, shared=1, first=1, renormalize=True
         ),
         has_prediction_layers=True,
+    ),
+    "granite": Relative(
+        qkv_bias=_ATTENTION_BIAS,
+        out_bias=_ATTENTION_BIAS,
+        mlp_bias=("mlp_bias", False),
+        states_kv_heads=False,
+        windows=UNREAD,
+        has_multipliers=True,
     ),
 }
 """`model_type` -> its row."""

@@ -78,6 +78,7 @@ class SelfAttention(nnx.Module):
             kv_heads=config.num_key_value_heads,
             gated=gated,
             norms_across=norms_across,
+            scale=config.attention_scale,
         )
         self.dtype = linears.dtype
 

@@ -41,7 +41,12 @@ class Decoder(nnx.Module):
     rope_dtype: ClassVar[Any] = None
 
     def __init__(self, config: Any, linears: Linears):
-        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, dtype=linears.dtype)
+        self.embed_tokens = Embedding(
+            config.vocab_size,
+            config.hidden_size,
+            dtype=linears.dtype,
+            multiplier=config.embedding_multiplier,
+        )
         self.layers = nnx.List(
             type(self).make_layer(config, linears, layer)
             for layer in range(config.num_hidden_layers)

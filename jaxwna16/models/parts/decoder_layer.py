@@ -19,11 +19,15 @@ class Layer(nnx.Module):
     A family's subclass makes `self_attn` (or states `mixer`), `mlp`, and norms: `input_layernorm`
     and `post_attention_layernorm` are of what each of the two takes. Where norms are elsewhere, it
     has a `__call__` of its own.
+
+    Attributes:
+      residual_multiplier: of what each of the two adds.
     """
 
     self_attn: Any
     mlp: Any
     post_attention_layernorm: Any
+    residual_multiplier: float = 1.0
 
     @property
     def mixer(self) -> Any:
@@ -39,7 +43,8 @@ class Layer(nnx.Module):
     ) -> tuple[Stream, Any]:
         """The stream [B, S, hidden] behind the layer, and the cache with the piece."""
         norm, words = self.post_attention_layernorm.norm, self.mlp.list_words()
-        onto = Onto(stream.x, early=norm, ahead=words)
+        factor = self.residual_multiplier
+        onto = Onto(stream.x, early=norm, ahead=words, factor=factor)
         stream, cache = self.mixer(stream.taken, piece, cache, onto)
-        onto = Onto(stream.x, early=following.norm, ahead=following.ahead)
+        onto = Onto(stream.x, early=following.norm, ahead=following.ahead, factor=factor)
         return Stream(*self.mlp.run_onto(stream.taken, onto)), cache

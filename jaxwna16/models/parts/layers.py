@@ -14,7 +14,7 @@ from jaxwna16.errors import ModelError
 from jaxwna16.layers.dense import QuantDense
 from jaxwna16.layers.fused import gated, project_onto
 from pallas_kernels.format.spec import QuantSpec
-from pallas_kernels.formulas.norms import Norm, Onto, apply_norm
+from pallas_kernels.formulas.norms import Norm, Onto, apply_factor, apply_norm
 
 Array = jax.Array
 
@@ -50,14 +50,20 @@ class Dense(nnx.Module):
 
 
 class Embedding(nnx.Module):
-    """Rows of weight [V, hidden]; a token outside the vocabulary gives NaN."""
+    """Rows of weight [V, hidden]; a token outside the vocabulary gives NaN.
 
-    def __init__(self, vocab_size: int, features: int, *, dtype):
+    Attributes:
+      multiplier: of the rows that are looked up, and not of the weight, which may be the head, too.
+    """
+
+    def __init__(self, vocab_size: int, features: int, *, dtype, multiplier: float = 1.0):
         self.features = features
+        self.multiplier = multiplier
         self.weight = nnx.Param(jnp.zeros((vocab_size, features), dtype))
 
     def __call__(self, tokens: Array) -> Array:
-        return self.weight[...].at[tokens].get(mode="fill", wrap_negative_indices=False)
+        rows = self.weight[...].at[tokens].get(mode="fill", wrap_negative_indices=False)
+        return apply_factor(rows, self.multiplier)
 
 
 class RMSNorm(nnx.Module):

@@ -16,7 +16,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels.formulas.norms import Norm, Onto, apply_weight
+from pallas_kernels.formulas.norms import Norm, Onto, apply_factor, apply_weight
 from pallas_kernels.tiles.ahead import choose_ahead
 from pallas_kernels.tiles.device import find_device
 from pallas_kernels.triton.parts import Parts, load_sum
@@ -68,7 +68,7 @@ def finish_rows(
     padded = 1 << (features - 1).bit_length()
     chunks = _divide_ahead(onto.ahead, choose_ahead(find_device()))
     ahead = tuple(words.reshape(-1) for words in onto.ahead[: len(chunks)])
-    leaves, tree = jax.tree.flatten((product, onto._replace(ahead=ahead), experts))
+    leaves, tree = jax.tree.flatten((product, dataclasses.replace(onto, ahead=ahead), experts))
     out = [jax.ShapeDtypeStruct(residual.shape, residual.dtype)] * (1 + (onto.early is not None))
     sink = [jax.ShapeDtypeStruct((1,), jnp.int32)] if chunks else []
     run = functools.partial(
@@ -152,7 +152,8 @@ def _finish_row(
             shared = shared * jax.nn.sigmoid(experts.gate[row, 0].astype(jnp.float32))
         y = y + shared
     y = y.astype(dtype)
-    x = residual + (y if late is None else _normalise(y, late, features))
+    y = y if late is None else _normalise(y, late, features)
+    x = residual + apply_factor(y, onto.factor)
     plgpu.store(out_refs[0].at[row, columns], x, mask=mask)
     if early is not None:
         plgpu.store(out_refs[1].at[row, columns], _normalise(x, early, features), mask=mask)

@@ -28,9 +28,9 @@ def _list_arrays(piece: Piece, dtype=None) -> list[jax.Array]:
     return [*arrays, jnp.asarray(piece.start), jnp.asarray(piece.count)]
 
 
-@functools.partial(jax.jit, static_argnames=("window", "backend"))
-def _run(q, k, v, start, count, *, window, backend=None):
-    return attend(q, k, v, start, count, window, backend=backend)
+@functools.partial(jax.jit, static_argnames=("window", "scale", "backend"))
+def _run(q, k, v, start, count, *, window, scale=None, backend=None):
+    return attend(q, k, v, start, count, window, scale=scale, backend=backend)
 
 
 @pytest.mark.parametrize("window", [None, 7])
@@ -53,6 +53,15 @@ def test_every_backend_is_within_the_bound(dtype, backend, window):
     tokens = np.where(piece.is_token()[..., None], np.asarray(found, np.float64), 0)
     assert np.isfinite(np.asarray(found, np.float64)).all()
     assert attend_exactly(piece).measure(tokens) <= (1 if backend == "triton" else 3)
+
+
+@pytest.mark.parametrize("backend", ["xla", "triton"])
+def test_scores_are_multiplied_by_the_scale_on_every_backend(backend):
+    piece = draw_piece(20, (2, 1), 32, 30, [(5, 20)])
+    found = _run(*_list_arrays(piece), window=None, scale=0.4, backend=backend)
+    bound = 1 if backend == "triton" else 3
+    assert attend_exactly(piece, 0.4).measure(np.asarray(found, np.float64)) <= bound
+    assert attend_exactly(piece).measure(np.asarray(found, np.float64)) > bound
 
 
 def test_float32_is_exact_to_its_own_bits():

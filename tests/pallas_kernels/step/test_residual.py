@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 
 from pallas_kernels import SpecError, quant_matmul, quant_moe
 from pallas_kernels.formulas.norms import Norm, Onto, add_norm
@@ -18,17 +19,18 @@ from tests.pallas_kernels.products import make_x as make_wide_x
 
 N, K = 96, 160
 BACKENDS = ["xla", "triton"]
+AS_WRITTEN = {"xla_allow_excess_precision": False}
 
 
 def make_x(shape, dtype=jnp.bfloat16, seed=1) -> jax.Array:
     return make_wide_x(shape, dtype, seed)
 
 
-def make_onto(shape, dtype=jnp.bfloat16, *, late=False, early=True) -> Onto:
+def make_onto(shape, dtype=jnp.bfloat16, *, late=False, early=True, factor=1.0) -> Onto:
     rng = np.random.default_rng(0)
     norm = Norm(jnp.asarray(rng.normal(size=shape[-1]), dtype), 1e-6, "rounded")
     residual = jnp.asarray(rng.normal(size=shape), dtype)
-    return Onto(residual, norm if late else None, norm if early else None)
+    return Onto(residual, norm if late else None, norm if early else None, factor=factor)
 
 
 def assert_close(ours, theirs) -> None:
@@ -49,7 +51,7 @@ def test_a_packed_product_goes_onto_the_stream(backend, reordered):
     if reordered:
         perm = np.random.default_rng(1).permutation(K)
         weights = {**weights, "perm": jnp.asarray(perm, jnp.int32)}
-    x, onto = make_x((2, 3, K)), make_onto((2, 3, N))
+    x, onto = make_x((2, 3, K)), make_onto((2, 3, N), factor=0.3)
     apart = add_norm(quant_matmul(x, weights, spec, backend=backend), onto)
     run = jax.jit(lambda x, w, onto: multiply_onto(x, w, spec, onto, backend=backend))
     assert_close(run(x, weights, onto), apart)
@@ -69,7 +71,7 @@ def test_a_late_norm_alone_gives_the_stream_alone(backend):
 def test_experts_go_onto_the_stream_with_the_shared_ones(backend):
     experts = make_experts()
     ids, factors = draw_choices(3, 8, 2)
-    x, onto = make_x((3, 64)), make_onto((3, 64))
+    x, onto = make_x((3, 64)), make_onto((3, 64), factor=0.3)
     shared, gate = make_x((3, 64), seed=4), make_x((3, 1), seed=5)
     weighed = shared.astype(jnp.float32) * jax.nn.sigmoid(gate.astype(jnp.float32))
     y = quant_moe(x, ids, factors, *experts.arguments, shared=weighed, backend=backend)
@@ -92,6 +94,20 @@ def test_on_a_gpu_a_product_and_what_follows_are_two_kernels():
     arguments = make_x((1, K)), weights, make_onto((1, N))
     run = lambda x, w, onto: multiply_onto(x, w, spec, onto, backend="triton")  # noqa: E731
     assert len(find_kernels(run, *arguments)) == 2
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_a_factor_is_not_rounded_and_what_it_multiplies_is(dtype):
+    """As transformers does it: a product of 16 bits times a number of Python, then the sum."""
+    y, onto = make_x((3, N), dtype), make_onto((3, N), dtype, early=False, factor=0.22)
+    theirs = [torch.from_numpy(np.asarray(x, np.float32)) for x in (onto.residual, y)]
+    residual, product = (x.to(getattr(torch, jnp.dtype(dtype).name)) for x in theirs)
+    expected = (residual + product * 0.22).float().numpy()
+    for backend in BACKENDS:
+        run = jax.jit(
+            lambda y, onto, b=backend: add_onto(y, onto, backend=b)[0], compiler_options=AS_WRITTEN
+        )
+        np.testing.assert_array_equal(np.asarray(run(y, onto), np.float32), expected)
 
 
 def test_rows_under_vmap_are_rows_of_one_product():
@@ -123,7 +139,7 @@ def test_derivatives_are_those_of_the_formula():
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_finished_product_goes_onto_the_stream(backend):
-    y, onto = make_x((2, 3, N)), make_onto((2, 3, N), late=True)
+    y, onto = make_x((2, 3, N)), make_onto((2, 3, N), late=True, factor=0.3)
     assert_close(add_onto(y, onto, backend=backend), add_norm(y, onto))
     empty = make_onto((0, N))
     assert [part.shape for part in add_onto(y[0, :0], empty, backend=backend)] == [(0, N)] * 2

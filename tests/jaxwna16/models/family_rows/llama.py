@@ -16,6 +16,13 @@ DEEPSEEK = {
     "routed_scaling_factor": 2.5,
     "first_k_dense_replace": 1,
 }
+MULTIPLIERS = {
+    "embedding_multiplier": 3.0,
+    "residual_multiplier": 0.22,
+    "attention_multiplier": 0.4,
+    "logits_scaling": 6.5,
+}
+"""Of Granite."""
 
 ROWS: dict[str, Row] = {
     "llama": Row(
@@ -176,5 +183,17 @@ ROWS: dict[str, Row] = {
             "normalised heads": {**DEEPSEEK, "use_qk_norm": True},
         },
         scale_dtype="float32",
+    ),
+    "granite": Row(
+        variants={
+            "": MULTIPLIERS,
+            "tied, all biases, no multipliers": {
+                "tie_word_embeddings": True,
+                "attention_bias": True,
+                "mlp_bias": True,
+            },
+        },
+        group_size=32,
+        bfloat16=MULTIPLIERS,
     ),
 }

@@ -45,7 +45,7 @@ def normalise(x: np.ndarray, norm: Norm, unit: float) -> tuple[np.ndarray, np.nd
 
 
 def add(y: np.ndarray, error: np.ndarray, onto: Onto, unit: float):
-    """The stream in float64, and its bound: y rounded, its late norm, the sum rounded.
+    """The stream in float64, and its bound: y rounded, its late norm, its factor, the sum rounded.
 
     A norm divides by at least half of its row's size here, so an error e of y is at most
     4 |weight| max(e) / size behind it.
@@ -56,6 +56,9 @@ def add(y: np.ndarray, error: np.ndarray, onto: Onto, unit: float):
         weight = np.abs(wide(onto.late.weight)) + (onto.late.kind == "offset")
         y, own = normalise(y, onto.late, unit)
         error = own + 4 * weight * error.max(-1, keepdims=True) / size
+    if onto.factor != 1:
+        y, error = y * onto.factor, error * onto.factor
+        error = error + unit * (np.abs(y) + error) + 2.0**-25
     exact = wide(onto.residual) + y
     return exact, error + unit * (np.abs(exact) + error) + 2.0**-25
 
@@ -82,21 +85,23 @@ def make_norm(features: int, kind: str | None, dtype: str, seed: int) -> Norm | 
 
 
 @pytest.mark.parametrize(
-    ("dtype", "n", "parts", "late", "early", "bias"),
+    ("dtype", "n", "parts", "late", "early", "bias", "factor"),
     cover(
         ("bfloat16", "float16"),
         (64, 96, 320),
         (1, 2, 5),
         (None, *KINDS),
         (*KINDS, None),
-        (True, False, True),
+        ((True, 1.0), (False, 0.22), (True, 0.22)),
     ),
 )
-def test_splits_bias_stream_and_norms_are_added_in_one_kernel(dtype, n, parts, late, early, bias):
+def test_splits_bias_stream_and_norms_are_added_in_one_kernel(
+    dtype, n, parts, late, early, bias, factor
+):
     sums = draw(parts, 3, n, dtype=dtype if parts == 1 else "float32")
     added = draw(n, dtype=dtype, seed=2) if bias else None
     norms = make_norm(n, late, dtype, 3), make_norm(n, early, dtype, 4)
-    onto = Onto(draw(3, n, dtype=dtype, seed=5), *norms)
+    onto = Onto(draw(3, n, dtype=dtype, seed=5), *norms, factor=factor)
     terms = [wide(sums), wide(added)[None, None]] if bias else [wide(sums)]
     y = sum(term.sum(0) for term in terms)
     # gamma(n) of docs/numerics.md: at most six additions
