@@ -99,6 +99,7 @@ def project_and_attend(
             kv_heads=heads.kv_heads,
             window=window,
             gated=heads.gated,
+            paired=heads.paired,
             interpret=interpret,
         )
         return mixed[:, None], tuple(cache)

@@ -46,7 +46,7 @@ def mix(
         q, gate = jnp.split(q.reshape(*lead, -1, 2 * heads.head_dim), 2, axis=-1)
     q, k, v = (y.reshape(*lead, -1, heads.head_dim) for y in (q, k, v))
     q, k = (
-        rotate(y if norm is None else apply_norm(y, norm), *rotation)
+        rotate(y if norm is None else apply_norm(y, norm), *rotation, paired=heads.paired)
         for y, norm in zip((q, k), norms, strict=True)
     )
     held = _fold_heads(k), _fold_heads(v)
