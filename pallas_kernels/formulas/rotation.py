@@ -6,14 +6,23 @@ import jax
 import jax.numpy as jnp
 
 
-def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Turn the halves of each head of x [B, S, H, D] by angles, whose tables are [B, S, R / 2].
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array, *, paired: bool = False) -> jax.Array:
+    """Turn pairs of features of each head of x [B, S, H, D] by angles of tables [B, S, R / 2].
 
     In the dtype of the tables, to which x is cast. Features past R stay as they are.
+
+    Args:
+      paired: whether feature 2i is turned together with feature 2i + 1, and not i with i + R / 2.
     """
     half, wide = cos.shape[-1], x.astype(cos.dtype)
     cos, sin = cos[:, :, None, :], sin[:, :, None, :]
-    first, second, rest = jnp.split(wide, [half, 2 * half], axis=-1)
+    if paired:
+        both, rest = jnp.split(wide, [2 * half], axis=-1)
+        first, second = both[..., 0::2], both[..., 1::2]
+    else:
+        first, second, rest = jnp.split(wide, [half, 2 * half], axis=-1)
     turned = [first * cos - second * sin, second * cos + first * sin]
+    if paired:
+        turned = [jnp.stack(turned, axis=-1).reshape(both.shape)]
     turned = jnp.concatenate([*turned, rest] if rest.shape[-1] else turned, axis=-1)
     return turned.astype(x.dtype)

@@ -100,6 +100,7 @@ def project_and_attend(
             window=window,
             gated=heads.gated,
             scale=heads.scale,
+            paired=heads.paired,
             interpret=interpret,
         )
         return mixed[:, None], tuple(cache)

@@ -50,7 +50,7 @@ def mix(
         y if norm is None else apply_norm(y, norm) for y, norm in zip((q, k), norms, strict=True)
     )
     if rotation is not None:
-        q, k = (rotate(y, *rotation) for y in (q, k))
+        q, k = (rotate(y, *rotation, paired=heads.paired) for y in (q, k))
     held = _fold_heads(k), _fold_heads(v)
     if cache is not None:
         held = cache = _write_slots(cache, held, _find_slots(start, count, lead[1]))

@@ -43,6 +43,7 @@ class Step:
     Attributes:
       positions: of each row; an inactive one is None.
       norm: "" for none.
+      paired: neighbouring features are rotated together, and not halves.
       wide: cosines and sines are float32.
       whole: whole numbers, of which every step of the computation is exact: rotations are by
         quarters of a turn, and weights are powers of two.
@@ -62,6 +63,7 @@ class Step:
     parts: int = 1
     dtype: str = "bfloat16"
     whole: bool = False
+    paired: bool = False
 
     @property
     def np_dtype(self) -> np.dtype:
@@ -152,13 +154,18 @@ def expect_heads(
     half, exact = step.rotated // 2, Bounded(x.astype(np.float64), np.zeros(x.shape))
     if weight is not None:
         exact = _normalise(exact.value, weight.astype(np.float64), step)
+    order = np.arange(x.shape[-1])
+    turned = order[: 2 * half].reshape(-1, 2).T if step.paired else order[: 2 * half].reshape(2, -1)
+    order[: 2 * half] = turned.ravel()  # of the first half, then of the second, then what rests
     first, second, rest = (
         Bounded(exact.value[..., part], exact.error[..., part])
-        for part in (slice(half), slice(half, 2 * half), slice(2 * half, None))
+        for part in np.split(order, [half, 2 * half])
     )
     turned = [_turn(first, second, cos, -sin, step), _turn(second, first, cos, sin, step)]
-    both = [*turned, rest]
-    return Bounded(*(np.concatenate([getattr(b, n) for b in both], -1) for n in ("value", "error")))
+    both, back = [*turned, rest], np.argsort(order)
+    return Bounded(
+        *(np.concatenate([getattr(b, n) for b in both], -1)[..., back] for n in ("value", "error"))
+    )
 
 
 def _normalise(x: np.ndarray, weight: np.ndarray, step: Step) -> Bounded:

@@ -92,6 +92,7 @@ def attend_token(
     kv_heads: int,
     window: int | None,
     gated: bool,
+    paired: bool = False,
     scale: float | None = None,
     division: Division | None = None,
     interpret: bool = False,
@@ -103,14 +104,15 @@ def attend_token(
       k, v: [B, kv_heads * D].
       q_norm, k_norm: of each head, before it is rotated.
       rotation: cosines and sines [B, R / 2] of the position: the first R <= D features of a head
-        are rotated, as two halves. In the cache's dtype each product is rounded, in float32 only
-        the result. None rotates nothing.
+        are rotated. In the cache's dtype each product is rounded, in float32 only the result. None
+        rotates nothing.
       position: int32 [B], the slot of the new token.
       active: int32 [B], 0 for a row that takes no part: its cache stays as it is, whatever its
         position, and its result means nothing.
       cache_k, cache_v: [B * kv_heads, C, D], bfloat16 or float16; position p is in slot p.
       window: how many slots a token sees, its own among them; None for all.
       gated: the result is multiplied by sigmoid(gate).
+      paired: neighbouring features are rotated together, and not the halves of the first R.
       scale: of the scores; None for 1 / sqrt(D).
       division: None for the rule's choice.
       interpret: run as ordinary XLA operations, slowly but on any device, instead of on a GPU.
@@ -126,7 +128,7 @@ def attend_token(
     task = Task(
         kv_heads=kv_heads,
         group=q.features // (stride * kv_heads),
-        features=Features(head_dim, 0 if rotation is None else 2 * rotation[0].shape[-1]),
+        features=Features(head_dim, 0 if rotation is None else 2 * rotation[0].shape[-1], paired),
         window=window,
         gated=gated,
         scale=head_dim**-0.5 if scale is None else scale,
