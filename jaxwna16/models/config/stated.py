@@ -23,6 +23,7 @@ def read_stated(
     states_kv_heads: bool = True,
     head_dim: int | None = None,
     partial_rotary_factor: float = 1.0,
+    rotary_key: str | None = None,
 ) -> dict[str, Any]:
     """The fields of `LanguageConfig` but for those of experts and of layers that predict.
 
@@ -33,6 +34,7 @@ def read_stated(
       states_kv_heads: whether `num_key_value_heads` must be there, too; otherwise there are as many
         as `num_attention_heads` where it is absent. Where it is null, there always are.
       head_dim: None is hidden_size / num_attention_heads.
+      rotary_key: `key` of `read_rotary_dim`.
     """
     refuse_others(reader)
     if not reader.given.get("is_causal", True):
@@ -43,7 +45,7 @@ def read_stated(
         "model_type": reader.config["model_type"],
         "vocab_size": reader.count("vocab_size"),
         "intermediate_size": reader.count("intermediate_size"),
-        "rotary_dim": read_rotary_dim(reader, head_dim, partial_rotary_factor),
+        "rotary_dim": read_rotary_dim(reader, head_dim, partial_rotary_factor, rotary_key),
         "rms_norm_eps": reader.number("rms_norm_eps", rms_norm_eps),
         "tie_word_embeddings": reader.flag("tie_word_embeddings"),
         "rope": read_rope(reader, positions, rope_theta),

@@ -21,7 +21,8 @@ class LlamaConfig(LanguageConfig):
 
     Attributes:
       qkv_bias, out_bias, mlp_bias: which linears have a bias.
-      qk_norm: whether queries and keys are normalised per head (Qwen3).
+      qk_norm: whether queries and keys are normalised.
+      norms_across: whether all heads together are, not each (MiniMax-M2).
       windows: per layer, how many tokens a query sees (itself included), or None for all before it.
     """
 
@@ -29,6 +30,7 @@ class LlamaConfig(LanguageConfig):
     out_bias: bool
     mlp_bias: bool
     qk_norm: bool
+    norms_across: bool
     windows: tuple[int | None, ...]
 
     @classmethod
@@ -53,7 +55,10 @@ class LlamaConfig(LanguageConfig):
             states_kv_heads=family.states_kv_heads,
             head_dim=family.head_dim,
             partial_rotary_factor=family.partial_rotary_factor,
+            rotary_key=family.rotary_key,
         )
+        for key, value in family.required.items():
+            reader.require(key, value)
         layers = stated["num_hidden_layers"]
         parsed = cls(
             **stated,
@@ -61,10 +66,11 @@ class LlamaConfig(LanguageConfig):
             out_bias=_decide(reader, family.out_bias),
             mlp_bias=_decide(reader, family.mlp_bias),
             qk_norm=_decide(reader, family.qk_norm),
+            norms_across=family.norms_across,
             windows=read_windows(reader, family.windows, layers),
             moe=read_moe(reader, family.experts, layers),
             prediction_layers=reader.count(
-                "num_nextn_predict_layers",
+                family.prediction_key,
                 int(family.has_prediction_layers),
                 least=0,
                 most=MAX_LAYERS,  # each is a branch of a pattern

@@ -1,4 +1,8 @@
 """How files call what the definition has."""
 
-NAMES = {r"(?<=\.)block_sparse_moe(?=\.)": "mlp"}
-"""Mixtral's, in published files."""
+NAMES = {
+    # Mixtral's and MiniMax-M2's, in published files
+    r"(?<=\.)block_sparse_moe(?=\.)": "mlp",
+    # beside the router in MiniMax-M2
+    r"(?<=\.mlp\.)(?=e_score_correction_bias$)": "gate.",
+}

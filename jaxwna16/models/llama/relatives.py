@@ -6,8 +6,15 @@ What a row does not state, its models do not have. docs/models.md shows how one 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
-from jaxwna16.models.config.moe_config import DeepseekExperts, ExpertRule, SoftmaxExperts
+from jaxwna16.models.config.moe_config import (
+    DeepseekExperts,
+    ExpertRule,
+    SigmoidExperts,
+    SoftmaxExperts,
+)
 from jaxwna16.models.config.windows import (
     UNREAD,
     WindowRule,
@@ -29,28 +36,37 @@ class Relative:
 
     Attributes:
       qkv_bias, out_bias, mlp_bias: which linears have a bias.
-      qk_norm: whether queries and keys are normalised per head.
+      qk_norm: whether queries and keys are normalised.
+      norms_across: whether all heads together are, not each.
       states_kv_heads: whether `num_key_value_heads` must be there; otherwise there are as many as
         `num_attention_heads` where it is absent. Where it is null, there always are.
       head_dim: None is hidden_size / num_attention_heads.
+      rotary_key: what says how many features of a head are rotated, if `partial_rotary_factor`
+        does not.
       windows: how config.json states sliding windows, see `read_windows`.
       experts: how it states experts, see `read_moe`.
       has_prediction_layers: whether one layer past the last predicts tokens, if config.json is
         silent.
+      prediction_key: what says how many do.
+      required: keys of config.json, and the one value of each that the definition serves.
     """
 
     qkv_bias: Rule = False
     out_bias: Rule = False
     mlp_bias: Rule = False
     qk_norm: Rule = False
+    norms_across: bool = False
     states_kv_heads: bool = True
     head_dim: int | None = None
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
     partial_rotary_factor: float = 1.0
+    rotary_key: str | None = None
     windows: Windows = None
     experts: ExpertRule | None = None
     has_prediction_layers: bool = False
+    prediction_key: str = "num_nextn_predict_layers"
+    required: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 RELATIVES = {
@@ -112,6 +128,22 @@ RELATIVES = {
             experts=128, top_k=8, inner=1408, shared=1, first=1, renormalize=True
         ),
         has_prediction_layers=True,
+    ),
+    "minimax_m2": Relative(
+        qk_norm=True,
+        norms_across=True,
+        head_dim=128,
+        rope_theta=5e6,
+        rotary_key="rotary_dim",
+        experts=SigmoidExperts(experts=256, top_k=8, inner_key="intermediate_size"),
+        prediction_key="num_mtp_modules",
+        required={
+            "attn_type_list": 1,  # attention; 0 was lightning attention in MiniMax-01
+            "qk_norm_type": "per_layer",
+            "shared_intermediate_size": 0,
+            "use_qk_norm": True,
+            "use_routing_bias": True,
+        },
     ),
 }
 """`model_type` -> its row."""

@@ -156,4 +156,18 @@ ROWS: dict[str, Row] = {
         },
         scale_dtype="float32",
     ),
+    "minimax_m2": Row(
+        is_repeated=True,
+        variants={
+            "": {
+                "num_local_experts": 8,
+                "num_experts_per_tok": 2,
+                "head_dim": 32,
+                "rotary_dim": 8,
+            },
+            "whole heads rotated": {"num_local_experts": 4, "num_experts_per_tok": 1},
+        },
+        group_size=32,
+        bfloat16={"num_experts_per_tok": 8},
+    ),
 }

@@ -108,6 +108,7 @@ def test_biases_and_norms_follow_the_family():
         "qwen3_moe": (True, True, False, True),
         "dots1": (True, True, False, True),
         "glm4_moe": (True, False, False, True),
+        "minimax_m2": (False, False, False, True),
     }
 
 
