@@ -77,7 +77,7 @@ class ConfigReader:
         """Refuse another value than this one, or than a list of it; an absent key is right."""
         found = self.config.get(key, value)
         if found != value and not (isinstance(found, list) and all(x == value for x in found)):
-            self.refuse(key, found, f"{value!r}, alone or for each layer")
+            self.refuse(key, found, "nothing" if value is None else f"{value!r} in every layer")
 
     def choose(
         self, key: str, default: str | None, choices: tuple[str, ...], *, required: bool = False

@@ -67,6 +67,8 @@ def _read_sizes(reader: ConfigReader, states_kv_heads: bool, default: int | None
     layers = reader.count("num_hidden_layers", most=MAX_LAYERS)
     is_silent = states_kv_heads and "num_key_value_heads" not in reader.given
     kv_heads = reader.count("num_key_value_heads", None if is_silent else heads)
+    if "head_dim" in reader.given:  # a null is what it is in models without a default
+        default = None
     head_dim = reader.count("head_dim", default or max(hidden // heads, 1))
     positions = reader.count("max_position_embeddings")
     if len(reader.reasons) == noted:  # else one of these is not what the file says

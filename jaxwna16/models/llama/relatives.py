@@ -89,6 +89,12 @@ RELATIVES = {
         head_dim=128,
         windows=WindowRule(size=4096, has_switch=True, slides=slide_from, max_window_layers=28),
     ),
+    "seed_oss": Relative(
+        qkv_bias=("attention_bias", True),
+        out_bias=("attention_out_bias", False),
+        mlp_bias=("mlp_bias", False),
+        head_dim=128,
+    ),
     "mixtral": Relative(
         rms_norm_eps=1e-5,
         rope_theta=1e6,
@@ -110,6 +116,16 @@ RELATIVES = {
         qk_norm=True,
         windows=WindowRule(size=4096, has_switch=True),
         experts=SoftmaxExperts(experts=128, top_k=8, inner=768),
+    ),
+    "olmoe": Relative(
+        qkv_bias=_ATTENTION_BIAS,
+        out_bias=_ATTENTION_BIAS,
+        qk_norm=True,
+        norms_across=True,
+        states_kv_heads=False,
+        rms_norm_eps=1e-5,
+        experts=SoftmaxExperts(experts=64, top_k=8, inner_key="intermediate_size", has_steps=False),
+        required={"clip_qkv": None},
     ),
     "dots1": Relative(
         qkv_bias=_ATTENTION_BIAS,

@@ -112,7 +112,7 @@ def test_layers_that_predict_are_left_out_and_a_dead_pattern_is_shown(awq, tmp_p
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"attn_type_list": [1, 0]}, "attn_type_list: expected 1, alone or for each layer"),
+        ({"attn_type_list": [1, 0]}, "attn_type_list: expected 1 in every layer"),
         ({"qk_norm_type": "per_head"}, "qk_norm_type: expected 'per_layer'"),
         ({"shared_intermediate_size": 64}, "shared_intermediate_size: expected 0"),
         ({"use_qk_norm": False}, "use_qk_norm: expected True"),
