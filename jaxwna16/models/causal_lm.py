@@ -44,12 +44,15 @@ class Beside(Generic[T]):
 class CausalLM(nnx.Module):
     """A language model: `model(tokens)` maps int32 [B, S] to float32 logits [B, S, V].
 
+    `hidden_states(tokens)` is what the head would take, for models that embed texts.
+
     Constructed under `nnx.eval_shape` it holds shapes and no arrays; `fill_model` fills it. It is
     a pytree, so `jax.jit` takes it as an argument. Attribute paths are the checkpoint's own tensor
     names, except those that the family's name map changes (`jaxwna16.models.families`).
 
     Attributes:
       config: what it was constructed from.
+      has_head: whether it makes logits; if not, `hidden_states` alone.
       dtype: dtype of activations, cache and plain weights. In float32 products are full float32.
       backend: of quantized linears and attention, as given.
       folder: the checkpoint folder it was loaded from, if any: where its tokenizer is. Neither it
@@ -66,6 +69,7 @@ class CausalLM(nnx.Module):
         Modules that are not linear layers (embeddings, routers) hold floats even if they have a
         spec. So do experts if one of their two products has none.
       reordered: paths of those whose input features were reordered (act-order).
+      has_head: see the attribute.
       dtype: see the attribute.
       backend: of the quantized linears and of attention; None is the best available, "triton" or
         "xla" forces one.
@@ -87,8 +91,9 @@ class CausalLM(nnx.Module):
         dtype: jax.typing.DTypeLike,
         backend: str | None = None,
         reordered: Collection[str] = (),
+        has_head: bool = True,
     ):
-        self.config = config
+        self.config, self.has_head = config, has_head
         self.dtype, self.backend = jnp.dtype(dtype), backend
         # NNX keeps every name that was ever set in the graph, so all models must set the same
         self.folder, self.follow_links, self.warnings = None, False, ()
@@ -97,7 +102,7 @@ class CausalLM(nnx.Module):
         hidden = self.model.embed_tokens.features
         self.lm_head = (
             None
-            if config.tie_word_embeddings
+            if config.tie_word_embeddings or not has_head
             else linears.make("lm_head", config.vocab_size, hidden, False)
         )
         linears.check_all_used(self)
@@ -109,6 +114,21 @@ class CausalLM(nnx.Module):
           tokens: integers [B, S], at least one; an array of JAX or NumPy, or lists.
 
         Raises:
+          InputError: if they are something else; if the model has no head; or in a process that is
+            a fork of one with a checkpoint.
+        """
+        return self.logits(self.hidden_states(tokens))
+
+    def hidden_states(self, tokens: ArrayLike) -> Array:
+        """The normalised stream [B, S, hidden] of each token in the model's dtype.
+
+        A token's depends on the tokens before it alone. So rows of several lengths can be filled up
+        at their ends with any token. A model that embeds texts takes the stream of the last token.
+
+        Args:
+          tokens: as of a call.
+
+        Raises:
           InputError: if they are something else; or in a process that is a fork of one with a
             checkpoint.
         """
@@ -117,7 +137,7 @@ class CausalLM(nnx.Module):
         batch, steps = tokens.shape
         start, count = jnp.zeros(batch, jnp.int32), jnp.full(batch, steps, jnp.int32)
         hidden, _ = self.model(tokens, start, count, None)
-        return self.logits(hidden)
+        return hidden
 
     def make_cache(self, batch: int, slots: int) -> Any:
         """An empty cache for `slots` tokens of each row, in the model's dtype."""
@@ -140,7 +160,16 @@ class CausalLM(nnx.Module):
         return self.model(tokens, start, count, cache)
 
     def logits(self, hidden: Array) -> Array:
-        """Float32 logits [..., V] of the normalised stream [..., hidden]."""
+        """Float32 logits [..., V] of the normalised stream [..., hidden].
+
+        Raises:
+          InputError: if the model has no head.
+        """
+        if not self.has_head:
+            raise InputError(
+                "this checkpoint has no head (lm_head), so the model makes no logits and no text: "
+                "model.hidden_states(tokens) gives the normalised stream of each token"
+            )
         return apply_factor(self._run_head(hidden), self.config.logit_scale)
 
     def _run_head(self, hidden: Array) -> Array:

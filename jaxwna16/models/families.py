@@ -35,7 +35,7 @@ class Family:
       model_types: those values.
       read: makes the configuration of a config.json with such a value.
       model: the definition, "module:Class". The class is called as
-        `Class(config, specs, dtype=, backend=, reordered=)` and makes a language model.
+        `Class(config, specs, dtype=, backend=, reordered=, has_head=)` and makes a language model.
       names: how names in files differ from attribute paths of the definition.
     """
 

@@ -73,6 +73,12 @@ class ConfigReader:
             self.refuse(key, value, "true or false")
         return value is True
 
+    def require(self, key: str, value: object) -> None:
+        """Refuse another value than this one, or than a list of it; an absent key is right."""
+        found = self.config.get(key, value)
+        if found != value and not (isinstance(found, list) and all(x == value for x in found)):
+            self.refuse(key, found, "nothing" if value is None else f"{value!r} in every layer")
+
     def choose(
         self, key: str, default: str | None, choices: tuple[str, ...], *, required: bool = False
     ) -> str | None:

@@ -31,11 +31,11 @@ class MoeConfig:
     sparse: tuple[bool, ...]
     experts: int
     intermediate_size: int
-    shared: str | None
-    shared_intermediate_size: int
-    shared_gate: bool
-    wide_router: bool
-    correction_bias: bool
+    shared: str | None = None
+    shared_intermediate_size: int = 0
+    shared_gate: bool = False
+    wide_router: bool = False
+    correction_bias: bool = False
     routing: Routing
 
 
@@ -85,12 +85,38 @@ class SoftmaxExperts:
                 reader.count("shared_expert_intermediate_size", self.shared) if is_shared else 0
             ),
             shared_gate=is_shared,
-            wide_router=False,
-            correction_bias=False,
             routing=Routing(
                 top_k=reader.count(_TOP_K, self.top_k),
                 scoring=scoring,
                 renormalize=self.renormalize or reader.flag("norm_topk_prob"),
+            ),
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SigmoidExperts:
+    """Sigmoid scores, chosen with a correction bias among all experts: MiniMax-M2.
+
+    The weights of a token add up to 1.
+
+    Attributes:
+      experts, top_k, inner_key, inner: as in `SoftmaxExperts`.
+    """
+
+    experts: int
+    top_k: int
+    inner_key: str = _INNER
+    inner: int | None = None
+
+    def read(self, reader: ConfigReader, layers: int) -> MoeConfig:
+        return MoeConfig(
+            sparse=(True,) * layers,
+            experts=reader.count_either(("num_local_experts", "num_experts"), self.experts),
+            intermediate_size=reader.count(self.inner_key, self.inner),
+            correction_bias=True,
+            routing=Routing(
+                top_k=reader.count(_TOP_K, self.top_k),
+                scoring=_read_scoring(reader, {"sigmoid": "sigmoid"}),
             ),
         )
 

@@ -40,17 +40,27 @@ class RopeConfig:
     truncate: bool = True
 
 
-def read_rotary_dim(reader: ConfigReader, head_dim: int, default: float) -> int:
+def read_rotary_dim(
+    reader: ConfigReader, head_dim: int, default: float, key: str | None = None
+) -> int:
     """How many features of a head are rotated: head_dim times `partial_rotary_factor`.
 
     Args:
       default: the factor of the family; one that rotates whole heads knows no other.
+      key: what the family's files call the number itself, if they state it.
     """
-    factor = reader.config.get("partial_rotary_factor", default)
+    given = reader.config.get("partial_rotary_factor")
     _, values = _find_rope(reader)
     if isinstance(values, Mapping) and values.get("partial_rotary_factor") is not None:
-        factor = values["partial_rotary_factor"]
-    if default == 1.0:
+        given = values["partial_rotary_factor"]
+    factor = default if given is None else given
+    if key is not None and key in reader.config:
+        count = reader.count(key, least=2, most=head_dim)
+        if given is None:
+            factor = count / head_dim
+        elif not is_positive(given) or int(head_dim * given) != count:
+            reader.refuse("partial_rotary_factor", given, f"{key} = {count} of {head_dim}")
+    if default == 1.0 and key is None:
         if factor != 1.0:
             reader.refuse("partial_rotary_factor", factor, "1.0")
         return head_dim

@@ -24,6 +24,7 @@ def read_stated(
     head_dim: int | None = None,
     partial_rotary_factor: float = 1.0,
     tied: bool = False,
+    rotary_key: str | None = None,
 ) -> dict[str, Any]:
     """The fields of `LanguageConfig` but for those of experts and of layers that predict.
 
@@ -35,6 +36,7 @@ def read_stated(
         as `num_attention_heads` where it is absent. Where it is null, there always are.
       head_dim: None is hidden_size / num_attention_heads.
       tied: `tie_word_embeddings` of the family.
+      rotary_key: `key` of `read_rotary_dim`.
     """
     refuse_others(reader)
     if not reader.given.get("is_causal", True):
@@ -45,7 +47,7 @@ def read_stated(
         "model_type": reader.config["model_type"],
         "vocab_size": reader.count("vocab_size"),
         "intermediate_size": reader.count("intermediate_size"),
-        "rotary_dim": read_rotary_dim(reader, head_dim, partial_rotary_factor),
+        "rotary_dim": read_rotary_dim(reader, head_dim, partial_rotary_factor, rotary_key),
         "rms_norm_eps": reader.number("rms_norm_eps", rms_norm_eps),
         "tie_word_embeddings": reader.flag("tie_word_embeddings", tied),
         "rope": read_rope(reader, positions, rope_theta),
@@ -77,6 +79,8 @@ def _read_sizes(reader: ConfigReader, states_kv_heads: bool, default: int | None
     layers = reader.count("num_hidden_layers", most=MAX_LAYERS)
     is_silent = states_kv_heads and "num_key_value_heads" not in reader.given
     kv_heads = reader.count("num_key_value_heads", None if is_silent else heads)
+    if "head_dim" in reader.given:  # a null is what it is in models without a default
+        default = None
     head_dim = reader.count("head_dim", default or max(hidden // heads, 1))
     positions = reader.count("max_position_embeddings")
     if len(reader.reasons) == noted:  # else one of these is not what the file says

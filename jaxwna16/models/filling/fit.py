@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Collection, Mapping
+import re
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -29,6 +30,8 @@ from jaxwna16.models.filling.zero_biases import drop_zero_biases
 from loaders.plan import Plan
 from pallas_kernels.backends import check_backend
 from pallas_kernels.format.spec import QuantSpec
+
+_NO_HEAD = "no lm_head in the files: the model gives hidden states, and neither logits nor text"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +92,8 @@ def fit_model(plan: Plan, *, dtype: Any, backend: str | None) -> Fit:
     if config.tie_word_embeddings:
         plan = drop_tied_head(plan, names)
     specs = plan.specs
-    model = _make_abstract(family, config, plan, dtype=dtype, backend=backend)
+    has_head = config.tie_word_embeddings or not _are_headless(parts)
+    model = _make_abstract(family, config, plan, dtype=dtype, backend=backend, has_head=has_head)
     places = list_leaves(model)
     plan = drop_zero_biases(plan, lambda name: rename(name, names) in places)
     expanded = list_expanded(specs, places, names)
@@ -101,12 +105,22 @@ def fit_model(plan: Plan, *, dtype: Any, backend: str | None) -> Fit:
         names,
         expanded,
         kept=_list_kept(described, model.dtype, places, names),
-        warnings=(*plan.warnings, *describe_expanded(plan, expanded)),
+        warnings=(
+            *plan.warnings,
+            *describe_expanded(plan, expanded),
+            *(() if has_head else (_NO_HEAD,)),
+        ),
     )
 
 
 def _make_abstract(
-    family: Family, config: LanguageConfig, plan: Plan, *, dtype: Any, backend: str | None
+    family: Family,
+    config: LanguageConfig,
+    plan: Plan,
+    *,
+    dtype: Any,
+    backend: str | None,
+    has_head: bool,
 ) -> CausalLM:
     """The model without its arrays; `dtype` None is the one that the checkpoint states."""
     specs = rename_all(plan.specs, family.names)
@@ -118,7 +132,16 @@ def _make_abstract(
         if module.encoding.reordered
     }
     make = functools.partial(family.open_class(), config, specs)
-    return nnx.eval_shape(lambda: make(dtype=dtype, backend=backend, reordered=reordered))
+    options = {"backend": backend, "reordered": reordered, "has_head": has_head}
+    return nnx.eval_shape(lambda: make(dtype=dtype, **options))
+
+
+def _are_headless(parts: Iterable[str]) -> bool:
+    """Whether these are modules and tensors of a model that was saved without its head.
+
+    Then `model.` stands before none of the names. Otherwise a missing head is a fault.
+    """
+    return not any(re.match(r"(model|lm_head)(\.|$)", part) for part in parts)
 
 
 def _list_kept(

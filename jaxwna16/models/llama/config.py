@@ -22,7 +22,8 @@ class LlamaConfig(LanguageConfig):
 
     Attributes:
       qkv_bias, out_bias, mlp_bias: which linears have a bias.
-      qk_norm: whether queries and keys are normalised per head (Qwen3).
+      qk_norm: whether queries and keys are normalised.
+      norms_across: whether all heads together are, not each (MiniMax-M2).
       rotated: per layer, whether it rotates heads.
       windows: per layer, how many tokens a query sees (itself included), or None for all before it.
     """
@@ -32,6 +33,7 @@ class LlamaConfig(LanguageConfig):
     mlp_bias: bool
     qk_norm: bool
     rotated: tuple[bool, ...]
+    norms_across: bool
     windows: tuple[int | None, ...]
 
     @classmethod
@@ -57,7 +59,10 @@ class LlamaConfig(LanguageConfig):
             head_dim=family.head_dim,
             partial_rotary_factor=family.partial_rotary_factor,
             tied=family.tied,
+            rotary_key=family.rotary_key,
         )
+        for key, value in family.required.items():
+            reader.require(key, value)
         layers = stated["num_hidden_layers"]
         rotated = read_rotated(reader, layers) if family.has_unrotated else (True,) * layers
         parsed = cls(
@@ -69,9 +74,10 @@ class LlamaConfig(LanguageConfig):
             qk_norm=_decide(reader, family.qk_norm),
             rotated=rotated,
             windows=read_windows(reader, family.windows, layers, rotated),
+            norms_across=family.norms_across,
             moe=read_moe(reader, family.experts, layers),
             prediction_layers=reader.count(
-                "num_nextn_predict_layers",
+                family.prediction_key,
                 int(family.has_prediction_layers),
                 least=0,
                 most=MAX_LAYERS,  # each is a branch of a pattern

@@ -28,6 +28,7 @@ class DecoderLayer(Layer):
             qkv_bias=config.qkv_bias,
             out_bias=config.out_bias,
             norm=RMSNorm if config.qk_norm else None,
+            norms_across=config.norms_across,
         )
         self.post_attention_layernorm = RMSNorm(hidden, eps, dtype=linears.dtype)
         if config.moe is not None and config.moe.sparse[layer]:

@@ -6,8 +6,15 @@ What a row does not state, its models do not have. docs/models.md shows how one 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
-from jaxwna16.models.config.moe_config import DeepseekExperts, ExpertRule, SoftmaxExperts
+from jaxwna16.models.config.moe_config import (
+    DeepseekExperts,
+    ExpertRule,
+    SigmoidExperts,
+    SoftmaxExperts,
+)
 from jaxwna16.models.config.windows import (
     UNREAD,
     WindowRule,
@@ -29,23 +36,29 @@ class Relative:
 
     Attributes:
       qkv_bias, out_bias, mlp_bias: which linears have a bias.
-      qk_norm: whether queries and keys are normalised per head.
+      qk_norm: whether queries and keys are normalised.
+      norms_across: whether all heads together are, not each.
       states_kv_heads: whether `num_key_value_heads` must be there; otherwise there are as many as
         `num_attention_heads` where it is absent. Where it is null, there always are.
       head_dim: None is hidden_size / num_attention_heads.
       tied: whether the head is the embedding.
       has_unrotated: whether some layers have no rope, see `read_rotated`.
+      rotary_key: what says how many features of a head are rotated, if `partial_rotary_factor`
+        does not.
       windows: how config.json states sliding windows, see `read_windows`.
       experts: how it states experts, see `read_moe`.
       has_prediction_layers: whether one layer past the last predicts tokens, if config.json is
         silent.
       has_multipliers: whether config.json states multipliers, see `read_multipliers`.
+      prediction_key: what says how many do.
+      required: keys of config.json, and the one value of each that the definition serves.
     """
 
     qkv_bias: Rule = False
     out_bias: Rule = False
     mlp_bias: Rule = False
     qk_norm: Rule = False
+    norms_across: bool = False
     states_kv_heads: bool = True
     head_dim: int | None = None
     rms_norm_eps: float = 1e-6
@@ -53,10 +66,13 @@ class Relative:
     partial_rotary_factor: float = 1.0
     tied: bool = False
     has_unrotated: bool = False
+    rotary_key: str | None = None
     windows: Windows = None
     experts: ExpertRule | None = None
     has_prediction_layers: bool = False
+    prediction_key: str = "num_nextn_predict_layers"
     has_multipliers: bool = False
+    required: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 RELATIVES = {
@@ -88,6 +104,12 @@ RELATIVES = {
         has_unrotated=True,
         windows=WindowRule(size=None, has_switch=True, slides="unrotated"),
     ),
+    "seed_oss": Relative(
+        qkv_bias=("attention_bias", True),
+        out_bias=("attention_out_bias", False),
+        mlp_bias=("mlp_bias", False),
+        head_dim=128,
+    ),
     "mixtral": Relative(
         rms_norm_eps=1e-5,
         rope_theta=1e6,
@@ -109,6 +131,16 @@ RELATIVES = {
         qk_norm=True,
         windows=WindowRule(size=4096, has_switch=True),
         experts=SoftmaxExperts(experts=128, top_k=8, inner=768),
+    ),
+    "olmoe": Relative(
+        qkv_bias=_ATTENTION_BIAS,
+        out_bias=_ATTENTION_BIAS,
+        qk_norm=True,
+        norms_across=True,
+        states_kv_heads=False,
+        rms_norm_eps=1e-5,
+        experts=SoftmaxExperts(experts=64, top_k=8, inner_key="intermediate_size", has_steps=False),
+        required={"clip_qkv": None},
     ),
     "dots1": Relative(
         qkv_bias=_ATTENTION_BIAS,
@@ -135,6 +167,22 @@ RELATIVES = {
         states_kv_heads=False,
         windows=UNREAD,
         has_multipliers=True,
+    ),
+    "minimax_m2": Relative(
+        qk_norm=True,
+        norms_across=True,
+        head_dim=128,
+        rope_theta=5e6,
+        rotary_key="rotary_dim",
+        experts=SigmoidExperts(experts=256, top_k=8, inner_key="intermediate_size"),
+        prediction_key="num_mtp_modules",
+        required={
+            "attn_type_list": 1,  # attention; 0 was lightning attention in MiniMax-01
+            "qk_norm_type": "per_layer",
+            "shared_intermediate_size": 0,
+            "use_qk_norm": True,
+            "use_routing_bias": True,
+        },
     ),
 }
 """`model_type` -> its row."""

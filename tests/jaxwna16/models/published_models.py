@@ -21,6 +21,9 @@ from tests.sparse import Described, describe_linear, write_sparse
 FOLDER = Path(__file__).parent / "published"
 NAMES = tuple(sorted(file.stem for file in FOLDER.glob("*.json")))
 _TENSORS_A_FILE = 20_000
+_MIXTRAL = {".mlp.": ".block_sparse_moe.", "gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
+_FILE_NAMES = {"minimax_m2": _MIXTRAL}
+"""What stands in files in place of transformers' own names."""
 
 
 def read_published(name: str, layers: int | None = None) -> dict[str, Any]:
@@ -53,7 +56,10 @@ def _describe(config: dict[str, Any]) -> Iterator[Described]:
         re.compile(p.removeprefix("re:") if p.startswith("re:") else re.escape(p) + "$")
         for p in quantization["ignore"]
     ]
+    changes = _FILE_NAMES.get(config["model_type"], {})
     for path, shape, is_linear in _list_weights(config):
+        for found, there in changes.items():
+            path = path.replace(found, there)
         if is_linear and not any(pattern.match(path) for pattern in ignore):
             yield describe_linear(path, *shape, group_size)
         else:
@@ -71,7 +77,8 @@ def _list_weights(config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]
         for path, module in model.named_modules()
         if isinstance(module, torch.nn.Linear)
     }
-    for name, tensor in model.named_parameters():
+    biases = [pair for pair in model.named_buffers() if pair[0].endswith("_correction_bias")]
+    for name, tensor in [*model.named_parameters(), *biases]:
         shape = tuple(tensor.shape)
         if ".experts." in name:  # llm-compressor takes stacks apart, as transformers saves them
             yield from _separate(name, shape)

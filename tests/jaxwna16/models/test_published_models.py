@@ -19,8 +19,10 @@ from tests.jaxwna16.models.published_decode import decode, describe_decode
 from tests.jaxwna16.models.published_models import NAMES, read_bytes, read_published, write_headers
 
 DENSE = "qwen3.6-27b"
-PLAIN = ("qwen3-30b-a3b", "smollm3-3b")
+PLAIN = ("qwen3-30b-a3b", "smollm3-3b", "minimax-m2.7")
 """Text models without layers that predict."""
+LARGE = ("minimax-m2.7",)
+"""Those with so many tensors (140,000 modules) that their headers alone take a minute."""
 BLOCK = 4
 """Layers of one block of the hybrid pattern."""
 _MLP, _ATTENTION, _DELTA = 3, 5, 2
@@ -31,6 +33,7 @@ KERNELS = {
     "qwen3.5-122b-a10b": 3 * (_DELTA + _SPARSE + _SHARED) + _ATTENTION + _SPARSE + _SHARED,
     "qwen3-30b-a3b": 4 * (_ATTENTION + _SPARSE),
     "smollm3-3b": 4 * (_ATTENTION + _MLP),
+    "minimax-m2.7": 4 * (_ATTENTION + _SPARSE),
 }
 """In a block: gate and up, down, and the end of it; of experts the router's choice, too, and of
 shared ones the two products; q/k/v, attention and its combine, o and the end of it. The products of
@@ -56,7 +59,10 @@ def inspect(folder: Path, capsys) -> dict:
     return json.loads(capsys.readouterr().out)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.thorough] if name in LARGE else []) for name in NAMES],
+)
 def test_a_model_of_full_size_is_planned_and_inspected_from_headers(name, tmp_path, capsys):
     folder = write_headers(tmp_path / "c", read_published(name))
     report = inspect(folder, capsys)

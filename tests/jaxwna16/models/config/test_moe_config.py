@@ -125,6 +125,7 @@ GROUPS = {"n_routed_experts": 16, "n_group": 4, "topk_group": 2}
         ("glm4_moe", {"partial_rotary_factor": 1.5}, "partial_rotary_factor: expected an even"),
         ("glm4_moe", {"partial_rotary_factor": 0.2}, "an even part of head_dim = 16, found 0.2"),
         ("mixtral", {"partial_rotary_factor": 0.5}, "partial_rotary_factor: expected 1.0"),
+        ("olmoe", {"clip_qkv": 8.0}, "clip_qkv: expected nothing, found 8.0"),
     ],
 )
 def test_what_is_not_supported_is_refused_with_the_key_and_the_choices(model_type, changes, reason):

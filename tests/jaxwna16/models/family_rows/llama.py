@@ -116,6 +116,19 @@ ROWS: dict[str, Row] = {
         },
         group_size=32,
     ),
+    "seed_oss": Row(
+        is_repeated=True,
+        variants={
+            "": {"head_dim": 32},
+            "all biases, its own head_dim": {
+                "head_dim": None,
+                "attention_out_bias": True,
+                "mlp_bias": True,
+            },
+            "no biases": {"head_dim": 16, "attention_bias": False},
+        },
+        group_size=32,
+    ),
     "mixtral": Row(
         variants={
             "": {"num_local_experts": 8},
@@ -164,6 +177,19 @@ ROWS: dict[str, Row] = {
         },
         bits=8,
     ),
+    "olmoe": Row(
+        is_repeated=True,
+        variants={
+            "": {"num_experts": 8, "num_experts_per_tok": 2},
+            "renormalised, all biases": {
+                "num_experts": 4,
+                "num_experts_per_tok": 3,
+                "norm_topk_prob": True,
+                "attention_bias": True,
+            },
+        },
+        group_size=32,
+    ),
     "dots1": Row(
         needed={"n_routed_experts": 8, "n_shared_experts": 1, "num_experts_per_tok": 2},
         variants={
@@ -195,5 +221,19 @@ ROWS: dict[str, Row] = {
         },
         group_size=32,
         bfloat16=MULTIPLIERS,
+    ),
+    "minimax_m2": Row(
+        is_repeated=True,
+        variants={
+            "": {
+                "num_local_experts": 8,
+                "num_experts_per_tok": 2,
+                "head_dim": 32,
+                "rotary_dim": 8,
+            },
+            "whole heads rotated": {"num_local_experts": 4, "num_experts_per_tok": 1},
+        },
+        group_size=32,
+        bfloat16={"num_experts_per_tok": 8},
     ),
 }

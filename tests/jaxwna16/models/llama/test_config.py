@@ -104,11 +104,14 @@ def test_biases_and_norms_follow_the_family():
         "qwen2": (True, False, False, False),
         "qwen3": (True, True, False, True),
         "smollm3": (True, True, True, False),
+        "seed_oss": (True, False, True, False),
         "mixtral": (False, False, False, False),
         "qwen2_moe": (True, False, False, False),
         "qwen3_moe": (True, True, False, True),
+        "olmoe": (True, True, False, True),
         "dots1": (True, True, False, True),
         "glm4_moe": (True, False, False, True),
+        "minimax_m2": (False, False, False, True),
     }
 
 
