@@ -1,4 +1,8 @@
 """How files call what the definition has."""
 
-NAMES = {r"(?<=\.)block_sparse_moe(?=\.)": "mlp"}
-"""Mixtral's, in published files."""
+NAMES = {
+    r"(?<=\.)block_sparse_moe\.router(?:\.layer)?(?=\.|$)": "mlp.gate",
+    r"(?<=\.)block_sparse_moe(?=\.w13|\.w2)": "mlp.experts",
+    r"(?<=\.)block_sparse_moe(?=\.)": "mlp",
+}
+"""Granite's routers and experts, then Mixtral's, in published files."""
