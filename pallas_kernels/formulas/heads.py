@@ -16,6 +16,7 @@ class Heads:
         multiplies the result.
       norms_across: queries and keys are normalised over all heads together, not one by one.
       scale: of the scores; None is 1 / sqrt(D).
+      softcap: c of scores c tanh(s / c), s a score with its scale; None is s itself.
     """
 
     head_dim: int
@@ -23,3 +24,4 @@ class Heads:
     gated: bool = False
     norms_across: bool = False
     scale: float | None = None
+    softcap: float | None = None
