@@ -18,6 +18,7 @@ from jaxwna16.models.parts.decoder import Decoder
 from jaxwna16.models.parts.layers import Dense, Linears, multiply
 from jaxwna16.programs import refuse_fork
 from pallas_kernels.format.spec import QuantSpec
+from pallas_kernels.formulas.activations import cap
 from pallas_kernels.formulas.norms import apply_factor
 
 Array = jax.Array
@@ -141,7 +142,8 @@ class CausalLM(nnx.Module):
 
     def logits(self, hidden: Array) -> Array:
         """Float32 logits [..., V] of the normalised stream [..., hidden]."""
-        return apply_factor(self._run_head(hidden), self.config.logit_scale)
+        logits = apply_factor(self._run_head(hidden), self.config.logit_scale)
+        return cap(logits, self.config.final_softcap)
 
     def _run_head(self, hidden: Array) -> Array:
         if self.lm_head is None:

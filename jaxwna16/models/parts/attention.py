@@ -79,6 +79,7 @@ class SelfAttention(nnx.Module):
             gated=gated,
             norms_across=norms_across,
             scale=config.attention_scale,
+            softcap=config.attention_softcap,
         )
         self.dtype = linears.dtype
 
