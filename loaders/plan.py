@@ -26,6 +26,8 @@ from loaders.modules.experts import (
     Stack,
     are_stacked,
     describe_mixed,
+    holds_gate_and_up,
+    name_layer,
     name_slices,
     plan_stacks,
     split_name,
@@ -270,7 +272,13 @@ def _plan_module(
         return {path: plan_transposed(path, found, schemes[path])}
     if path in schemes:
         modules = plan_modules(
-            path, found, sizes.get(path), schemes[path], version=version, stacked=stacked
+            path,
+            found,
+            sizes.get(path),
+            schemes[path],
+            version=version,
+            stacked=stacked,
+            joint=stacked and holds_gate_and_up(path),
         )
         return {module.path: module for module in modules}
     if stacked:
@@ -283,7 +291,7 @@ def _stack_members(
 ) -> _Stacked:
     """Stack the experts; `torn` are paths of modules that lack tensors, since a file is absent."""
     stacks, faults = plan_stacks(members, config)
-    cut = {name for fault in faults if (name := _name_layer(fault))}
+    cut = {name for fault in faults if (name := name_layer(fault.tensor))}
     # a file that is absent has a fault of its own
     above = list_parents({path.rpartition(".")[0] for path in torn})
     faults = [fault for fault in faults if fault.tensor not in above]
@@ -324,12 +332,6 @@ def _list_warnings(
         *describe_cache_scales(grouped.cache_scales),
     ]
     return tuple(list_first(warnings, MOST_WARNINGS))
-
-
-def _name_layer(fault: Fault) -> str:
-    """The path of the experts that a fault is about."""
-    head, name, _ = fault.tensor.partition("experts")
-    return head + name if name else ""
 
 
 def _list_in_the_way(tensors: Mapping[str, TensorInfo], stacks: Mapping[str, Stack]) -> list[Fault]:

@@ -15,6 +15,7 @@ from pallas_kernels.backends import check_backend
 from pallas_kernels.errors import SpecError
 from pallas_kernels.format.spec import QuantSpec
 from pallas_kernels.format.weights import check_weights
+from pallas_kernels.formulas import activations
 from pallas_kernels.lowering import choose_at_lowering, has_symbolic, refuse_at_lowering
 from pallas_kernels.tiles.dense_rules import check_prefer
 from pallas_kernels.vmap_rule import fold_vmap
@@ -123,18 +124,22 @@ def quant_matmul_gated(
     gate_spec: QuantSpec,
     up_spec: QuantSpec,
     *,
+    activation: str = "silu",
     backend: str | None = None,
     prefer: str = "speed",
 ) -> jax.Array:
-    """Compute silu(x @ Wg.T + bg) * (x @ Wu.T + bu), rounded once, at the end.
+    """Compute act(x @ Wg.T + bg) * (x @ Wu.T + bu), rounded once, at the end.
 
-    On a GPU this is one kernel, unless the specs differ or a weight has "perm". In these cases, and
-    where a weight is expanded, both products are rounded to the dtype of x before the activation.
+    On a GPU this is one kernel, unless the specs differ, a weight has "perm" or the activation is
+    "gelu" (Pallas has no error function). In these cases, and where a weight is expanded, both
+    products are rounded to the dtype of x before the activation.
 
     Args:
       x: [..., K].
       gate, up: leaf dicts of Wg and Wu.
       gate_spec, up_spec: their specs, with the same K and N.
+      activation: "silu", "gelu", "gelu_tanh", "relu2" or "swigluoai", see
+        `pallas_kernels.formulas.activations`.
       backend, prefer: as in `quant_matmul`.
 
     Returns:
@@ -156,6 +161,7 @@ def quant_matmul_gated(
     """
     weights, specs = [gate, up], [gate_spec, up_spec]
     x = check_call(x, weights, specs, backend, prefer)
+    activations.check(activation, gated=True)
     if gate_spec.out_features != up_spec.out_features:
         raise SpecError(
             f"gate and up must have the same N, got {gate_spec.out_features} and "
@@ -164,19 +170,24 @@ def quant_matmul_gated(
     reordered = "perm" in gate or "perm" in up
     if gate_spec != up_spec or gate["scale"].dtype != up["scale"].dtype or reordered:
         g, u = quant_matmul_many(x, weights, specs, backend=backend, prefer=prefer)
-        return _gate(g.astype(jnp.float32), u.astype(jnp.float32)).astype(x.dtype)
-    [y] = _run(_Call((gate_spec, up_spec), backend, prefer, gated=True), x, weights)
+        y = activations.apply(activation, g.astype(jnp.float32), u.astype(jnp.float32))
+        return y.astype(x.dtype)
+    [y] = _run(_Call((gate_spec, up_spec), backend, prefer, activation), x, weights)
     return y
 
 
 @dataclasses.dataclass(frozen=True)
 class _Call:
-    """The static facts of one call."""
+    """The static facts of one call.
+
+    Attributes:
+      activation: of gate and up; None of products that stay apart.
+    """
 
     specs: tuple[QuantSpec, ...]
     backend: str | None
     prefer: str
-    gated: bool = False
+    activation: str | None = None
 
 
 def check_call(x, weights, specs, backend, prefer) -> jax.Array:
@@ -204,19 +215,16 @@ def _run(call: _Call, x: jax.Array, weights: Sequence[Weights]) -> list[jax.Arra
         plain = [dict(leaves) for leaves in weights]
         ys: Any = choose_at_lowering(by_xla, by_triton, call.backend, x.dtype)(rows, plain)
     else:
-        ys = [
-            jnp.zeros((0, s.out_features), x.dtype) for s in call.specs[: 1 if call.gated else None]
-        ]
+        specs = call.specs if call.activation is None else call.specs[:1]
+        ys = [jnp.zeros((0, spec.out_features), x.dtype) for spec in specs]
     return [y.reshape(*lead, y.shape[-1]) for y in ys]
 
 
 def _multiply_by_xla(call: _Call, x: jax.Array, weights: list) -> list[jax.Array]:
     ys = [matmul(x, w, spec) for w, spec in zip(weights, call.specs, strict=True)]
-    return [y.astype(x.dtype) for y in ([_gate(*ys)] if call.gated else ys)]
-
-
-def _gate(gate: jax.Array, up: jax.Array) -> jax.Array:
-    return jax.nn.silu(gate) * up
+    if call.activation is not None:
+        ys = [activations.apply(call.activation, *ys)]
+    return [y.astype(x.dtype) for y in ys]
 
 
 def _multiply_by_triton(call: _Call, x: jax.Array, weights: list, *, interpret: bool) -> list:
@@ -230,8 +238,12 @@ def _multiply_by_triton(call: _Call, x: jax.Array, weights: list, *, interpret: 
         return [jnp.full(y.shape, refused) for y in ys]
 
     def run(x, weights):
-        multiply = functools.partial(multiply_alike, gated=True) if call.gated else multiply_each
-        parts = multiply(x, weights, call.specs, prefer=call.prefer, interpret=interpret)
-        return finish(parts, x.dtype, gated=call.gated)
+        options = {"prefer": call.prefer, "interpret": interpret}
+        if call.activation is None:
+            parts = multiply_each(x, weights, call.specs, **options)
+        else:
+            options["activation"] = call.activation
+            parts = multiply_alike(x, weights, call.specs, **options)
+        return finish(parts, x.dtype, call.activation)
 
     return fold_vmap(run)(x, weights)

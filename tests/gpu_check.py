@@ -216,7 +216,8 @@ def _compile_dense(case: Case, schedule: Schedule) -> list[gpu_aot.Kernel]:
     def run(x, weights):
         if isinstance(schedule, Tiles):
             each, specs = [weights] * count, [spec] * count
-            return multiply_packed(x, each, specs, schedule, gated=case.gated)
+            activation = "silu" if case.gated else None
+            return multiply_packed(x, each, specs, schedule, activation=activation)
         return expand_by_kernel(weights, spec, case.dtype)
 
     return gpu_aot.compile(

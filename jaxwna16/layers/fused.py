@@ -25,6 +25,7 @@ import jax.numpy as jnp
 
 from jaxwna16.layers import linen
 from jaxwna16.layers.dense import QuantDense, cast_input
+from pallas_kernels.formulas.activations import apply, check
 from pallas_kernels.formulas.norms import Onto
 from pallas_kernels.matmul import quant_matmul_gated, quant_matmul_many
 from pallas_kernels.step.linears import Linear
@@ -81,8 +82,8 @@ def project(x: jax.Array, layers: Sequence[Layer]) -> tuple[jax.Array, ...]:
     return tuple(results[i] for i in range(len(layers)))
 
 
-def gated(x: jax.Array, gate: Layer, up: Layer) -> jax.Array:
-    """Compute silu(gate(x)) * up(x).
+def gated(x: jax.Array, gate: Layer, up: Layer, activation: str = "silu") -> jax.Array:
+    """Compute act(gate(x)) * up(x).
 
     Two `QuantDense` layers with the same dtype, backend and prefer run as one `quant_matmul_gated`.
     In 16-bit dtypes it rounds less often: in most cases once, at the end. Other layers are called
@@ -91,6 +92,7 @@ def gated(x: jax.Array, gate: Layer, up: Layer) -> jax.Array:
     Args:
       x: [..., K].
       gate, up: functions of x with results of the same shape.
+      activation: as in `quant_matmul_gated`.
 
     Returns:
       [..., N].
@@ -112,8 +114,13 @@ def gated(x: jax.Array, gate: Layer, up: Layer) -> jax.Array:
     settings = _find_settings(gate)
     if settings is None or settings != _find_settings(up):
         y = gate(x)
+        if activation == "swigluoai":  # it is no factor of up
+            return apply(activation, y.astype(jnp.float32), up(x).astype(jnp.float32)).astype(
+                y.dtype
+            )
+        check(activation, gated=True)
         # a sigmoid in 16 bits would be rounded, and then the product with it
-        return jax.nn.silu(y.astype(jnp.float32)).astype(y.dtype) * up(x)
+        return apply(activation, y.astype(jnp.float32)).astype(y.dtype) * up(x)
     dtype, backend, prefer = settings
     first: Any = gate
     second: Any = up
@@ -123,6 +130,7 @@ def gated(x: jax.Array, gate: Layer, up: Layer) -> jax.Array:
         second.weights,
         first.spec,
         second.spec,
+        activation=activation,
         backend=backend,
         prefer=prefer,
     )

@@ -18,6 +18,7 @@ from jaxwna16.models.parts.decoder import Decoder
 from jaxwna16.models.parts.layers import Dense, Linears, multiply
 from jaxwna16.programs import refuse_fork
 from pallas_kernels.format.spec import QuantSpec
+from pallas_kernels.formulas.activations import cap
 from pallas_kernels.formulas.norms import apply_factor
 
 Array = jax.Array
@@ -170,7 +171,8 @@ class CausalLM(nnx.Module):
                 "this checkpoint has no head (lm_head), so the model makes no logits and no text: "
                 "model.hidden_states(tokens) gives the normalised stream of each token"
             )
-        return apply_factor(self._run_head(hidden), self.config.logit_scale)
+        logits = apply_factor(self._run_head(hidden), self.config.logit_scale)
+        return cap(logits, self.config.final_softcap)
 
     def _run_head(self, hidden: Array) -> Array:
         if self.lm_head is None:

@@ -15,6 +15,7 @@ from typing import Any
 from jaxwna16.errors import ModelError
 from jaxwna16.models.config.config_reader import ConfigReader
 from jaxwna16.models.config.language_config import LanguageConfig
+from jaxwna16.models.gemma import config as gemma_config
 from jaxwna16.models.llama import config as llama_config
 from jaxwna16.models.llama import names as llama_names
 from jaxwna16.models.llama.relatives import RELATIVES
@@ -67,6 +68,11 @@ FAMILIES = (
         model_types=("olmo2",),
         read=olmo2_config.Olmo2Config.from_dict,
         model="jaxwna16.models.olmo2.definition:Olmo2",
+    ),
+    Family(
+        model_types=tuple(gemma_config.KINDS),
+        read=gemma_config.GemmaConfig.from_dict,
+        model="jaxwna16.models.gemma.definition:Gemma",
     ),
 )
 MODEL_TYPES = tuple(name for family in FAMILIES for name in family.model_types)

@@ -2,12 +2,15 @@
 
     experts.3.gate_proj, .up_proj, .down_proj    one expert; or Mixtral's w1, w3 and w2
     experts.gate_up_proj, experts.down_proj      all of them, [E, 2I, H] and [E, H, I]
+    block_sparse_moe.input_linear,
+    block_sparse_moe.output_linear               the same, of Granite
 
-become `experts.w13`, the rows of gate and then those of up, and `experts.w2`. Without a gate, w13
-is up alone. The second form are plain tensors of that very name (transformers 5), quantized modules
-(`experts.gate_up_proj.weight_packed`), or, written by llm-compressor 0.12, the same without the dot
-(`experts.gate_up_proj_packed`). Rows stay in the order of the file, also where the model
-interleaves gate and up.
+become `experts.w13`, the rows of gate and then those of up, and `experts.w2`; of Granite
+`block_sparse_moe.w13` and `.w2`. Without a gate, w13 is up alone. The second form are plain tensors
+of that very name (transformers 5), quantized modules (`experts.gate_up_proj.weight_packed`), or,
+written by llm-compressor 0.12, the same without the dot (`experts.gate_up_proj_packed`). The third
+are modules, plain (`.weight`) or quantized. Rows stay in the order of the file, also where the
+model interleaves gate and up.
 
 Experts of which some are packed and others not, or in another way, are a stack of floats.
 """
@@ -34,17 +37,26 @@ from pallas_kernels.format.weights import SCALE_DTYPES, make_abstract
 _JOINT = re.compile(
     r"((?:.*\.)?experts\.(?:gate_up|gate|up|down)_proj)(?:_(packed|scale|zero_point|shape|g_idx|bias))?"
 )
+_PARALLEL = re.compile(r"(?:.*\.)?block_sparse_moe\.(?:input|output)_linear")
 _MEMBER = re.compile(
     r"((?:.*\.)?experts)\.(?:([0-9]+)\.)?(gate_up_proj|gate_proj|up_proj|down_proj|w1|w2|w3)"
     r"(?:\[([0-9]+)\])?"
 )
+_PARALLEL_MEMBER = re.compile(
+    r"((?:.*\.)?block_sparse_moe)()\.(input_linear|output_linear)\[([0-9]+)\]"
+)
 _SLICE = re.compile(
     r"((?:.*\.)?experts)\.(gate_up_proj|gate_proj|up_proj|down_proj)(_bias)?\[([0-9]+)\]"
 )
+_PARALLEL_SLICE = re.compile(
+    r"((?:.*\.)?block_sparse_moe)\.(input_linear|output_linear)\.weight()\[([0-9]+)\]"
+)
+_LAYER = re.compile(r"(?:.*\.)?(?:experts|block_sparse_moe(?!\.experts))(?=\.|$)")
 # what files call a projection -> which it is
 _KINDS = {"gate_up_proj": "gate_up", "gate_proj": "gate", "up_proj": "up", "down_proj": "down"}
 _MIXTRAL = {"w1": "gate", "w3": "up", "w2": "down"}
-_ALL_KINDS = _KINDS | _MIXTRAL
+_GRANITE = {"input_linear": "gate_up", "output_linear": "down"}
+_ALL_KINDS = _KINDS | _MIXTRAL | _GRANITE
 _PRODUCTS = {"w13": ("gate_up", "gate", "up"), "w2": ("down",)}
 _COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
@@ -85,12 +97,25 @@ def split_name(name: str) -> tuple[str, str]:
 
 def are_stacked(path: str, found: Mapping[str, TensorInfo]) -> bool:
     """Whether a module's tensors by role are those of all experts of a layer, in three axes."""
-    packed, weight = found.get("weight_packed"), found.get("weight")
-    if packed is not None:
-        return len(packed.shape) == 3 and _JOINT.fullmatch(path) is not None
+    main = found.get("weight_packed", found.get("weight"))
+    if main is None or len(main.shape) != 3:
+        return False
+    if _PARALLEL.fullmatch(path) is not None:
+        return True
     # under "….weight" it is some other module that has three axes
-    stacked = weight is not None and weight.name == path and len(weight.shape) == 3
-    return stacked and _JOINT.fullmatch(path) is not None
+    is_named = "weight_packed" in found or main.name == path
+    return is_named and _JOINT.fullmatch(path) is not None
+
+
+def holds_gate_and_up(path: str) -> bool:
+    """Whether a module of stacked experts has the rows of two projections."""
+    return _ALL_KINDS[path.rpartition(".")[2]] == "gate_up"
+
+
+def name_layer(path: str) -> str:
+    """The path of the experts of a layer, of anything in it; "" of what is not among experts."""
+    match = _LAYER.match(path)
+    return "" if match is None else match[0]
 
 
 def name_slices(path: str, found: Mapping[str, TensorInfo]) -> list[str]:
@@ -105,13 +130,15 @@ def name_separately(name: str) -> list[str]:
     Its rows are dealt out to them: "experts.gate_up_proj[3]" -> ["experts.3.gate_proj.weight",
     "experts.3.up_proj.weight"]. Any other name is its own.
     """
-    match = _SLICE.fullmatch(name)
+    joint, parallel = _SLICE.fullmatch(name), _PARALLEL_SLICE.fullmatch(name)
+    match = joint or parallel
     if match is None:
         return [name]
     path, projection, bias, expert = match.groups()
-    role = "bias" if bias else "weight"
-    names = ("gate_proj", "up_proj") if projection == "gate_up_proj" else (projection,)
-    return [f"{path}.{expert}.{name}.{role}" for name in names]
+    path, role = path if joint else f"{path}.experts", "bias" if bias else "weight"
+    kind = _ALL_KINDS[projection]
+    kinds = ("gate", "up") if kind == "gate_up" else (kind,)
+    return [f"{path}.{expert}.{kind}_proj.{role}" for kind in kinds]
 
 
 def plan_stacks(
@@ -128,8 +155,8 @@ def plan_stacks(
     """
     layers: dict[str, dict[tuple[int, str], list[str]]] = defaultdict(lambda: defaultdict(list))
     for path in members:
-        match = _MEMBER.fullmatch(path)
-        if match is not None and (match[2] is None) != (match[4] is None):
+        match = _MEMBER.fullmatch(path) or _PARALLEL_MEMBER.fullmatch(path)
+        if match is not None and bool(match[2]) != bool(match[4]):
             kind = _ALL_KINDS[match[3]]
             layers[match[1]][int(match[2] or match[4]), kind].append(path)
     if not layers:
@@ -209,7 +236,8 @@ def _list_missing(path: str, parts: _Parts, experts: int) -> Iterator[Fault]:
         yield Fault(what, tensor=path, way_out="correct config.json if it is wrong")
     first = ("gate_up",) if "gate_up" in kinds else ("gate", "up") if "gate" in kinds else ("up",)
     name, _ = next(iter(parts.values()))
-    spellings = _MIXTRAL if name.endswith(tuple(_MIXTRAL)) else _KINDS
+    last = name.partition("[")[0].rpartition(".")[2]
+    spellings = next(names for names in (_KINDS, _MIXTRAL, _GRANITE) if last in names)
     for projection, kind in spellings.items():
         lacking = [number for number in numbers if (number, kind) not in parts]
         if lacking and kind in (*first, "down"):

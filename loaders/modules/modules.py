@@ -61,6 +61,7 @@ def plan_modules(
     *,
     version: str,
     stacked: bool = False,
+    joint: bool = False,
 ) -> list[QuantizedModule]:
     """Check a module's tensors against its scheme.
 
@@ -71,6 +72,7 @@ def plan_modules(
       scheme: None if the config has none for it.
       version: of the compressed-tensors that wrote it, or "".
       stacked: whether the tensors are those of many experts, which are their first axis.
+      joint: whether the rows of each are those of gate and then of up.
 
     Returns:
       The module; or one for each expert.
@@ -101,7 +103,7 @@ def plan_modules(
     encoding = choose_encoding(
         first, tensors, scheme, (spec.out_features, spec.in_features), version
     )
-    if stacked and path.endswith("gate_up_proj"):
+    if stacked and joint:
         _check_joint_zero_points(found.get("weight_zero_point"), spec, encoding)
     faults += _check_tensors(first, tensors, spec, encoding)
     faults += check_bias(tensors.get("bias"), spec)

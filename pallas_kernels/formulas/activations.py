@@ -1,4 +1,4 @@
-"""The activations of experts, on float32.
+"""The activations of experts and of gated products, on float32.
 
 silu         h sigmoid(h)                                        times up, if gated
 gelu         h Phi(h), Phi the normal distribution function      times up, if gated
@@ -25,7 +25,7 @@ _ALPHA, _LIMIT = 1.702, 7.0
 
 
 def check(name: str, gated: bool) -> None:
-    """Raise a SpecError unless these experts, gated or not, can use the activation `name`."""
+    """Raise a SpecError unless a layer, gated or not, can use the activation `name`."""
     if name not in ACTIVATIONS:
         raise SpecError(f"activation must be one of {ACTIVATIONS}, got {name!r}")
     if name == "swigluoai" and not gated:
@@ -70,6 +70,11 @@ def _cut_above(h: jax.Array, limit: float) -> jax.Array:
 
 def _cut_below(h: jax.Array, limit: float) -> jax.Array:
     return jnp.where(h < limit, limit, h)
+
+
+def cap(x: jax.Array, limit: float | None) -> jax.Array:
+    """limit tanh(x / limit), which is near x where x is small; x itself without a limit."""
+    return x if limit is None else limit * jnp.tanh(x / limit)
 
 
 def weigh(x: jax.Array, gate: jax.Array) -> jax.Array:

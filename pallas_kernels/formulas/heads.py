@@ -17,6 +17,7 @@ class Heads:
       norms_across: queries and keys are normalised over all heads together, not one by one.
       scale: of the scores; None is 1 / sqrt(D).
       paired: neighbouring features are rotated together, see `rotate`.
+      softcap: c of scores c tanh(s / c), s a score with its scale; None is s itself.
     """
 
     head_dim: int
@@ -25,3 +26,4 @@ class Heads:
     norms_across: bool = False
     scale: float | None = None
     paired: bool = False
+    softcap: float | None = None

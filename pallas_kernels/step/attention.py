@@ -62,15 +62,16 @@ def project_and_attend(
       SpecError, BackendError, TableError: as `quant_matmul`.
     """
     arrays, call = separate(linears, backend, prefer)
+    scores = {"scale": heads.scale, "softcap": heads.softcap}
     if cache is None or x.shape[1] > 1 or has_symbolic(x.shape) or 0 in x.shape:
         products = call.multiply(x, arrays)
-        run = functools.partial(attend, window=window, scale=heads.scale, backend=backend)
+        run = functools.partial(attend, window=window, backend=backend, **scores)
         return mix(products, norms, rotation, start, count, cache, heads=heads, attend=run)
     x = call.check(x, arrays)
 
     def by_xla(x, arrays, norms, rotation, start, count, cache):
         products = call.multiply_by_xla(x, arrays)
-        run = functools.partial(attend_by_xla, window=window, scale=heads.scale)
+        run = functools.partial(attend_by_xla, window=window, **scores)
         return mix(products, norms, rotation, start, count, cache, heads=heads, attend=run)
 
     def by_triton(x, arrays, norms, rotation, start, count, cache, *, interpret):
@@ -99,9 +100,9 @@ def project_and_attend(
             kv_heads=heads.kv_heads,
             window=window,
             gated=heads.gated,
-            scale=heads.scale,
             paired=heads.paired,
             interpret=interpret,
+            **scores,
         )
         return mixed[:, None], tuple(cache)
 
@@ -118,6 +119,7 @@ def attend(
     window: int | None,
     *,
     scale: float | None = None,
+    softcap: float | None = None,
     backend: str | None = None,
 ) -> jax.Array:
     """Causal attention of the queries of a piece, softmax in float32.
@@ -133,7 +135,7 @@ def attend(
       start, count: int32 [B], how many tokens come before the piece, and how many are in it.
         Results of queries from `count` on mean nothing, but are finite.
       window: how many tokens a query sees, itself included; None is all before it.
-      scale: of the scores; None is 1 / sqrt(D).
+      scale, softcap: of the scores, see `Heads`.
       backend: as in `quant_matmul`; float32 is always XLA's.
 
     Returns:
@@ -142,7 +144,7 @@ def attend(
     Raises:
       BackendError: if sizes are symbolic (in `jax.export`) where a GPU kernel is lowered.
     """
-    facts = {"window": window, "scale": scale}
+    facts = {"window": window, "scale": scale, "softcap": softcap}
     by_xla = functools.partial(attend_by_xla, **facts)
     # one query fills no tile
     if q.shape[1] == 1 or (backend is None and _is_doubtful()):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.errors import BackendError
 from pallas_kernels.format.spec import SLAB_K, TILE_N, QuantSpec
+from pallas_kernels.formulas.activations import IN_KERNEL, apply
 from pallas_kernels.tiles.device import Device, find_device
 from pallas_kernels.tiles.tiles import Tiles, find_faults, fits
 from pallas_kernels.triton.parts import Parts, finish
@@ -33,7 +35,7 @@ def multiply_packed(
     specs: Sequence[QuantSpec],
     tiles: Tiles,
     *,
-    gated: bool = False,
+    activation: str | None = None,
     interpret: bool = False,
 ) -> list[jax.Array]:
     """Compute x @ W.T + bias for weights that share x, in one kernel.
@@ -43,7 +45,7 @@ def multiply_packed(
       weights: leaf dicts (`pallas_kernels.format.weights`), without "perm".
       specs: their specs, equal in all but `out_features`.
       tiles: how the work is divided.
-      gated: take two weights of equal size as gate and up: the result is silu(gate) * up.
+      activation: take two weights of equal size as gate and up: the result is act(gate) * up.
       interpret: run as ordinary XLA operations, slowly but on any device, instead of on a GPU.
 
     Returns:
@@ -52,8 +54,8 @@ def multiply_packed(
     Raises:
       BackendError: if x is not bfloat16 or float16 or has no rows, or the tiles do not fit.
     """
-    parts = multiply_in_parts(x, weights, specs, tiles, gated=gated, interpret=interpret)
-    return finish(parts, x.dtype, gated=gated)
+    options = {"activation": activation, "interpret": interpret}
+    return finish(multiply_in_parts(x, weights, specs, tiles, **options), x.dtype, activation)
 
 
 def multiply_in_parts(
@@ -62,14 +64,14 @@ def multiply_in_parts(
     specs: Sequence[QuantSpec],
     tiles: Tiles,
     *,
-    gated: bool = False,
+    activation: str | None = None,
     interpret: bool = False,
 ) -> list[Parts]:
     """As `multiply_packed`, before the splits of K are added.
 
     Returns:
-      `Parts` of [M, N] for each weight. If gated, those of gate and up, or the finished product
-      alone where one program holds both.
+      `Parts` of [M, N] for each weight. With an activation, those of gate and up, or the finished
+      product alone where one program holds both.
 
     Raises:
       BackendError: as `multiply_packed`.
@@ -91,7 +93,11 @@ def multiply_in_parts(
     # a bias joins the sum over the splits; an activation needs that sum
     inputs = [{n: a for n, a in w.items() if n != "bias"} if split else dict(w) for w in weights]
     scale_dtype = weights[0]["scale"].dtype
-    paired = gated and not split and can_pair(specs[0], tiles, scale_dtype, find_device())
+    paired = (
+        activation in IN_KERNEL
+        and not split
+        and can_pair(specs[0], tiles, scale_dtype, find_device())
+    )
     jobs = [tuple(range(len(specs)))] if paired else [(i,) for i in range(len(specs))]
     lead = (tiles.splits,) if split else ()
     dtype = jnp.float32 if split else x.dtype
@@ -111,6 +117,7 @@ def multiply_in_parts(
             widths=widths,
             specs=specs,
             tiles=tiles,
+            activation=activation,
             plain=interpret,
         ),
         out_shape=outputs,
@@ -143,7 +150,16 @@ def choose_block_n(spec: QuantSpec, tiles: Tiles) -> int:
 
 
 def _multiply_tile(
-    x_ref, weights, *out_refs, jobs, blocks, widths, specs, tiles: Tiles, plain: bool
+    x_ref,
+    weights,
+    *out_refs,
+    jobs,
+    blocks,
+    widths,
+    specs,
+    tiles: Tiles,
+    activation: str | None,
+    plain: bool,
 ) -> None:
     """Compute one tile of one output.
 
@@ -162,7 +178,7 @@ def _multiply_tile(
         rows = jnp.minimum(tokens, x_ref.shape[0] - 1)
         walk = Walk(x_ref, rows, spec, tiles, block, plain)
         strips = [Strip(weights[i], column) for i in job]
-        run = functools.partial(_finish_tile, walk, strips, tokens, out_ref, split)
+        run = functools.partial(_finish_tile, walk, strips, tokens, out_ref, split, activation)
         if len(jobs) == 1:
             run()
         else:
@@ -170,7 +186,14 @@ def _multiply_tile(
         first += width
 
 
-def _finish_tile(walk: Walk, strips: list[Strip], tokens, out_ref, split: jax.Array) -> None:
+def _finish_tile(
+    walk: Walk,
+    strips: list[Strip],
+    tokens: jax.Array,
+    out_ref: Any,
+    split: jax.Array,
+    activation: str | None,
+) -> None:
     """Walk along K, then bias, activation and store."""
     spec, column = walk.spec, strips[0].column
     columns = column + jnp.arange(walk.block_n, dtype=jnp.int32)
@@ -180,7 +203,10 @@ def _finish_tile(walk: Walk, strips: list[Strip], tokens, out_ref, split: jax.Ar
             bias = strip.leaves["bias"].at[columns]
             bias = plgpu.load(bias, mask=columns < spec.out_features, other=0)
             sums[i] = sums[i] + bias.astype(jnp.float32)[:, None]
-    y = sums[0] if len(sums) == 1 else sums[0] * jax.nn.sigmoid(sums[0]) * sums[1]
+    y = sums[0]
+    if len(sums) > 1:
+        assert activation is not None
+        y = apply(activation, *sums)
     mask = (tokens < walk.x_ref.shape[0])[:, None] & (columns < spec.out_features)[None, :]
     lead = (split,) if walk.tiles.splits > 1 else ()
     tile = out_ref.at[*lead, tokens[:, None], columns[None, :]]

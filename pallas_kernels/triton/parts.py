@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import triton as plgpu
 
+from pallas_kernels.formulas.activations import apply
+
 
 class Parts(NamedTuple):
     """A product y [M, N] before its last rounding: the sum of its parts in order, plus the bias.
@@ -38,11 +40,16 @@ def add_parts(parts: Parts) -> jax.Array:
     return total if parts.bias is None else total + parts.bias.astype(jnp.float32)[None, :]
 
 
-def finish(parts: Sequence[Parts], dtype: Any, *, gated: bool = False) -> list[jax.Array]:
-    """The products in `dtype`; of gate and up silu(gate) * up, unless it is there already."""
-    if gated and len(parts) > 1:
+def finish(parts: Sequence[Parts], dtype: Any, activation: str | None = None) -> list[jax.Array]:
+    """The products in `dtype`.
+
+    Args:
+      activation: of gate and up, whose result act(gate) * up is, unless it is there already; None
+        of other products.
+    """
+    if activation is not None and len(parts) > 1:
         gate, up = map(add_parts, parts)
-        return [(jax.nn.silu(gate) * up).astype(dtype)]
+        return [apply(activation, gate, up).astype(dtype)]
     return [add_parts(part).astype(dtype) for part in parts]
 
 

@@ -51,7 +51,7 @@ def multiply_alike(
     weights: Sequence[Weights],
     specs: Sequence[QuantSpec],
     *,
-    gated: bool = False,
+    activation: str | None = None,
     prefer: str = "speed",
     interpret: bool = False,
 ) -> list[Parts]:
@@ -66,7 +66,9 @@ def multiply_alike(
         prefer,
     )
     if isinstance(schedule, Tiles):
-        return multiply_in_parts(x, weights, specs, schedule, gated=gated, interpret=interpret)
+        return multiply_in_parts(
+            x, weights, specs, schedule, activation=activation, interpret=interpret
+        )
     return [
         _multiply_expanded(x, expand_by_kernel(w, spec, x.dtype, interpret=interpret), w)
         for w, spec in zip(weights, specs, strict=True)

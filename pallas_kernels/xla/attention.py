@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.formulas.activations import round_sigmoid
+from pallas_kernels.formulas.activations import cap, round_sigmoid
 from pallas_kernels.formulas.heads import Heads
 from pallas_kernels.formulas.norms import Norm, apply_norm
 from pallas_kernels.formulas.rotation import rotate
@@ -93,6 +93,7 @@ def attend(
     *,
     window: int | None,
     scale: float | None = None,
+    softcap: float | None = None,
 ) -> jax.Array:
     """As `pallas_kernels.step.attention.attend`, with float32 scores [B, H, S, C] in memory.
 
@@ -111,7 +112,7 @@ def attend(
         preferred_element_type=jnp.float32,
     )
     factor = float(head_dim) ** -0.5 if scale is None else scale
-    scores = scores.reshape(*grouped.shape[:4], slots) * factor
+    scores = cap(scores.reshape(*grouped.shape[:4], slots) * factor, softcap)
     seen = _see_slots(start, count, steps, slots, window)
     weights = jax.nn.softmax(jnp.where(seen[:, None, None, :, :], scores, -jnp.inf), axis=-1)
     mixed = lax.dot_general(

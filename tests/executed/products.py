@@ -141,7 +141,8 @@ class Product:
 
 
 def _multiply(x, leaves, *, specs, tiles: Tiles, gated: bool, interpret: bool = False):
-    return multiply_packed(x, leaves, specs, tiles, gated=gated, interpret=interpret)
+    activation = "silu" if gated else None
+    return multiply_packed(x, leaves, specs, tiles, activation=activation, interpret=interpret)
 
 
 def draw_weights(case: Any, widths: list[int], tiles: Tiles) -> list[Case]:

@@ -9,6 +9,7 @@ The bound follows the kernel from the products on. Let u = 2^-24 and v the unit 
   exact in float32, so NumPy gives the bits.
 * A score is a sum of D products in float32, D + 4 roundings with the scale, and what the errors of
   query and key make of it. Call the largest error of a head's scores e, and the largest score t.
+* A softcap c has a slope of at most 1. Its power, sum and quotient, each times 2 c, have 16 u c.
 * A weight is 2^(score - largest). The largest is the same number above and below, so it adds no
   error but that of the difference, 3 u t; the power has 4 u. So weights relative to their sum are
   within a factor exp(2 (e + 3 u t + 4 u)).
@@ -64,6 +65,7 @@ class Step:
     dtype: str = "bfloat16"
     whole: bool = False
     paired: bool = False
+    softcap: float | None = None
 
     @property
     def np_dtype(self) -> np.dtype:
@@ -227,7 +229,7 @@ def expect(step: Step, given: Arguments, division: Division) -> Expected:
         query = Bounded(queries.value[row, head], queries.error[row, head])
         value = np.vstack([old_v, values[row, kv_head].astype(np.float64)])
         found.value[row, head], found.error[row, head] = attend_exactly(
-            query, key, value, step.scale, step.dtype, division
+            query, key, value, step.scale, step.dtype, division, step.softcap
         )
     result = found.round_to(step.np_dtype)
     if step.gated:
@@ -244,7 +246,13 @@ def expect_gate(found: Bounded, gate: np.ndarray, dtype: np.dtype) -> Bounded:
 
 
 def attend_exactly(
-    query: Bounded, key: Bounded, value: np.ndarray, scale: float, dtype: str, division: Division
+    query: Bounded,
+    key: Bounded,
+    value: np.ndarray,
+    scale: float,
+    dtype: str,
+    division: Division,
+    softcap: float | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The mean of n values [n, D] for one query, before its rounding, and its error."""
     unit, tiny = UNITS[dtype]
@@ -255,6 +263,10 @@ def attend_exactly(
     # in powers of two, and divided last: to the bit for whole numbers
     scores = scale * products
     powers = np.exp2(scale * LOG2_E * (products - products.max()))
+    if softcap is not None:
+        scores = softcap * np.tanh(scores / softcap)
+        powers = np.exp(scores - scores.max())
+        error = error + 16 * U * softcap
     weights = powers / powers.sum()
     drift = np.expm1(2 * (error.max() + 3 * U * np.abs(scores).max() + 4 * U))
     count = len(scores) + 3 * (len(scores) // division.block + 2 + division.splits)

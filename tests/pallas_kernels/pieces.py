@@ -74,7 +74,9 @@ def draw_piece(
     return Piece(q, k, v, start, count, window)
 
 
-def attend_exactly(piece: Piece, scale: float | None = None) -> Bounded:
+def attend_exactly(
+    piece: Piece, scale: float | None = None, softcap: float | None = None
+) -> Bounded:
     """The result [B, S, H * D], 0 for padding, and its bound for sums in float32.
 
     With A = sum |q k| of a slot and c = scale, a score s has an error of gamma(D) A, since products
@@ -88,6 +90,9 @@ def attend_exactly(piece: Piece, scale: float | None = None) -> Bounded:
     and is rounded to the dtype of v (unit v, half of float16's least number besides), while the
     sum of weights takes them unrounded. The result is the sum of p |v| with both, over the sum of
     weights with e; both sums have gamma(slots + 2 blocks). A factor has the errors of second order.
+
+    A softcap has a slope of at most 1, so that its score has the error of the one before, and 16 u
+    of the cap: those of a power, a sum and a quotient, each times twice the cap.
     """
     batch, steps, heads, head_dim = piece.q.shape
     q, k, v = (x.astype(np.float64) for x in (piece.q, piece.k, piece.v))
@@ -101,11 +106,14 @@ def attend_exactly(piece: Piece, scale: float | None = None) -> Bounded:
         line, seen = row * (len(k) // batch) + head // group, piece.find_seen(row, query)
         keys, values, one = k[line, seen], v[line, seen], q[row, query, head]
         scores, magnitude = keys @ one, np.abs(keys) @ np.abs(one)
-        weights = np.exp(scale * (scores - scores.max()))
+        scores = scale * scores
+        if softcap is not None:
+            scores = softcap * np.tanh(scores / softcap)
+        weights = np.exp(scores - scores.max())
         total, size = weights.sum(), len(scores)
         blocks = math.ceil(size / LEAST_BLOCK) + 1
-        wrong = scale * (_gamma(head_dim) * magnitude.max() + 20 * U * np.abs(scores).max())
-        wrong += 4 * U * (blocks + 2)
+        wrong = scale * _gamma(head_dim) * magnitude.max() + 20 * U * np.abs(scores).max()
+        wrong += 4 * U * (blocks + 2) + 16 * U * (softcap or 0)
         relative = 2 * (wrong + _gamma(size + 2 * blocks)) + unit + 4 * U
         mixed = weights @ np.abs(values) / total
         value[row, query, head] = weights @ values / total

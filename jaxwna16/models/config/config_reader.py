@@ -66,6 +66,12 @@ class ConfigReader:
         self.refuse(key, value, POSITIVE)
         return default
 
+    def number_or_none(self, key: str, default: float | None) -> float | None:
+        """The same where a null is no number, and an absent key is `default`."""
+        if key not in self.config:
+            return None if key in self.given else default
+        return self.number(key, 1.0)
+
     def flag(self, key: str, default: bool = False) -> bool:
         """True or false."""
         value = self.config.get(key, default)

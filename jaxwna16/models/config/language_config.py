@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
 from jaxwna16.models.config.config_reader import MAX_COUNT, ConfigReader
 from jaxwna16.models.config.moe_config import MoeConfig
 from jaxwna16.models.config.rope_config import RopeConfig
 
 MAX_LAYERS = 1000  # each is made, abstractly, before it is looked for in the files
-_ACTIVATIONS = ("silu", "swish")
+Activations = tuple[str, Mapping[str, str]]
+"""The key that states the activation of the MLPs, and its values -> names of activations. The first
+is that of an absent key."""
+SILU: Activations = ("hidden_act", {"silu": "silu", "swish": "silu"})
+GELU_TANH: Activations = ("hidden_activation", {"gelu_pytorch_tanh": "gelu_tanh"})
 _DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -31,7 +36,9 @@ class LanguageConfig:
       embedding_multiplier: of the rows of the embedding, where they enter the stream.
       residual_multiplier: of what a layer's two parts add to the stream.
       attention_scale: of the scores; None is 1 / sqrt(head_dim).
+      attention_softcap, final_softcap: c of scores and of logits c tanh(x / c); None is x itself.
       logit_scale: of the logits.
+      activation: of the MLPs, see `pallas_kernels.formulas.activations`.
     """
 
     model_type: str
@@ -54,7 +61,10 @@ class LanguageConfig:
     embedding_multiplier: float = 1.0
     residual_multiplier: float = 1.0
     attention_scale: float | None = None
+    attention_softcap: float | None = None
+    final_softcap: float | None = None
     logit_scale: float = 1.0
+    activation: str = "silu"
 
     @property
     def max_length(self) -> int:
@@ -83,9 +93,15 @@ class LanguageConfig:
         return self.rope.rope_type == "dynamic"
 
 
+def read_activation(reader: ConfigReader, activations: Activations) -> str:
+    """The activation of the MLPs, one of the family's."""
+    key, names = activations
+    default = next(iter(names))
+    return names[reader.choose(key, default, tuple(names)) or default]
+
+
 def refuse_others(reader: ConfigReader) -> None:
-    """Refuse what no definition here has: another activation than SiLU, keys of single layers."""
-    reader.choose("hidden_act", "silu", _ACTIVATIONS)
+    """Refuse what no definition here has: keys of single layers."""
     if layers := reader.config.get("per_layer_config"):
         reader.refuse("per_layer_config", layers, "none")
 

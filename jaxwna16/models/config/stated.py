@@ -8,6 +8,9 @@ from jaxwna16.errors import ModelError
 from jaxwna16.models.config.config_reader import ConfigReader
 from jaxwna16.models.config.language_config import (
     MAX_LAYERS,
+    SILU,
+    Activations,
+    read_activation,
     read_eos,
     read_saved_dtype,
     refuse_others,
@@ -25,6 +28,7 @@ def read_stated(
     partial_rotary_factor: float = 1.0,
     tied: bool = False,
     rotary_key: str | None = None,
+    activations: Activations = SILU,
 ) -> dict[str, Any]:
     """The fields of `LanguageConfig` but for those of experts and of layers that predict.
 
@@ -37,6 +41,7 @@ def read_stated(
       head_dim: None is hidden_size / num_attention_heads.
       tied: `tie_word_embeddings` of the family.
       rotary_key: `key` of `read_rotary_dim`.
+      activations: those that its MLPs may have.
     """
     refuse_others(reader)
     if not reader.given.get("is_causal", True):
@@ -50,6 +55,7 @@ def read_stated(
         "rotary_dim": read_rotary_dim(reader, head_dim, partial_rotary_factor, rotary_key),
         "rms_norm_eps": reader.number("rms_norm_eps", rms_norm_eps),
         "tie_word_embeddings": reader.flag("tie_word_embeddings", tied),
+        "activation": read_activation(reader, activations),
         "rope": read_rope(reader, positions, rope_theta),
         "dtype": read_saved_dtype(reader),
         "eos_token_ids": read_eos(reader),

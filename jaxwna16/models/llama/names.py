@@ -3,6 +3,9 @@
 NAMES = {
     # of models that were saved without their head: Qwen3-Embedding, as a `Qwen3Model`
     r"^(?=(embed_tokens|layers|norm)\.)": "model.",
+    # Granite's routers and experts, in published files
+    r"(?<=\.)block_sparse_moe\.router(?:\.layer)?(?=\.|$)": "mlp.gate",
+    r"(?<=\.)block_sparse_moe(?=\.w13|\.w2)": "mlp.experts",
     # Mixtral's and MiniMax-M2's, in published files
     r"(?<=\.)block_sparse_moe(?=\.)": "mlp",
     # beside the router in MiniMax-M2

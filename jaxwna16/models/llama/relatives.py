@@ -184,5 +184,15 @@ RELATIVES = {
             "use_routing_bias": True,
         },
     ),
+    "granitemoe": Relative(
+        qkv_bias=_ATTENTION_BIAS,
+        out_bias=_ATTENTION_BIAS,
+        states_kv_heads=False,
+        windows=UNREAD,
+        has_multipliers=True,
+        experts=SoftmaxExperts(
+            experts=8, top_k=2, inner_key="intermediate_size", has_steps=False, renormalize=True
+        ),
+    ),
 }
 """`model_type` -> its row."""

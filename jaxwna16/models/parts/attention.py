@@ -82,6 +82,7 @@ class SelfAttention(nnx.Module):
             norms_across=norms_across,
             scale=config.attention_scale,
             paired=paired,
+            softcap=config.attention_softcap,
         )
         self.dtype = linears.dtype
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import jax
+import numpy as np
 from flax import nnx
 
 from jaxwna16.models.config.rope_config import RopeConfig
@@ -34,18 +35,23 @@ class Decoder(nnx.Module):
         of the layer is its first part, whose `list_words()` are read ahead.
       make_norm: the class of the last norm.
       rope_dtype: dtype of cosines and sines; None is that of the stream.
+      rounds_multiplier: whether the multiplier of the embedding is rounded to the model's dtype.
     """
 
     make_layer: ClassVar[Callable[..., Any]]
     make_norm: ClassVar[Callable[..., Any]]
     rope_dtype: ClassVar[Any] = None
+    rounds_multiplier: ClassVar[bool] = False
 
     def __init__(self, config: Any, linears: Linears):
+        multiplier = config.embedding_multiplier
+        if self.rounds_multiplier:
+            multiplier = float(np.asarray(multiplier, linears.dtype))
         self.embed_tokens = Embedding(
             config.vocab_size,
             config.hidden_size,
             dtype=linears.dtype,
-            multiplier=config.embedding_multiplier,
+            multiplier=multiplier,
         )
         self.layers = nnx.List(
             type(self).make_layer(config, linears, layer)

@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from flax import nnx
 
 from jaxwna16.models.parts.piece import Following, Piece, Stream
-from pallas_kernels.formulas.norms import Onto
+from pallas_kernels.formulas.norms import Norm, Onto
 
 Array = jax.Array
+
+
+class Norms(NamedTuple):
+    """The norms of a layer after its first part; None is none.
+
+    Attributes:
+      mixed: of what the mixer gives, before it is added to the stream.
+      mlp: of what the MLP takes.
+      added: of what the MLP gives, before it is added.
+    """
+
+    mixed: Norm | None = None
+    mlp: Norm | None = None
+    added: Norm | None = None
 
 
 class Layer(nnx.Module):
@@ -18,7 +32,7 @@ class Layer(nnx.Module):
 
     A family's subclass makes `self_attn` (or states `mixer`), `mlp`, and norms: `input_layernorm`
     and `post_attention_layernorm` are of what each of the two takes. Where norms are elsewhere, it
-    has a `__call__` of its own.
+    has a `find_norms` of its own.
 
     Attributes:
       residual_multiplier: of what each of the two adds.
@@ -38,13 +52,16 @@ class Layer(nnx.Module):
         """What the layer keeps of `slots` tokens of each row, empty."""
         return self.mixer.make_cache(batch, slots)
 
+    def find_norms(self) -> Norms:
+        """The norms within the layer; `input_layernorm`, before it, is of the decoder."""
+        return Norms(mlp=self.post_attention_layernorm.norm)
+
     def __call__(
         self, stream: Stream, piece: Piece, cache: Any, following: Following
     ) -> tuple[Stream, Any]:
         """The stream [B, S, hidden] behind the layer, and the cache with the piece."""
-        norm, words = self.post_attention_layernorm.norm, self.mlp.list_words()
-        factor = self.residual_multiplier
-        onto = Onto(stream.x, early=norm, ahead=words, factor=factor)
+        norms, factor, words = self.find_norms(), self.residual_multiplier, self.mlp.list_words()
+        onto = Onto(stream.x, norms.mixed, norms.mlp, words, factor)
         stream, cache = self.mixer(stream.taken, piece, cache, onto)
-        onto = Onto(stream.x, early=following.norm, ahead=following.ahead, factor=factor)
+        onto = Onto(stream.x, norms.added, following.norm, following.ahead, factor)
         return Stream(*self.mlp.run_onto(stream.taken, onto)), cache

@@ -99,15 +99,27 @@ class LateRMSNorm(RMSNorm):
 
 
 class MLP(nnx.Module):
-    """down(silu(gate(x)) * up(x))."""
+    """down(act(gate(x)) * up(x))."""
 
-    def __init__(self, hidden: int, inner: int, bias: bool, linears: Linears, path: str):
+    def __init__(
+        self,
+        hidden: int,
+        inner: int,
+        bias: bool,
+        linears: Linears,
+        path: str,
+        activation: str = "silu",
+    ):
         self.gate_proj = linears.make(f"{path}.gate_proj", inner, hidden, bias)
         self.up_proj = linears.make(f"{path}.up_proj", inner, hidden, bias)
         self.down_proj = linears.make(f"{path}.down_proj", hidden, inner, bias)
+        self.activation = activation
 
     def __call__(self, x: Array) -> Array:
-        return self.down_proj(gated(x, self.gate_proj, self.up_proj))
+        return self.down_proj(self._run_inner(x))
+
+    def _run_inner(self, x: Array) -> Array:
+        return gated(x, self.gate_proj, self.up_proj, self.activation)
 
     def list_words(self) -> tuple[Array, ...]:
         """Packed words of the first products."""
@@ -115,7 +127,7 @@ class MLP(nnx.Module):
 
     def run_onto(self, x: Array, onto: Onto) -> tuple[Array, Array | None]:
         """Add the result for x to a stream; see `project_onto`."""
-        return project_onto(gated(x, self.gate_proj, self.up_proj), self.down_proj, onto)
+        return project_onto(self._run_inner(x), self.down_proj, onto)
 
 
 def list_words(*layers: Any) -> tuple[Array, ...]:

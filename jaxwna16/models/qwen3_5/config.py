@@ -10,7 +10,9 @@ from jaxwna16.errors import ModelError
 from jaxwna16.models.config.config_reader import ConfigReader
 from jaxwna16.models.config.language_config import (
     MAX_LAYERS,
+    SILU,
     LanguageConfig,
+    read_activation,
     read_eos,
     read_saved_dtype,
     refuse_others,
@@ -144,6 +146,7 @@ def _read_text(config: Mapping[str, Any]) -> ConfigReader:
 def _read(reader: ConfigReader, model_type: str) -> Qwen35Config:
     kind = KINDS[model_type]
     refuse_others(reader)
+    read_activation(reader, SILU)
     if not reader.flag("attn_output_gate", True):
         reader.refuse("attn_output_gate", False, "true")
     heads = reader.count("num_attention_heads", 16)

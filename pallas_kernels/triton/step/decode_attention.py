@@ -34,7 +34,7 @@ from pallas_kernels.tiles.device import find_device
 from pallas_kernels.triton.parts import Parts, load_sum
 from pallas_kernels.triton.step.combine import Partials, apply_gate, combine_splits, store_partials
 from pallas_kernels.triton.step.heads import Features, load_head
-from pallas_kernels.triton.step.slots import LOG2_E, Sums, walk_slots
+from pallas_kernels.triton.step.slots import LOG2_E, Sums, finish_scores, walk_slots
 from pallas_kernels.triton.walk import divide
 
 Array = jax.Array
@@ -51,7 +51,7 @@ class Task:
     Attributes:
       group: query heads of a key head.
       window: how many slots a token sees, its own among them; None for all.
-      scale: of the scores.
+      scale, softcap: of the scores, see `pallas_kernels.formulas.heads.Heads`.
     """
 
     kv_heads: int
@@ -60,6 +60,7 @@ class Task:
     window: int | None
     gated: bool
     scale: float
+    softcap: float | None = None
 
     @property
     def block_heads(self) -> int:
@@ -94,6 +95,7 @@ def attend_token(
     gated: bool,
     paired: bool = False,
     scale: float | None = None,
+    softcap: float | None = None,
     division: Division | None = None,
     interpret: bool = False,
 ) -> tuple[Array, Array, Array]:
@@ -113,7 +115,7 @@ def attend_token(
       window: how many slots a token sees, its own among them; None for all.
       gated: the result is multiplied by sigmoid(gate).
       paired: neighbouring features are rotated together, and not the halves of the first R.
-      scale: of the scores; None for 1 / sqrt(D).
+      scale, softcap: of the scores, see `pallas_kernels.formulas.heads.Heads`.
       division: None for the rule's choice.
       interpret: run as ordinary XLA operations, slowly but on any device, instead of on a GPU.
 
@@ -132,6 +134,7 @@ def attend_token(
         window=window,
         gated=gated,
         scale=head_dim**-0.5 if scale is None else scale,
+        softcap=softcap,
     )
     _check(task, q, k, v, (q_norm, k_norm), position.shape[0], cache_k, cache_v)
     if division is None:
@@ -274,7 +277,8 @@ def _attend_split(
         lambda slots, seen: [load_slots(keys_ref)(slots, seen)],
         lambda slots, seen, _: load_slots(values_ref)(slots, seen),
         scale,
-        _start_sums(query, key, value, scale, is_first),
+        _start_sums(query, key, value, scale, task.softcap, is_first),
+        task.softcap,
     )
     numbers = row * (task.kv_heads * task.group) + heads
     if isinstance(result, Partials):
@@ -291,10 +295,17 @@ def _attend_split(
         plgpu.store(new_values_ref.at[line, position, column], value, mask=mask)
 
 
-def _start_sums(query: Array, key: Array, value: Array, scale: float, is_first: Array) -> Sums:
+def _start_sums(
+    query: Array,
+    key: Array,
+    value: Array,
+    scale: float,
+    softcap: float | None,
+    is_first: Array,
+) -> Sums:
     """Of the new token alone in the first split, of no slot in the others."""
     products = query.astype(jnp.float32) * key.astype(jnp.float32)
-    scores = jnp.sum(products, axis=1) * scale
+    scores = finish_scores(jnp.sum(products, axis=1), scale, softcap)
     total = jnp.where(is_first, jnp.ones_like(scores), jnp.zeros_like(scores))
     largest = jnp.where(is_first, scores, jnp.full_like(scores, -jnp.inf))
     # in the others the value was not loaded, so it is 0

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -27,6 +26,7 @@ from jax.experimental.pallas import triton as plgpu
 from pallas_kernels.errors import BackendError
 from pallas_kernels.tiles.attention.flash_rules import FlashTiles, choose_flash, pad_head_dim
 from pallas_kernels.tiles.device import find_device
+from pallas_kernels.triton.step.slots import LOG2_E, finish_scores
 from pallas_kernels.triton.walk import divide
 
 _NOTHING = -1e30
@@ -44,6 +44,7 @@ def attend_piece(
     count: jax.Array,
     window: int | None,
     scale: float | None = None,
+    softcap: float | None = None,
     tiles: FlashTiles | None = None,
     interpret: bool = False,
 ) -> jax.Array:
@@ -60,7 +61,7 @@ def attend_piece(
       start, count: int32 [B], how many tokens come before the piece, and how many are in it.
         Queries from `count` on give numbers that mean nothing, and are finite.
       window: how many tokens a query sees, itself included; None is all before it.
-      scale: multiplies the scores; None is D^-0.5.
+      scale, softcap: of the scores, see `pallas_kernels.formulas.heads.Heads`.
       tiles: how the work is divided; None is by rule.
       interpret: run as ordinary XLA operations, slowly but on any device, instead of on a GPU.
 
@@ -78,8 +79,9 @@ def attend_piece(
     rows = steps * (heads * batch // lines)
     tiles = tiles or choose_flash(rows, head_dim, find_device())
     scale = head_dim**-0.5 if scale is None else scale
+    facts = {"tiles": tiles, "window": window, "scale": scale, "softcap": softcap}
     out = pl.pallas_call(
-        functools.partial(_attend_tile, tiles=tiles, window=window, scale=scale, plain=interpret),
+        functools.partial(_attend_tile, plain=interpret, **facts),
         out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
         grid=(pl.cdiv(rows, tiles.block_m) * lines,),
         compiler_params=plgpu.CompilerParams(num_warps=tiles.warps, num_stages=tiles.stages),
@@ -90,7 +92,18 @@ def attend_piece(
 
 
 def _attend_tile(
-    q_ref, k_ref, v_ref, start_ref, count_ref, out_ref, *, tiles: FlashTiles, window, scale, plain
+    q_ref,
+    k_ref,
+    v_ref,
+    start_ref,
+    count_ref,
+    out_ref,
+    *,
+    tiles: FlashTiles,
+    window,
+    scale,
+    softcap,
+    plain,
 ) -> None:
     """Compute one tile of rows. The last tiles, which see most, come first."""
     batch, steps, heads, head_dim = q_ref.shape
@@ -124,7 +137,8 @@ def _attend_tile(
         end=jnp.where(first_step < count, start + jnp.minimum(final_step + 1, count), 0),
         tiles=tiles,
         window=window,
-        scale=scale * math.log2(math.e),
+        scale=scale * LOG2_E,
+        softcap=softcap,
         plain=plain,
     )
     sums = walk.see()
@@ -140,6 +154,7 @@ class _Walk:
       lowest: int32, the first row's position, and so the last slot that all rows may see.
       end: int32, past the last slot that any row sees.
       scale: of the scores, as exponents of 2.
+      softcap: as in `finish_scores`.
       plain: without inline assembly, which only a GPU runs.
     """
 
@@ -154,7 +169,13 @@ class _Walk:
     tiles: FlashTiles
     window: int | None
     scale: float
+    softcap: float | None
     plain: bool
+
+    @property
+    def unit(self) -> float:
+        """Of a difference of two scores, as an exponent of 2: capped scores are such already."""
+        return self.scale if self.softcap is None else 1.0
 
     def see(self) -> jax.Array:
         """The tile's result, float32 [block_m, D]."""
@@ -187,13 +208,15 @@ class _Walk:
         at = (self.line, slots[:, None], self.features[None, :])
         mask = self._find_loaded(slots, masked)
         scores = plgpu.dot(self.q, _load(self.k_ref.at[*at], mask), trans_b=True)
+        if self.softcap is not None:
+            scores = finish_scores(scores, self.scale, self.softcap)
         if masked:
             seen = self._find_seen(slots[None, :], self.positions[:, None], self.positions[:, None])
             scores = jnp.where(seen, scores, -jnp.inf)
         new = jnp.maximum(largest, jnp.max(scores, axis=1))
         weights = self._raise_two(scores, new[:, None])
         # of the difference: products of what stands for no score would not cancel
-        shrink = jnp.exp2((largest - new) * self.scale)
+        shrink = jnp.exp2((largest - new) * self.unit)
         total = total * shrink + jnp.sum(weights, axis=1)
         v = _load(self.v_ref.at[*at], mask)
         sums = sums * shrink[:, None] + plgpu.dot(weights.astype(v.dtype), v)
@@ -218,11 +241,11 @@ class _Walk:
         return seen if self.window is None else seen & (slots > lowest - self.window)
 
     def _raise_two(self, scores: jax.Array, largest: jax.Array) -> jax.Array:
-        """2^(scale (scores - largest)), in two instructions; what is below 2^-126 may be 0."""
-        offset = jnp.broadcast_to(largest * -self.scale, scores.shape)
+        """2^(unit (scores - largest)), in two instructions; what is below 2^-126 may be 0."""
+        offset = jnp.broadcast_to(largest * -self.unit, scores.shape)
         if self.plain:
-            return jnp.exp2(scores * self.scale + offset)
-        scale = jnp.full_like(offset, self.scale)
+            return jnp.exp2(scores * self.unit + offset)
+        scale = jnp.full_like(offset, self.unit)
         [raised] = plgpu.elementwise_inline_asm(
             "{ .reg .f32 t; fma.rn.f32 t, $1, $2, $3; ex2.approx.ftz.f32 $0, t; }",
             args=[scores, scale, offset],

@@ -50,6 +50,7 @@ def walk_slots(
     load_values: Callable[[jax.Array, jax.Array, Sequence[jax.Array]], jax.Array],
     scale: float,
     start: Sums,
+    softcap: float | None = None,
 ) -> Sums:
     """Add the slots of a span to `start`; of no slot at all, if neither has any, it is NaN.
 
@@ -59,6 +60,7 @@ def walk_slots(
       load_keys: of slots int32 [block], and which of them are seen: their keys, [block, F] each.
       load_values: of the same, and of the keys (of which values may be a part): [block, D].
       scale: of the scores, with `LOG2_E`.
+      softcap: as in `finish_scores`.
     """
 
     def take_step(i: jax.Array, sums: Sums) -> Sums:
@@ -70,7 +72,7 @@ def walk_slots(
             [plgpu.dot(key, query.T) for key, query in zip(keys, queries, strict=True)]
         )
         seen = jnp.broadcast_to(seen[:, None], scores.shape)
-        scores = jnp.where(seen, scores * scale, -jnp.inf)
+        scores = jnp.where(seen, finish_scores(scores, scale, softcap), -jnp.inf)
         largest = jnp.maximum(sums.largest, jnp.max(scores, axis=0))
         weights = jnp.exp2(scores - largest[None, :])
         shrink = jnp.exp2(sums.largest - largest)
@@ -81,6 +83,22 @@ def walk_slots(
     # at least one: on sm_100 Triton reads the sums of the first step whether there is one or not
     steps = jnp.maximum(count_blocks(span, block), 1)
     return lax.fori_loop(0, steps, take_step, start)
+
+
+def finish_scores(products: jax.Array, scale: float, softcap: float | None) -> jax.Array:
+    """Scores as exponents of 2.
+
+    Args:
+      products: of queries and keys, float32.
+      scale: with `LOG2_E`.
+      softcap: without it; see `pallas_kernels.formulas.heads.Heads`.
+    """
+    scores = products * scale
+    if softcap is None:
+        return scores
+    # c tanh(x) = c - 2 c / (1 + e^(2 x)): one power and a quotient; the same in any unit of scores
+    limit = softcap * LOG2_E
+    return limit - 2 * limit / (1 + jnp.exp2(scores * (2 * LOG2_E / limit)))
 
 
 def sum_all(terms: Sequence[jax.Array]) -> jax.Array:

@@ -21,8 +21,21 @@ from tests.checkpoints import compress, decompress, make_scheme
 
 transformers.utils.logging.disable_progress_bar()
 
-KEPT = ("embed_tokens", "lm_head", "mlp.gate", "block_sparse_moe.gate", "shared_expert_gate")
+KEPT = (
+    "embed_tokens",
+    "lm_head",
+    "mlp.gate",
+    "block_sparse_moe.gate",
+    "block_sparse_moe.router.layer",
+    "shared_expert_gate",
+)
 """Ends of the paths of what is not quantized; routers are never, by anyone."""
+
+PARALLEL = {
+    "input_linear.weight": ("gate_proj", "up_proj"),
+    "output_linear.weight": ("down_proj",),
+}
+"""Ends of the names of stacks of experts that are no joint projections -> what their rows are."""
 
 
 class Folders(NamedTuple):
@@ -53,9 +66,13 @@ def write_folders(
     patterns = [re.compile(pattern.removeprefix("re:")) for pattern in ignore]
     config = json.loads((source / "config.json").read_text())
     packed, kept, floats = {}, [], load_file(source / "model.safetensors")
+    for name in [name for name in floats if name.endswith(tuple(PARALLEL))]:
+        packed |= _pack_parallel(name, floats, args)
     for name, weight in list(floats.items()):
         path = name.removesuffix(".weight")
         ignored = any(pattern.match(path) for pattern in patterns)
+        if name.endswith(tuple(PARALLEL)):
+            continue
         if path == name or weight.ndim != 2 or path.endswith(KEPT) or ignored:
             packed[name] = weight
             named = weight.ndim == 2 and not path.endswith("embed_tokens") and not ignored
@@ -83,6 +100,24 @@ def write_folders(
         (path / "config.json").write_text(json.dumps(config | extra))
         save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
     return folders
+
+
+def _pack_parallel(name: str, floats: dict, args: QuantizationArgs) -> dict:
+    """The experts of Granite one by one, as llm-compressor takes their stacks apart.
+
+    Args:
+      name: of a stack in `floats`, where it is replaced by what its packed weights stand for.
+    """
+    (end, kinds), packed = next((e, k) for e, k in PARALLEL.items() if name.endswith(e)), {}
+    rows = floats[name].shape[1] // len(kinds)
+    floats[name] = stack = floats[name].clone()
+    for expert, weights in enumerate(stack):
+        for kind, weight in zip(kinds, weights.split(rows), strict=True):
+            roles = compress(weight, args)
+            path = f"{name.removesuffix(end)}experts.{expert}.{kind}"
+            packed |= {f"{path}.{role}": tensor.contiguous() for role, tensor in roles.items()}
+            weight.copy_(decompress(roles, args).float())
+    return packed
 
 
 def is_down(path: str) -> bool:

@@ -83,7 +83,7 @@ def make_reference(name: str, seed: int = 0, **changes):
             center = row.center(path) if tensor.ndim == 1 else None
             if center is not None:
                 tensor.copy_(center + 0.3 * torch.randn(tensor.shape))
-            elif path.endswith("mlp.gate.weight"):
+            elif path.endswith(("mlp.gate.weight", "block_sparse_moe.router.weight")):
                 tensor.copy_(0.3 * torch.randn(tensor.shape))
     return model.float().eval()
 
@@ -179,7 +179,10 @@ def record_routers(reference, tokens: np.ndarray) -> dict[int, Routed]:
         return hook
 
     routers = {
-        i: getattr(layer.mlp, "gate", None) for i, layer in enumerate(reference.model.layers)
+        i: layer.block_sparse_moe.router
+        if hasattr(layer, "block_sparse_moe")
+        else getattr(layer.mlp, "gate", None)
+        for i, layer in enumerate(reference.model.layers)
     }
     hooks = [r.register_forward_hook(record(i)) for i, r in routers.items() if r is not None]
     reference_logits(reference, tokens)

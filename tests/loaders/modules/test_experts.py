@@ -293,6 +293,8 @@ def test_slices_of_stacked_experts_have_separate_names():
     gate_up = [f"a.experts.3.{name}.weight" for name in ("gate_proj", "up_proj")]
     assert name_separately("a.experts.gate_up_proj[3]") == gate_up
     assert name_separately("experts.down_proj_bias[12]") == ["experts.12.down_proj.bias"]
+    granite = "a.block_sparse_moe.input_linear.weight[3]"
+    assert name_separately(granite) == [n.replace("a.", "a.block_sparse_moe.") for n in gate_up]
     assert name_separately("a.experts.3.gate_proj.weight") == ["a.experts.3.gate_proj.weight"]
 
 

@@ -306,6 +306,35 @@ def test_biases_of_another_number_of_experts_are_refused(tmp_path):
     assert what == "expected 3 experts, found float32 [2, 64]"
 
 
+GRANITE = {"gate_up_proj": "input_linear", "down_proj": "output_linear"}
+BLOCK = "model.layers.0.block_sparse_moe"
+
+
+def _load_block(folder) -> dict:
+    return load_params(make_plan(folder))["model"]["layers"]["0"]["block_sparse_moe"]
+
+
+def test_packed_stacks_of_granite_are_those_of_joint_projections(tmp_path):
+    named = {GRANITE[name]: tensors for name, tensors in GOOD.items()}
+    config = make_config(*SPECS, targets=[["Linear"], [r"re:.*(down_proj|output_linear)$"]])
+    folder = write_folder(tmp_path / "c", config, [name_tensors(named, BLOCK)])
+    assert make_plan(folder).specs.keys() == {f"{BLOCK}.w13", f"{BLOCK}.w2"}
+    usual = write_folder(tmp_path / "d", describe(*SPECS), [name_tensors(GOOD)])
+    _assert_same(_load_block(folder), load(usual))
+
+
+def test_floats_of_granite_are_the_leaves_and_what_is_missing_is_named(tmp_path):
+    first, second = (f"{BLOCK}.{name}.weight" for name in GRANITE.values())
+    floats = {first: make_weight((3, 80, 64)).numpy(), second: make_weight((3, 64, 40)).numpy()}
+    loaded = _load_block(write_folder(tmp_path / "c", {"num_local_experts": 3}, [floats]))
+    _assert_same(loaded, {"w13": {"weight": floats[first]}, "w2": {"weight": floats[second]}})
+    del floats[second]
+    faults = list_faults(write_folder(tmp_path / "d", {}, [floats]))
+    assert [fault[:2] for fault in faults] == [
+        (BLOCK, "output_linear is missing in experts 0-2"),
+    ]
+
+
 def test_three_axes_under_another_name_are_a_tensor_like_any_other(tmp_path):
     floats = {
         "conv.experts.gate_up_proj.weight": np.zeros((3, 4, 5), np.float32),

@@ -28,9 +28,9 @@ def _list_arrays(piece: Piece, dtype=None) -> list[jax.Array]:
     return [*arrays, jnp.asarray(piece.start), jnp.asarray(piece.count)]
 
 
-@functools.partial(jax.jit, static_argnames=("window", "scale", "backend"))
-def _run(q, k, v, start, count, *, window, scale=None, backend=None):
-    return attend(q, k, v, start, count, window, scale=scale, backend=backend)
+@functools.partial(jax.jit, static_argnames=("window", "scale", "softcap", "backend"))
+def _run(q, k, v, start, count, *, window, scale=None, softcap=None, backend=None):
+    return attend(q, k, v, start, count, window, scale=scale, softcap=softcap, backend=backend)
 
 
 @pytest.mark.parametrize("window", [None, 7])
@@ -56,12 +56,15 @@ def test_every_backend_is_within_the_bound(dtype, backend, window):
 
 
 @pytest.mark.parametrize("backend", ["xla", "triton"])
-def test_scores_are_multiplied_by_the_scale_on_every_backend(backend):
+def test_scores_have_their_scale_and_softcap_on_every_backend(backend):
     piece = draw_piece(20, (2, 1), 32, 30, [(5, 20)])
-    found = _run(*_list_arrays(piece), window=None, scale=0.4, backend=backend)
-    bound = 1 if backend == "triton" else 3
-    assert attend_exactly(piece, 0.4).measure(np.asarray(found, np.float64)) <= bound
-    assert attend_exactly(piece).measure(np.asarray(found, np.float64)) > bound
+    scores = {"scale": 0.4, "softcap": 2.0}
+    found = _run(*_list_arrays(piece), window=None, backend=backend, **scores)
+    found, bound = np.asarray(found, np.float64), 1 if backend == "triton" else 3
+    assert attend_exactly(piece, **scores).measure(found) <= bound
+    for wrong in scores:
+        others = {key: value for key, value in scores.items() if key != wrong}
+        assert attend_exactly(piece, **others).measure(found) > bound
 
 
 def test_float32_is_exact_to_its_own_bits():

@@ -251,18 +251,24 @@ def test_weights_that_share_x_are_one_kernel_and_each_its_own_product(tokens, sp
 
 
 @pytest.mark.parametrize(
-    ("tokens", "splits", "dtype"), cover([(3, 1), (3, 2), (40, 1)], [jnp.bfloat16, jnp.float16])
+    ("tokens", "splits", "dtype", "activation"),
+    cover(
+        [(3, 1), (3, 2), (40, 1)],
+        [jnp.bfloat16, jnp.float16],
+        ["silu", "silu", "gelu_tanh", "gelu_tanh"],
+    ),
 )
-def test_gated_product_is_within_its_bound(tokens, splits, dtype):
-    """y = silu(g) u. |silu'| < 1.1 and |silu(g)| <= |g|, so errors dg and du of the two sums give
-    at most 1.1 dg |u| + |g| du + 1.1 dg du; float32 evaluates silu within 8 u of |g| (exp within
-    2 ulp and three more operations). The result is rounded once; past 32 tokens g and u are
-    rounded to the dtype of x as well."""
+def test_gated_product_is_within_its_bound(tokens, splits, dtype, activation):
+    """y = act(g) u. |act'| < 1.13 and |act(g)| <= |g|, so errors dg and du of the two sums give
+    at most 1.13 dg |u| + |g| du + 1.13 dg du; float32 evaluates it within 16 u of |g| (exp or tanh
+    within 2 ulp, their argument and three more operations). The result is rounded once; past 32
+    tokens g and u are rounded to the dtype of x as well."""
     gate, up = (make_case((70, 256), 64, 4, symmetric=False, seed=seed) for seed in (1, 2))
     x = make_x((tokens, 256), dtype)
     tiles = _tiles(gate.spec, block_m=8 if tokens < 8 else 64, splits=splits)
     weights = [case.weights | {"bias": make_x((70,), jnp.float32, 7)} for case in (gate, up)]
-    [out] = multiply_packed(x, weights, [gate.spec, up.spec], tiles, gated=True, interpret=True)
+    specs = [gate.spec, up.spec]
+    [out] = multiply_packed(x, weights, specs, tiles, activation=activation, interpret=True)
     exact_x, bias = np.asarray(x, np.float64), np.asarray(weights[0]["bias"], np.float64)
     g, u = (exact_x @ case.weight.T + bias for case in (gate, up))
     rounding = 2.0**-8 if dtype == jnp.bfloat16 else 2.0**-11
@@ -272,13 +278,21 @@ def test_gated_product_is_within_its_bound(tokens, splits, dtype):
         + (rounding * np.abs(total) if tokens > 32 else 0)
         for case, total in ((gate, g), (up, u))
     )
-    exact = g / (1 + np.exp(-g)) * u
-    error = 1.1 * dg * (np.abs(u) + du) + np.abs(g) * du + 8 * 2.0**-24 * np.abs(g * u)
+    exact = _activate(activation, g) * u
+    error = 1.13 * dg * (np.abs(u) + du) + np.abs(g) * du + 16 * 2.0**-24 * np.abs(g * u)
     bound = error + rounding * (np.abs(exact) + error) + 2.0**-25
     assert (np.abs(np.asarray(out, np.float64) - exact) <= bound).all()
-    # the bound tells gate from up
-    swapped = u / (1 + np.exp(-u)) * g
-    assert (np.abs(swapped - exact) > bound).mean() > 0.9
+    # the bound tells gate from up, and one activation from the other
+    other = {"silu": "gelu_tanh", "gelu_tanh": "silu"}[activation]
+    for wrong in (_activate(activation, u) * g, _activate(other, g) * u):
+        assert (np.abs(wrong - exact) > bound).mean() > 0.5
+
+
+def _activate(name: str, g: np.ndarray) -> np.ndarray:
+    """In float64."""
+    if name == "silu":
+        return g / (1 + np.exp(-g))
+    return g / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (g + 0.044715 * g**3)))
 
 
 @pytest.mark.parametrize(

@@ -236,4 +236,16 @@ ROWS: dict[str, Row] = {
         group_size=32,
         bfloat16={"num_experts_per_tok": 8},
     ),
+    "granitemoe": Row(
+        variants={
+            "": {**MULTIPLIERS, "num_local_experts": 8},
+            "top 1 of 4, all biases, no multipliers": {
+                "num_local_experts": 4,
+                "num_experts_per_tok": 1,
+                "attention_bias": True,
+            },
+        },
+        group_size=32,
+        is_repeated=True,
+    ),
 }

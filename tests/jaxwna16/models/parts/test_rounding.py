@@ -10,12 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from transformers.activations import ACT2FN
+from transformers.models.gemma2 import modeling_gemma2
 from transformers.models.glm4 import modeling_glm4
 from transformers.models.llama import modeling_llama
 from transformers.models.qwen3_5 import modeling_qwen3_5
 
 from jaxwna16.layers.fused import gated
-from jaxwna16.models.parts.layers import OffsetRMSNorm, RMSNorm
+from jaxwna16.models.parts.layers import Embedding, OffsetRMSNorm, RMSNorm
 from pallas_kernels.formulas.activations import round_sigmoid
 from pallas_kernels.formulas.rotation import rotate
 from pallas_kernels.step.routing import route
@@ -69,6 +71,28 @@ def test_silu_is_rounded_and_then_its_product_with_up(dtype):
     gate, up = draw_normal((64, 64), dtype), draw_normal((64, 64), dtype, seed=1)
     ours = gated(gate.ours, lambda x: x, lambda _: up.ours)
     assert_nearly_same(ours, torch.nn.functional.silu(gate.theirs) * up.theirs)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gelu_is_rounded_and_then_its_product_with_up(dtype):
+    gate, up = draw_normal((64, 64), dtype), draw_normal((64, 64), dtype, seed=1)
+    ours = gated(gate.ours, lambda x: x, lambda _: up.ours, "gelu_tanh")
+    assert_nearly_same(ours, ACT2FN["gelu_pytorch_tanh"](gate.theirs) * up.theirs)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rounds", [False, True])
+def test_a_multiplier_of_the_embedding_is_rounded_first_by_gemma_and_not_by_granite(dtype, rounds):
+    table, tokens, scale = draw_normal((64, 80), dtype), np.arange(64), 80**0.5
+    theirs = modeling_gemma2.Gemma2TextScaledWordEmbedding(64, 80, 0, scale)
+    theirs.weight = torch.nn.Parameter(table.theirs)
+    expected = theirs(torch.from_numpy(tokens)) if rounds else table.theirs * scale
+    rounded = float(np.asarray(scale, jnp.dtype(dtype))) if rounds else scale
+    ours = Embedding(64, 80, dtype=jnp.dtype(dtype), multiplier=rounded)
+    ours.weight[...] = table.ours
+    assert count_steps(ours(jnp.asarray(tokens)), expected).max() == 0
+    ours.multiplier = scale if rounds else float(np.asarray(scale, jnp.dtype(dtype)))
+    assert (count_steps(ours(jnp.asarray(tokens)), expected) > 0).mean() > 0.1
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -58,6 +58,7 @@ def _run(arguments, step: Step, division: Division):
         gated=step.gated,
         paired=step.paired,
         scale=step.scale if step.whole else None,
+        softcap=step.softcap,
         division=division,
         interpret=True,
     )
@@ -114,6 +115,7 @@ def list_steps() -> list[tuple[Step, Division]]:
             parts=rng.choice((1, 2, 3)),
             paired=rng.choice((False, True)),
             dtype=rng.choice(("bfloat16", "float16")),
+            softcap=2.0 if head_dim in (80, 256) else None,
         )
         steps.append((step, rng.choice((TWO, ONE, Division(splits=4, block=32)))))
     return steps
@@ -127,7 +129,7 @@ def test_a_step_is_within_the_bound_of_attention_in_float64(step, division):
 def test_the_steps_that_always_run_have_every_kind():
     always = [step for step, _ in list_steps()[::6]]
     assert {step.norm for step in always} == {"", "rounded", "offset", "wide"}
-    for field in ("window", "gated", "bias", "wide", "dtype", "paired"):
+    for field in ("window", "gated", "bias", "wide", "dtype", "paired", "softcap"):
         assert len({getattr(step, field) for step in always}) == 2
     assert {step.parts for step in always} == {1, 2, 3}
 
@@ -202,6 +204,14 @@ def test_results_have_the_same_bits_each_time_and_in_any_batch():
 def test_more_heads_than_a_program_has_are_shared_out():
     assert_right(Step(16, 40, (30, 3, None), 40, 2, 16, gated=True), TWO)
     assert_right(Step(16, 40, (30, 3, None), 40, 2, 16, gated=True), ONE)
+
+
+def test_a_softcap_is_told_from_none():
+    step = Step(64, 4, (41, 20), 50, 2, 64, softcap=3.0)
+    given = draw(step)
+    result, *_ = run(step, given, TWO)
+    other = expect(dataclasses.replace(step, softcap=None), given, TWO).result
+    assert other.measure(result.reshape(other.value.shape)) > 1
 
 
 def test_whole_numbers_are_exact():

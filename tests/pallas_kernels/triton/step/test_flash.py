@@ -21,11 +21,12 @@ def _tiles(block_m: int = 16, block_n: int = 16) -> FlashTiles:
     return FlashTiles(block_m=block_m, block_n=block_n, warps=4, stages=2)
 
 
-@functools.partial(jax.jit, static_argnames=("window", "scale", "tiles"))
-def _run(q, k, v, start, count, *, window, scale=None, tiles=None):
+@functools.partial(jax.jit, static_argnames=("window", "scale", "softcap", "tiles"))
+def _run(q, k, v, start, count, *, window, scale=None, softcap=None, tiles=None):
     """An interpreted kernel is compiled again by every call outside of jit."""
     bounds = {"start": start, "count": count, "window": window}
-    return attend_piece(q, k, v, **bounds, scale=scale, tiles=tiles, interpret=True)
+    scores = {"scale": scale, "softcap": softcap}
+    return attend_piece(q, k, v, **bounds, **scores, tiles=tiles, interpret=True)
 
 
 def _attend(piece: Piece, **options) -> np.ndarray:
@@ -33,11 +34,11 @@ def _attend(piece: Piece, **options) -> np.ndarray:
     return np.asarray(_run(*arrays, window=piece.window, **options))
 
 
-def _assert_right(found: np.ndarray, piece: Piece, scale: float | None = None) -> None:
+def _assert_right(found: np.ndarray, piece: Piece, *scores: float | None) -> None:
     """Within the bound, and finite also where there is padding."""
     assert np.isfinite(found.astype(np.float64)).all()
     tokens = np.where(piece.is_token()[..., None], found.astype(np.float64), 0)
-    assert attend_exactly(piece, scale).measure(tokens) <= 1
+    assert attend_exactly(piece, *scores).measure(tokens) <= 1
 
 
 CASES = {
@@ -78,6 +79,17 @@ def test_a_piece_without_a_cache_is_its_own():
 def test_another_scale_multiplies_the_scores(scale):
     piece = draw_piece(20, (2, 1), 32, 30, [(5, 20)])
     _assert_right(_attend(piece, scale=scale, tiles=_tiles()), piece, scale)
+
+
+@pytest.mark.parametrize(("window", "dtype"), [(None, "bfloat16"), (9, "float16")])
+def test_scores_are_capped(window, dtype):
+    """From scores that hardly feel it to those at the cap."""
+    piece = draw_piece(20, (6, 2), 32, 60, [(35, 20), (0, 7)], window=window, dtype=dtype)
+    for scale in (0.05, 2.0):
+        found = _attend(piece.poison(), scale=scale, softcap=3.0, tiles=_tiles())
+        _assert_right(found, piece, scale, 3.0)
+    tokens = np.where(piece.is_token()[..., None], found.astype(np.float64), 0)
+    assert attend_exactly(piece, 2.0).measure(tokens) > 1
 
 
 def test_large_scores_overflow_nothing():
