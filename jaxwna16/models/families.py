@@ -65,7 +65,7 @@ FAMILIES = (
         names=qwen3_5_names.NAMES,
     ),
     Family(
-        model_types=("olmo2",),
+        model_types=("olmo2", "olmo3"),
         read=olmo2_config.Olmo2Config.from_dict,
         model="jaxwna16.models.olmo2.definition:Olmo2",
     ),
@@ -73,6 +73,11 @@ FAMILIES = (
         model_types=tuple(gemma_config.KINDS),
         read=gemma_config.GemmaConfig.from_dict,
         model="jaxwna16.models.gemma.definition:Gemma",
+    ),
+    Family(
+        model_types=("exaone4",),
+        read=olmo2_config.Olmo2Config.from_dict,
+        model="jaxwna16.models.olmo2.definition:Exaone4",
     ),
 )
 MODEL_TYPES = tuple(name for family in FAMILIES for name in family.model_types)

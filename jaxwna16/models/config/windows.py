@@ -27,12 +27,19 @@ class WindowRule:
         layer, without such a list. "unrotated" is one in every layer without rope, and such a list
         comes before it, too.
       max_window_layers: where `slides` is a function.
+      full_every: of so many layers the last one sees all tokens and the others slide, in place of
+        `slides`. A list of `layer_types` comes before it.
+      pattern_key: the key that states `full_every`, as a number or as letters: "LLLG" is 4.
+      is_needed: whether `sliding_window` must not be null.
     """
 
     size: int | None
     has_switch: bool = False
     slides: Callable[[int, int], bool] | Literal["unrotated"] | None = None
     max_window_layers: int = 0
+    full_every: int | None = None
+    pattern_key: str | None = None
+    is_needed: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +84,7 @@ def read_windows(
         return (None,) * layers
     window = _read_window(reader, rule)
     types = reader.config.get(_TYPES)
-    if rule.slides is None:
+    if rule.slides is None and rule.full_every is None:
         if types is not None:
             reader.refuse(_TYPES, types, f"none in a {reader.config['model_type']} model")
         return (window,) * layers
@@ -85,6 +92,9 @@ def read_windows(
         return _read_types(reader, rule, window, layers)
     if rule.slides == "unrotated":
         return tuple(None if has_rope else window for has_rope in rotated)
+    if rule.slides is None:
+        step = _read_pattern(reader, rule, layers) if window is not None else 1
+        return tuple(window if (i + 1) % step else None for i in range(layers))
     last = _read_last(reader, rule)
     return tuple(window if rule.slides(i, last) else None for i in range(layers))
 
@@ -105,6 +115,8 @@ def _read_window(reader: ConfigReader, rule: WindowRule) -> int | None:
     """How many tokens a sliding layer sees; None if there is no such layer."""
     is_on = reader.flag(_SWITCH) if rule.has_switch else True
     if _WINDOW not in reader.config and (_WINDOW in reader.given or rule.size is None):
+        if rule.is_needed:
+            reader.refuse(_WINDOW, None, "an integer of at least 1")
         return None
     return reader.count(_WINDOW, rule.size) if is_on else None
 
@@ -115,6 +127,20 @@ def _read_last(reader: ConfigReader, rule: WindowRule) -> int:
         return last
     reader.refuse(_LAST, last, "an integer")
     return 0
+
+
+def _read_pattern(reader: ConfigReader, rule: WindowRule, layers: int) -> int:
+    """How many layers there are from one that sees all tokens to the next."""
+    if rule.pattern_key is None:
+        return rule.full_every or 1
+    given = reader.config.get(rule.pattern_key)
+    if not isinstance(given, str):
+        return reader.count(rule.pattern_key, rule.full_every)
+    # whether the last layer slides where letters end in between: implementations differ
+    if given == "L" * (len(given) - 1) + "G" and layers % len(given) == 0:
+        return len(given)
+    reader.refuse(rule.pattern_key, given, f"a number, or letters as LLLG that divide {layers}")
+    return 1
 
 
 def _read_types(

@@ -1,1 +1,1 @@
-"""OLMo 2."""
+"""OLMo 2 and its relatives."""

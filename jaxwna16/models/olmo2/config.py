@@ -1,26 +1,76 @@
-"""`Olmo2Config`: what `config.json` says about an OLMo 2, checked."""
+"""`Olmo2Config`: what `config.json` says about an OLMo 2, an OLMo 3 or an EXAONE 4, checked."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from jaxwna16.models.config.config_reader import ConfigReader
 from jaxwna16.models.config.language_config import LanguageConfig
+from jaxwna16.models.config.rope_config import RopeConfig, read_rope, read_rotary_dim
 from jaxwna16.models.config.stated import check_reasons, read_stated
-from jaxwna16.models.config.windows import read_windows
+from jaxwna16.models.config.windows import WindowRule, Windows, read_windows
+
+_FULL, _SLIDING = "full_attention", "sliding_attention"
+_NEW, _OLD, _THETA = "rope_parameters", "rope_scaling", "rope_theta"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Kind:
+    """How a model type differs from the others.
+
+    Attributes:
+      windows: how config.json states sliding windows, see `read_windows`.
+      full_rope: the rope of layers that see all tokens, in a model with windows: the "same" as that
+        of the others, one of its "own", or "none".
+      has_bias: whether `attention_bias` is read.
+      states_kv_heads, rope_theta: see `read_stated`.
+    """
+
+    windows: Windows = None
+    full_rope: Literal["same", "own", "none"] = "same"
+    has_bias: bool = True
+    states_kv_heads: bool = False
+    rope_theta: float = 1e4
+
+
+KINDS = {
+    "olmo2": Kind(),
+    "olmo3": Kind(
+        windows=WindowRule(size=4096, full_every=4, is_needed=True),
+        full_rope="own",
+        rope_theta=5e5,
+    ),
+    "exaone4": Kind(
+        windows=WindowRule(size=4096, full_every=4, pattern_key="sliding_window_pattern"),
+        full_rope="none",
+        has_bias=False,
+        states_kv_heads=True,
+    ),
+}
+"""`model_type` -> its row."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Olmo2Config(LanguageConfig):
-    """Everything the definition in `jaxwna16.models.olmo2.definition` needs to know; hashable.
+    """Everything the definitions in `jaxwna16.models.olmo2.definition` need to know; hashable.
 
     Attributes:
       attention_bias: whether the four linears of attention have a bias.
+      windows: per layer, how many tokens a query sees (itself included), or None for all before it.
+      ropes: one or two, `rope` first.
+      rotations: per layer, the number of its rope, or None.
     """
 
     attention_bias: bool
+    windows: tuple[int | None, ...]
+    ropes: tuple[RopeConfig, ...]
+    rotations: tuple[int | None, ...]
+
+    @property
+    def whole_prompts(self) -> bool:
+        return any(rope.rope_type == "dynamic" for rope in self.ropes)
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> Olmo2Config:
@@ -29,9 +79,62 @@ class Olmo2Config(LanguageConfig):
         Raises:
           ModelError: listing every key that is missing, malformed or asks for the unsupported.
         """
-        reader = ConfigReader(config)
-        stated = read_stated(reader, rms_norm_eps=1e-5, rope_theta=1e4, states_kv_heads=False)
-        read_windows(reader, None, stated["num_hidden_layers"])
-        parsed = cls(**stated, attention_bias=reader.flag("attention_bias"), moe=None)
+        kind = KINDS[config["model_type"]]
+        reader, others = _divide(config) if kind.full_rope == "own" else (ConfigReader(config), ())
+        stated = read_stated(
+            reader,
+            rms_norm_eps=1e-5,
+            rope_theta=kind.rope_theta,
+            states_kv_heads=kind.states_kv_heads,
+        )
+        ropes = [stated["rope"]]
+        for other in others:
+            ropes.append(read_rope(other, stated["max_position_embeddings"], kind.rope_theta))
+            read_rotary_dim(other, stated["head_dim"], 1.0)
+            reader.reasons += other.reasons
+        windows = read_windows(reader, kind.windows, stated["num_hidden_layers"])
+        has_windows = reader.given.get("sliding_window", kind.windows) is not None
+        full = None if kind.full_rope == "none" and has_windows else 0
+        parsed = cls(
+            **stated,
+            attention_bias=kind.has_bias and reader.flag("attention_bias"),
+            windows=windows,
+            ropes=tuple(ropes),
+            rotations=tuple(full if w is None else len(ropes) - 1 for w in windows),
+            moe=None,
+        )
         check_reasons(reader)
         return parsed
+
+
+def _divide(config: Mapping[str, Any]) -> tuple[ConfigReader, tuple[ConfigReader, ...]]:
+    """Readers of the configuration of layers that see all tokens, and of the sliding ones.
+
+    `rope_parameters` has a part for each. In older files `rope_theta` is of both, and
+    `rope_scaling` of layers that see all tokens.
+    """
+    whole = ConfigReader(config)
+    given, scaling = (whole.config.get(key) or {} for key in (_NEW, _OLD))
+    parts = given if isinstance(given, Mapping) else {_NEW: given}
+    if parts.keys() - {_FULL, _SLIDING}:
+        whole.refuse(_NEW, given, f"one set of parameters for {_FULL} and one for {_SLIDING}")
+    elif given and scaling:
+        whole.refuse(_OLD, scaling, f"nothing beside {_NEW}")
+    elif isinstance(scaling, Mapping) and scaling and "rope_type" not in scaling:
+        # transformers then scales nothing, others do
+        whole.refuse(_OLD, scaling, "a rope_type")
+    theta, part = whole.config.get(_THETA, 5e5), parts.get(_SLIDING)
+    if theta != 5e5 and not (isinstance(part, Mapping) and _THETA in part):
+        # transformers then takes 500000 for the sliding layers, others take this
+        whole.refuse(_THETA, theta, f"500000, or {_NEW} with a {_THETA} for {_SLIDING}")
+    if whole.reasons:
+        parts, scaling, config = {}, {}, {**config, _THETA: None}
+    full, sliding = (
+        ConfigReader({**config, _OLD: None, _NEW: part}, section)
+        for part, section in (
+            (parts.get(_FULL) or scaling, ""),
+            (parts.get(_SLIDING), f"{_SLIDING}: "),
+        )
+    )
+    full.reasons += whole.reasons
+    return full, (sliding,)

@@ -1,19 +1,25 @@
-"""OLMo 2 (https://arxiv.org/abs/2501.00656): norms after the layers, and over all heads together.
+"""OLMo 2 (https://arxiv.org/abs/2501.00656) and its relatives: norms after the layers.
 
 x = x + norm(attention(x))
 x = x + norm(mlp(x))
+
+OLMo 2 and OLMo 3 normalise queries and keys over all heads together, and round late. EXAONE 4
+(https://arxiv.org/abs/2507.11407) normalises each head, and rounds where Llama does.
 """
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import jax.numpy as jnp
 
 from jaxwna16.models.causal_lm import CausalLM
+from jaxwna16.models.config.rope_config import RopeConfig
 from jaxwna16.models.olmo2.config import Olmo2Config
 from jaxwna16.models.parts.attention import LayerCache, SelfAttention
 from jaxwna16.models.parts.decoder import Decoder
 from jaxwna16.models.parts.decoder_layer import Layer
-from jaxwna16.models.parts.layers import MLP, LateRMSNorm, Linears
+from jaxwna16.models.parts.layers import MLP, LateRMSNorm, Linears, RMSNorm
 from jaxwna16.models.parts.piece import Following, Piece, Stream
 from pallas_kernels.formulas.norms import Onto
 
@@ -21,21 +27,24 @@ from pallas_kernels.formulas.norms import Onto
 class DecoderLayer(Layer):
     """Attention and an MLP, the result of each normalised and added to the stream."""
 
+    make_norm: ClassVar[type[RMSNorm]] = LateRMSNorm
+    norms_across: ClassVar[bool] = True
+
     def __init__(self, config: Olmo2Config, linears: Linears, layer: int):
         hidden, eps, path = config.hidden_size, config.rms_norm_eps, f"model.layers.{layer}"
-        bias = config.attention_bias
+        bias, make_norm = config.attention_bias, type(self).make_norm
         self.self_attn = SelfAttention(
             config,
             linears,
             f"{path}.self_attn",
             qkv_bias=bias,
             out_bias=bias,
-            norm=LateRMSNorm,
-            norms_across=True,
+            norm=make_norm,
+            norms_across=self.norms_across,
         )
-        self.post_attention_layernorm = LateRMSNorm(hidden, eps, dtype=linears.dtype)
+        self.post_attention_layernorm = make_norm(hidden, eps, dtype=linears.dtype)
         self.mlp = MLP(hidden, config.intermediate_size, False, linears, f"{path}.mlp")
-        self.post_feedforward_layernorm = LateRMSNorm(hidden, eps, dtype=linears.dtype)
+        self.post_feedforward_layernorm = make_norm(hidden, eps, dtype=linears.dtype)
 
     def __call__(
         self, stream: Stream, piece: Piece, cache: LayerCache | None, following: Following
@@ -52,14 +61,40 @@ class DecoderLayer(Layer):
         return Stream(*self.mlp.run_onto(stream.taken, onto)), cache
 
 
+class Exaone4Layer(DecoderLayer):
+    """The same with the norms of EXAONE 4."""
+
+    make_norm, norms_across = RMSNorm, False
+
+
 class Olmo2Decoder(Decoder):
-    """The decoder of OLMo 2, whose cosines and sines are float32."""
+    """The decoder of OLMo 2 and OLMo 3, whose cosines and sines are float32."""
 
     make_layer, make_norm, rope_dtype = DecoderLayer, LateRMSNorm, jnp.float32
 
+    def list_windows(self) -> tuple[int | None, ...]:
+        return self.config.windows
+
+    def list_ropes(self) -> list[RopeConfig | None]:
+        ropes = self.config.ropes
+        return [None if i is None else ropes[i] for i in self.config.rotations]
+
+
+class Exaone4Decoder(Olmo2Decoder):
+    """The decoder of EXAONE 4."""
+
+    make_layer, make_norm, rope_dtype = Exaone4Layer, RMSNorm, None
+
 
 class Olmo2(CausalLM):
-    """An OLMo 2 as a language model; arguments as `CausalLM`."""
+    """An OLMo 2 or 3 as a language model; arguments as `CausalLM`."""
 
     def __init__(self, config: Olmo2Config, *arguments, **options):
         super().__init__(Olmo2Decoder, config, *arguments, **options)
+
+
+class Exaone4(CausalLM):
+    """An EXAONE 4 as a language model; arguments as `CausalLM`."""
+
+    def __init__(self, config: Olmo2Config, *arguments, **options):
+        super().__init__(Exaone4Decoder, config, *arguments, **options)
