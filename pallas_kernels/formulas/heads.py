@@ -15,9 +15,11 @@ class Heads:
       gated: of each query head, D features of the query are followed by D of a gate, whose sigmoid
         multiplies the result.
       norms_across: queries and keys are normalised over all heads together, not one by one.
+      paired: neighbouring features are rotated together, see `rotate`.
     """
 
     head_dim: int
     kv_heads: int
     gated: bool = False
     norms_across: bool = False
+    paired: bool = False

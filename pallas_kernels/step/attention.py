@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.formulas.heads import Heads
 from pallas_kernels.formulas.norms import Norm, apply_norm
+from pallas_kernels.formulas.rotation import Rotation
 from pallas_kernels.lowering import choose_at_lowering, has_symbolic, refuse_at_lowering
 from pallas_kernels.step.linears import Linear, separate
 from pallas_kernels.tiles.device import find_device
@@ -33,7 +34,7 @@ def project_and_attend(
     x: jax.Array,
     linears: Sequence[Linear],
     norms: tuple[Norm | None, Norm | None],
-    rotation: tuple[jax.Array, jax.Array],
+    rotation: Rotation,
     start: jax.Array,
     count: jax.Array,
     window: int | None,
@@ -49,7 +50,7 @@ def project_and_attend(
       x: [B, S, K].
       linears: of q, k and v.
       norms: of queries and keys, or None.
-      rotation: cosines and sines of the positions, [B, S, R / 2].
+      rotation: of the positions.
       start, count, window: as in `attend`.
       cache: keys and values [B * kv_heads, C, D] of the tokens before; None for a piece that is
         whole rows.
@@ -91,7 +92,7 @@ def project_and_attend(
             v,
             q_norm=norms[0],
             k_norm=norms[1],
-            rotation=tuple(table[:, 0] for table in rotation),
+            rotation=jax.tree.map(lambda part: part[:, 0], rotation),
             position=start,
             active=count,
             cache_k=cache[0],
@@ -99,6 +100,7 @@ def project_and_attend(
             kv_heads=heads.kv_heads,
             window=window,
             gated=heads.gated,
+            paired=heads.paired,
             interpret=interpret,
         )
         return mixed[:, None], tuple(cache)

@@ -11,7 +11,7 @@ from jax import lax
 from pallas_kernels.formulas.activations import round_sigmoid
 from pallas_kernels.formulas.heads import Heads
 from pallas_kernels.formulas.norms import Norm, apply_norm
-from pallas_kernels.formulas.rotation import rotate
+from pallas_kernels.formulas.rotation import Rotation, rotate
 
 Array = jax.Array
 Cache = tuple[Array, Array]
@@ -20,7 +20,7 @@ Cache = tuple[Array, Array]
 def mix(
     products: Sequence[Array],
     norms: tuple[Norm | None, Norm | None],
-    rotation: tuple[Array, Array],
+    rotation: Rotation,
     start: Array,
     count: Array,
     cache: Cache | None,
@@ -46,9 +46,16 @@ def mix(
         q, gate = jnp.split(q.reshape(*lead, -1, 2 * heads.head_dim), 2, axis=-1)
     q, k, v = (y.reshape(*lead, -1, heads.head_dim) for y in (q, k, v))
     q, k = (
-        rotate(y if norm is None else apply_norm(y, norm), *rotation)
+        rotate(
+            y if norm is None else apply_norm(y, norm),
+            rotation.cos,
+            rotation.sin,
+            paired=heads.paired,
+        )
         for y, norm in zip((q, k), norms, strict=True)
     )
+    if rotation.scale is not None:
+        q = q * rotation.scale[:, :, None, None]
     held = _fold_heads(k), _fold_heads(v)
     if cache is not None:
         held = cache = _write_slots(cache, held, _find_slots(start, count, lead[1]))

@@ -28,6 +28,9 @@ class LanguageConfig:
       moe: experts and routing; None in a model without.
       prediction_layers: how many layers may stand past the last in the files, for predicting
         several tokens at once.
+      is_tie_open: whether a head in the files counts, though embeddings are tied: config.json says
+        nothing of the whole.
+      media_tokens: keys of config.json and their tokens, which stand for images, videos or sound.
     """
 
     model_type: str
@@ -47,6 +50,8 @@ class LanguageConfig:
     eos_token_ids: tuple[int, ...]
     moe: MoeConfig | None
     prediction_layers: int = 0
+    is_tie_open: bool = False
+    media_tokens: tuple[tuple[str, int], ...] = ()
 
     @property
     def max_length(self) -> int:

@@ -12,7 +12,7 @@ from jaxwna16.models.config.language_config import (
     read_saved_dtype,
     refuse_others,
 )
-from jaxwna16.models.config.rope_config import read_rope, read_rotary_dim
+from jaxwna16.models.config.rope_config import PLAIN, RopeRule, read_rope, read_rotary_dim
 
 
 def read_stated(
@@ -23,6 +23,7 @@ def read_stated(
     states_kv_heads: bool = True,
     head_dim: int | None = None,
     partial_rotary_factor: float = 1.0,
+    rope: RopeRule = PLAIN,
 ) -> dict[str, Any]:
     """The fields of `LanguageConfig` but for those of experts and of layers that predict.
 
@@ -33,6 +34,7 @@ def read_stated(
       states_kv_heads: whether `num_key_value_heads` must be there, too; otherwise there are as many
         as `num_attention_heads` where it is absent. Where it is null, there always are.
       head_dim: None is hidden_size / num_attention_heads.
+      rope: how the family states rope, where not as the others.
     """
     refuse_others(reader)
     if not reader.given.get("is_causal", True):
@@ -46,7 +48,7 @@ def read_stated(
         "rotary_dim": read_rotary_dim(reader, head_dim, partial_rotary_factor),
         "rms_norm_eps": reader.number("rms_norm_eps", rms_norm_eps),
         "tie_word_embeddings": reader.flag("tie_word_embeddings"),
-        "rope": read_rope(reader, positions, rope_theta),
+        "rope": read_rope(reader, positions, rope_theta, rope),
         "dtype": read_saved_dtype(reader),
         "eos_token_ids": read_eos(reader),
     }

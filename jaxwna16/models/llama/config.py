@@ -53,6 +53,7 @@ class LlamaConfig(LanguageConfig):
             states_kv_heads=family.states_kv_heads,
             head_dim=family.head_dim,
             partial_rotary_factor=family.partial_rotary_factor,
+            rope=family.rope,
         )
         layers = stated["num_hidden_layers"]
         parsed = cls(

@@ -45,6 +45,7 @@ class SelfAttention(nnx.Module):
       norms_across: whether a norm is of all heads together, and not of each.
       gated: whether the result is multiplied by the sigmoid of a gate: rows of `q_proj` are, of
         each head, those of the query and then those of the gate.
+      paired: whether neighbouring features are rotated together, see `rotate`.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class SelfAttention(nnx.Module):
         norm: type[RMSNorm] | None = None,
         norms_across: bool = False,
         gated: bool = False,
+        paired: bool = False,
     ):
         hidden, head_dim = config.hidden_size, config.head_dim
         queries = config.num_attention_heads * head_dim
@@ -78,6 +80,7 @@ class SelfAttention(nnx.Module):
             kv_heads=config.num_key_value_heads,
             gated=gated,
             norms_across=norms_across,
+            paired=paired,
         )
         self.dtype = linears.dtype
 

@@ -10,7 +10,8 @@ from flax import nnx
 
 from jaxwna16.models.parts.layers import Embedding, Linears
 from jaxwna16.models.parts.piece import Following, Piece, Stream, find_positions
-from jaxwna16.models.parts.rope import rotation_tables
+from jaxwna16.models.parts.rope import query_scales, rotation_tables
+from pallas_kernels.formulas.rotation import Rotation
 from pallas_kernels.tiles.ahead import choose_ahead
 from pallas_kernels.tiles.device import find_device
 
@@ -65,9 +66,10 @@ class Decoder(nnx.Module):
         config = self.config
         positions = find_positions(start, count, tokens.shape[1])
         x = self.embed_tokens(tokens)
-        rotation = rotation_tables(
+        tables = rotation_tables(
             config.rope, config.rotary_dim, positions, self.rope_dtype or x.dtype
         )
+        rotation = Rotation(*tables, query_scales(config.rope, positions, x.dtype))
         first = getattr(self.layers[0], "input_layernorm", None)
         stream = Stream(x, None if first is None else first(x))
         caches = []

@@ -23,6 +23,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.errors import BackendError
 from pallas_kernels.formulas.norms import KINDS, Norm
+from pallas_kernels.formulas.rotation import Rotation
 from pallas_kernels.tiles.attention.decode_rules import (
     Division,
     choose_division,
@@ -84,7 +85,7 @@ def attend_token(
     *,
     q_norm: Norm | None,
     k_norm: Norm | None,
-    rotation: tuple[Array, Array],
+    rotation: Rotation,
     position: Array,
     active: Array,
     cache_k: Array,
@@ -92,6 +93,7 @@ def attend_token(
     kv_heads: int,
     window: int | None,
     gated: bool,
+    paired: bool = False,
     scale: float | None = None,
     division: Division | None = None,
     interpret: bool = False,
@@ -103,14 +105,15 @@ def attend_token(
       k, v: [B, kv_heads * D].
       q_norm, k_norm: of each head, before it is rotated.
       rotation: cosines and sines [B, R / 2] of the position: the first R <= D features of a head
-        are rotated, as two halves. In the cache's dtype each product is rounded, in float32 only
-        the result.
+        are rotated. In the cache's dtype each product is rounded, in float32 only the result. Its
+        scale is [B] in the cache's dtype.
       position: int32 [B], the slot of the new token.
       active: int32 [B], 0 for a row that takes no part: its cache stays as it is, whatever its
         position, and its result means nothing.
       cache_k, cache_v: [B * kv_heads, C, D], bfloat16 or float16; position p is in slot p.
       window: how many slots a token sees, its own among them; None for all.
       gated: the result is multiplied by sigmoid(gate).
+      paired: neighbouring features are rotated together, and not the halves of the first R.
       scale: of the scores; None for 1 / sqrt(D).
       division: None for the rule's choice.
       interpret: run as ordinary XLA operations, slowly but on any device, instead of on a GPU.
@@ -126,7 +129,7 @@ def attend_token(
     task = Task(
         kv_heads=kv_heads,
         group=q.features // (stride * kv_heads),
-        features=Features(head_dim, 2 * rotation[0].shape[-1]),
+        features=Features(head_dim, 2 * rotation[0].shape[-1], paired),
         window=window,
         gated=gated,
         scale=head_dim**-0.5 if scale is None else scale,
@@ -178,7 +181,7 @@ def _check(task: Task, q: Parts, k: Parts, v: Parts, norms, batch: int, cache_k,
 def attend_splits(
     projected: tuple[Parts, Parts, Parts],
     norms: tuple[Norm | None, Norm | None],
-    rotation: tuple[Array, Array],
+    rotation: Rotation,
     places: tuple[Array, Array],
     caches: tuple[Array, Array],
     task: Task,
@@ -199,6 +202,7 @@ def attend_splits(
         result = jax.ShapeDtypeStruct((heads, head_dim), dtype)
     kinds = [None if norm is None else dataclasses.replace(norm, weight=None) for norm in norms]
     weights = [None if norm is None else norm.weight for norm in norms]
+    tables = (rotation.cos, rotation.sin)
     *caches_out, result = pl.pallas_call(
         functools.partial(_attend_split, kinds=kinds, task=task, division=division),
         out_shape=(*(jax.ShapeDtypeStruct(c.shape, dtype) for c in caches), result),
@@ -207,7 +211,14 @@ def attend_splits(
         compiler_params=plgpu.CompilerParams(num_warps=division.warps, num_stages=division.stages),
         interpret=interpret,
         name="flash_decode",
-    )(*caches, projected, weights, rotation if task.features.rotated else None, places)
+    )(
+        *caches,
+        projected,
+        weights,
+        tables if task.features.rotated else None,
+        rotation.scale,
+        places,
+    )
     return result, *caches_out
 
 
@@ -217,6 +228,7 @@ def _attend_split(
     projected,
     weights,
     rotation,
+    scale_ref,
     places,
     new_keys_ref,
     new_values_ref,
@@ -251,6 +263,8 @@ def _attend_split(
     column = features.own[0]
 
     query = load_head(q, row, starts[:, None], features, rotation, q_norm, dtype)
+    if scale_ref is not None:
+        query = (query.astype(jnp.float32) * scale_ref[row].astype(jnp.float32)).astype(dtype)
     key = load_head(k, row, first_feature, features, rotation, k_norm, dtype, is_first)
     mask = features.inside[0]
     value = load_sum(v, row, first_feature[0] + column, mask & is_first).astype(dtype)

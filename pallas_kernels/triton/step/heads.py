@@ -1,7 +1,7 @@
 """Heads of one new token, within a kernel: the sum of a product's parts, normalised and rotated.
 
-A feature is rotated together with its partner half of the rotated features away. So both are
-loaded, and a head of any size is one vector: the halves need not be powers of two.
+A feature is rotated together with its partner, half of the rotated features away or its neighbour.
+So both are loaded, and a head of any size is one vector: the halves need not be powers of two.
 
 Every step rounds as those of `jaxwna16.models.parts` do. Products of two 16-bit floats are exact in
 float32, so with cosines and sines of 16 bits a head has the same bits on every device.
@@ -29,10 +29,12 @@ class Features:
     Attributes:
       head_dim: D; what is past it is padding.
       rotated: R.
+      paired: whether neighbours are rotated together, and not the halves of R.
     """
 
     head_dim: int
     rotated: int
+    paired: bool = False
 
     @property
     def own(self) -> jax.Array:
@@ -42,9 +44,20 @@ class Features:
     @property
     def partner(self) -> jax.Array:
         """The other feature of each pair; where nothing is rotated, the same."""
-        own, half = self.own, self.rotated // 2
-        moved = jnp.where(own < half, own + half, own - half)
+        own, step = self.own, 1 if self.paired else self.rotated // 2
+        moved = jnp.where(self.is_first, own + step, own - step)
         return jnp.where(own < self.rotated, moved, own)
+
+    @property
+    def is_first(self) -> jax.Array:
+        """bool [1, D padded]: which are the first of their pair."""
+        return (self.own & 1) == 0 if self.paired else self.own < self.rotated // 2
+
+    @property
+    def angle(self) -> jax.Array:
+        """int32 [1, D padded]: which of the R / 2 angles turns each rotated feature."""
+        own, half = self.own, self.rotated // 2
+        return own >> 1 if self.paired else jnp.where(own < half, own, own - half)
 
     @property
     def inside(self) -> jax.Array:
@@ -111,14 +124,13 @@ def _turn(
 
     Cosines of the same dtype round each product, as an expression in that dtype would.
     """
-    own, half = features.own, features.rotated // 2
-    place, is_first = jnp.where(own < half, own, own - half), own < half
+    place, is_turned = features.angle, features.own < features.rotated
     cos, sin = (
-        plgpu.load(table.at[row, place], mask=own < features.rotated, other=0).astype(jnp.float32)
+        plgpu.load(table.at[row, place], mask=is_turned, other=0).astype(jnp.float32)
         for table in rotation
     )
     products = (x.astype(jnp.float32) * cos, other.astype(jnp.float32) * sin)
     if rotation[0].dtype == x.dtype:
         products = tuple(p.astype(x.dtype).astype(jnp.float32) for p in products)
     first, second = products
-    return (first + jnp.where(is_first, -second, second)).astype(x.dtype)
+    return (first + jnp.where(features.is_first, -second, second)).astype(x.dtype)

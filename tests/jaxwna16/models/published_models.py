@@ -71,7 +71,7 @@ def _list_weights(config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]
         for path, module in model.named_modules()
         if isinstance(module, torch.nn.Linear)
     }
-    for name, tensor in model.named_parameters():
+    for name, tensor in model.named_parameters(remove_duplicate=False):  # all have a head
         shape = tuple(tensor.shape)
         if ".experts." in name:  # llm-compressor takes stacks apart, as transformers saves them
             yield from _separate(name, shape)
@@ -79,7 +79,7 @@ def _list_weights(config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]
             yield linears[name], shape, True
         else:
             yield name, shape, False
-    if "text_config" in config:
+    if "mtp_num_hidden_layers" in config.get("text_config", {}):
         yield from _list_prediction(config["text_config"])
 
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from transformers.models.glm4 import modeling_glm4
 from transformers.models.llama import modeling_llama
 from transformers.models.qwen3_5 import modeling_qwen3_5
 
@@ -49,16 +50,16 @@ def test_two_norms_are_told_apart_by_where_they_round(dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_rotation_rounds_each_product_and_their_sum(dtype):
+@pytest.mark.parametrize("theirs", [modeling_llama, modeling_glm4])
+def test_a_rotation_rounds_each_product_and_their_sum(theirs, dtype):
     x = draw_normal((2, 16, 4, 32), dtype)
     angles = np.random.default_rng(1).uniform(-20, 20, (2, 16, 16))
     both = np.concatenate([angles, angles], axis=-1)
     cos, sin = (round_to(dtype, f(both)) for f in (np.cos, np.sin))
     heads_first = x.theirs.transpose(1, 2)
-    expected, _ = modeling_llama.apply_rotary_pos_emb(
-        heads_first, heads_first, cos.theirs, sin.theirs
-    )
-    ours = rotate(x.ours, cos.ours[..., :16], sin.ours[..., :16])
+    expected, _ = theirs.apply_rotary_pos_emb(heads_first, heads_first, cos.theirs, sin.theirs)
+    paired = theirs is modeling_glm4
+    ours = rotate(x.ours, cos.ours[..., :16], sin.ours[..., :16], paired=paired)
     assert count_steps(ours, expected.transpose(1, 2)).max() == 0
 
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from pallas_kernels.errors import BackendError
 from pallas_kernels.formulas.norms import Norm
-from pallas_kernels.formulas.rotation import rotate
+from pallas_kernels.formulas.rotation import Rotation, rotate
 from pallas_kernels.tiles.attention.decode_rules import Division
 from pallas_kernels.triton.parts import Parts
 from pallas_kernels.triton.step.decode_attention import attend_token
@@ -48,7 +48,7 @@ def _run(arguments, step: Step, division: Division):
         *map(Parts, sums, biases),
         q_norm=norms[0],
         k_norm=norms[1],
-        rotation=rotation,
+        rotation=Rotation(*rotation),
         position=position,
         active=active,
         cache_k=caches[0],
@@ -56,6 +56,7 @@ def _run(arguments, step: Step, division: Division):
         kv_heads=step.kv_heads,
         window=step.window,
         gated=step.gated,
+        paired=step.paired,
         scale=step.scale if step.whole else None,
         division=division,
         interpret=True,
@@ -111,6 +112,8 @@ def list_steps() -> list[tuple[Step, Division]]:
             bias=rng.choice((False, True)),
             wide=rng.choice((False, False, True)),
             parts=rng.choice((1, 2, 3)),
+            paired=rng.choice((False, True)),
+            scales=rng.choice((False, True)),
             dtype=rng.choice(("bfloat16", "float16")),
         )
         steps.append((step, rng.choice((TWO, ONE, Division(splits=4, block=32)))))
@@ -125,7 +128,7 @@ def test_a_step_is_within_the_bound_of_attention_in_float64(step, division):
 def test_the_steps_that_always_run_have_every_kind():
     always = [step for step, _ in list_steps()[::6]]
     assert {step.norm for step in always} == {"", "rounded", "offset", "wide"}
-    for field in ("window", "gated", "bias", "wide", "dtype"):
+    for field in ("window", "gated", "bias", "wide", "dtype", "paired", "scales"):
         assert len({getattr(step, field) for step in always}) == 2
     assert {step.parts for step in always} == {1, 2, 3}
 
@@ -158,19 +161,19 @@ def test_slots_that_are_not_seen_never_reach_a_result(positions, window, divisio
 
 
 @pytest.mark.parametrize(
-    ("rotated", "parts", "wide", "dtype"),
-    cover([64, 32], [1, 3], [False, True], ["bfloat16", "float16"]),
+    ("rotated", "parts", "wide", "dtype", "paired"),
+    cover([64, 32], [1, 3], [False, True], ["bfloat16", "float16"], [False, True]),
 )
-def test_written_keys_have_the_bits_of_the_models_own_rotation(rotated, parts, wide, dtype):
+def test_written_keys_have_the_bits_of_the_models_own_rotation(rotated, parts, wide, dtype, paired):
     """With float32 cosines one of the products may be fused with the sum: then as near as that."""
-    step = Step(64, 1, (3, 7), 8, 2, rotated, parts=parts, wide=wide, dtype=dtype)
+    step = Step(64, 1, (3, 7), 8, 2, rotated, parts=parts, wide=wide, dtype=dtype, paired=paired)
     given = draw(step)
     _, cache, _ = run(step, given, ONE)
     k = add_up(given.sums[1], None, step.np_dtype).reshape(2, 1, 2, 64)
-    tables = [jnp.asarray(table)[:, None] for table in given.rotation]
+    tables = [jnp.asarray(table)[:, None] for table in given.rotation[:2]]
     x = jnp.asarray(k, jnp.float32 if wide else step.np_dtype)
-    turn = jax.jit(rotate, compiler_options=as_written)
-    keys = np.asarray(turn(x, *tables).astype(step.np_dtype))[:, 0]
+    turn = jax.jit(rotate, static_argnames="paired", compiler_options=as_written)
+    keys = np.asarray(turn(x, *tables, paired=paired).astype(step.np_dtype))[:, 0]
     found = np.stack([cache[:2, 3], cache[2:, 7]])
     if wide:
         assert (found != keys).mean() < 1e-2
@@ -242,7 +245,7 @@ def test_what_does_not_fit_is_refused(change, message):
             parts,
             q_norm=norm,
             k_norm=None,
-            rotation=(table, table),
+            rotation=Rotation(table, table),
             position=jnp.zeros(2, jnp.int32),
             active=jnp.ones(2, jnp.int32),
             cache_k=cache,
