@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.formulas.heads import Heads
 from pallas_kernels.formulas.norms import Norm, apply_norm
+from pallas_kernels.formulas.rotation import Rotation
 from pallas_kernels.lowering import choose_at_lowering, has_symbolic, refuse_at_lowering
 from pallas_kernels.step.linears import Linear, separate
 from pallas_kernels.tiles.device import find_device
@@ -33,7 +35,7 @@ def project_and_attend(
     x: jax.Array,
     linears: Sequence[Linear],
     norms: tuple[Norm | None, Norm | None],
-    rotation: tuple[jax.Array, jax.Array] | None,
+    rotation: Rotation | None,
     start: jax.Array,
     count: jax.Array,
     window: int | None,
@@ -49,7 +51,7 @@ def project_and_attend(
       x: [B, S, K].
       linears: of q, k and v.
       norms: of queries and keys, or None.
-      rotation: cosines and sines of the positions, [B, S, R / 2]; None rotates nothing.
+      rotation: of the positions; None rotates nothing.
       start, count, window: as in `attend`.
       cache: keys and values [B * kv_heads, C, D] of the tokens before; None for a piece that is
         whole rows.
@@ -62,7 +64,7 @@ def project_and_attend(
       SpecError, BackendError, TableError: as `quant_matmul`.
     """
     arrays, call = separate(linears, backend, prefer)
-    scores = {"scale": heads.scale, "softcap": heads.softcap}
+    scores: dict[str, Any] = {"scale": heads.scale, "softcap": heads.softcap}
     if cache is None or x.shape[1] > 1 or has_symbolic(x.shape) or 0 in x.shape:
         products = call.multiply(x, arrays)
         run = functools.partial(attend, window=window, backend=backend, **scores)

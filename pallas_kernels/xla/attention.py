@@ -11,7 +11,7 @@ from jax import lax
 from pallas_kernels.formulas.activations import cap, round_sigmoid
 from pallas_kernels.formulas.heads import Heads
 from pallas_kernels.formulas.norms import Norm, apply_norm
-from pallas_kernels.formulas.rotation import rotate
+from pallas_kernels.formulas.rotation import Rotation, rotate
 
 Array = jax.Array
 Cache = tuple[Array, Array]
@@ -20,7 +20,7 @@ Cache = tuple[Array, Array]
 def mix(
     products: Sequence[Array],
     norms: tuple[Norm | None, Norm | None],
-    rotation: tuple[Array, Array] | None,
+    rotation: Rotation | None,
     start: Array,
     count: Array,
     cache: Cache | None,
@@ -50,7 +50,9 @@ def mix(
         y if norm is None else apply_norm(y, norm) for y, norm in zip((q, k), norms, strict=True)
     )
     if rotation is not None:
-        q, k = (rotate(y, *rotation, paired=heads.paired) for y in (q, k))
+        tables = rotation.cos, rotation.sin
+        q, k = (rotate(y, *tables, paired=heads.paired) for y in (q, k))
+        q = q if rotation.scale is None else q * rotation.scale[:, :, None, None]
     held = _fold_heads(k), _fold_heads(v)
     if cache is not None:
         held = cache = _write_slots(cache, held, _find_slots(start, count, lead[1]))

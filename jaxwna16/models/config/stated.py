@@ -15,7 +15,7 @@ from jaxwna16.models.config.language_config import (
     read_saved_dtype,
     refuse_others,
 )
-from jaxwna16.models.config.rope_config import read_rope, read_rotary_dim
+from jaxwna16.models.config.rope_config import PLAIN, RopeRule, read_rope, read_rotary_dim
 
 
 def read_stated(
@@ -29,6 +29,7 @@ def read_stated(
     tied: bool = False,
     rotary_key: str | None = None,
     activations: Activations = SILU,
+    rope: RopeRule = PLAIN,
 ) -> dict[str, Any]:
     """The fields of `LanguageConfig` but for those of experts and of layers that predict.
 
@@ -42,6 +43,7 @@ def read_stated(
       tied: `tie_word_embeddings` of the family.
       rotary_key: `key` of `read_rotary_dim`.
       activations: those that its MLPs may have.
+      rope: how the family states rope, where not as the others.
     """
     refuse_others(reader)
     if not reader.given.get("is_causal", True):
@@ -56,13 +58,13 @@ def read_stated(
         "rms_norm_eps": reader.number("rms_norm_eps", rms_norm_eps),
         "tie_word_embeddings": reader.flag("tie_word_embeddings", tied),
         "activation": read_activation(reader, activations),
-        "rope": read_rope(reader, positions, rope_theta),
+        "rope": read_rope(reader, positions, rope_theta, rope),
         "dtype": read_saved_dtype(reader),
         "eos_token_ids": read_eos(reader),
     }
 
 
-def read_multipliers(reader: ConfigReader) -> dict[str, float]:
+def read_multipliers(reader: ConfigReader) -> dict[str, Any]:
     """The four multipliers of Granite, each 1 where it is absent, as fields of `LanguageConfig`."""
     return {
         "embedding_multiplier": reader.number("embedding_multiplier", 1.0),

@@ -25,7 +25,7 @@ from jaxwna16.models.filling.expanded import (
 from jaxwna16.models.filling.params import check_leaves, fill_model, list_leaves
 from jaxwna16.models.filling.renaming import check_depth, check_prefix, rename, rename_all
 from jaxwna16.models.filling.skipped import drop_skipped
-from jaxwna16.models.filling.tied_head import drop_tied_head
+from jaxwna16.models.filling.tied_head import drop_tied_head, settle_tie
 from jaxwna16.models.filling.zero_biases import drop_zero_biases
 from loaders.plan import Plan
 from pallas_kernels.backends import check_backend
@@ -86,6 +86,7 @@ def fit_model(plan: Plan, *, dtype: Any, backend: str | None) -> Fit:
     family = find_family(plan.config)
     config, names = family.read(plan.config), family.names
     plan = drop_skipped(plan, config)
+    config = settle_tie(config, plan, names)
     parts = [*plan.quantized, *plan.plain]
     check_prefix(parts, names, str(plan.folder))
     check_depth(parts, config.num_hidden_layers, str(plan.folder))

@@ -18,15 +18,12 @@ from jaxwna16.models.config.language_config import (
     refuse_others,
 )
 from jaxwna16.models.config.moe_config import MoeConfig, check_choice
-from jaxwna16.models.config.rope_config import read_rope, read_rotary_dim
-from loaders.schemes.subconfigs import find_stated
+from jaxwna16.models.config.rope_config import MROPE, RopeRule, read_rope, read_rotary_dim
 from pallas_kernels.formulas.routing_options import Routing
 
 _LINEAR, _FULL = "linear_attention", "full_attention"
 _INTERVAL = 4
 _ROTATED = 0.25
-_INHERITED = ("dtype", "torch_dtype", "eos_token_id")
-"""Keys of the whole that hold for its text model where that does not state them."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,25 +31,19 @@ class Kind:
     """How a model type differs from the others.
 
     Attributes:
-      part: the `model_type` of the section `text_config`, where the text model is a part of a
-        whole; None where it is the whole.
       has_experts: in every layer; otherwise each has one MLP.
       layers, hidden_size, kv_heads: where config.json is silent.
     """
 
-    part: str | None
     has_experts: bool = False
     layers: int = 32
     hidden_size: int = 4096
     kv_heads: int = 4
 
 
-_SPARSE = Kind(part=None, has_experts=True, layers=40, hidden_size=2048, kv_heads=2)
 KINDS = {
-    "qwen3_5": Kind(part="qwen3_5_text"),
-    "qwen3_5_text": Kind(part=None),
-    "qwen3_5_moe": dataclasses.replace(_SPARSE, part="qwen3_5_moe_text"),
-    "qwen3_5_moe_text": _SPARSE,
+    "qwen3_5_text": Kind(),
+    "qwen3_5_moe_text": Kind(has_experts=True, layers=40, hidden_size=2048, kv_heads=2),
 }
 """`model_type` -> its row."""
 
@@ -105,7 +96,7 @@ class Qwen35Config(LanguageConfig):
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> Qwen35Config:
-        """Read a `config.json`; its `text_config`, where the model is one part of several.
+        """Read a `config.json`.
 
         Absent keys take the defaults of transformers' configuration classes.
 
@@ -113,34 +104,11 @@ class Qwen35Config(LanguageConfig):
           ModelError: listing every key that is missing, malformed or asks for the unsupported.
         """
         model_type = config["model_type"]
-        reader = _read_text(config)
+        reader = ConfigReader(config)
         parsed = _read(reader, model_type)
         if reader.reasons:
             raise ModelError(f"this {model_type} configuration is not supported", reader.reasons)
         return parsed
-
-
-def _read_text(config: Mapping[str, Any]) -> ConfigReader:
-    """A reader of the text model's own section, with what it inherits."""
-    part = KINDS[config["model_type"]].part
-    if part is None:
-        return ConfigReader(config)
-    text = config.get("text_config")
-    reader = ConfigReader(text if isinstance(text, Mapping) else {}, "text_config.")
-    if not isinstance(text, Mapping):
-        found = type(text).__name__ if text is not None else None
-        raise ModelError(
-            f"this {config['model_type']} configuration is not supported",
-            [f"text_config: expected the configuration of the text model, found {found}"],
-        )
-    reader.choose("model_type", "", (part, ""))
-    for key in _INHERITED:
-        if key not in reader.config and config.get(key) is not None:
-            reader.config[key] = config[key]
-    # transformers' multimodal class asks the whole, whose own default hides what the section says
-    if (tied := find_stated(config, "tie_word_embeddings")) is not None:
-        reader.config["tie_word_embeddings"] = tied
-    return reader
 
 
 def _read(reader: ConfigReader, model_type: str) -> Qwen35Config:
@@ -156,9 +124,7 @@ def _read(reader: ConfigReader, model_type: str) -> Qwen35Config:
     head_dim = reader.count("head_dim", 256)
     layers = reader.count("num_hidden_layers", kind.layers, most=MAX_LAYERS)
     max_positions = reader.count("max_position_embeddings", 32768)
-    # mrope_section and mrope_interleaved are not looked at: they deal the frequencies out to the
-    # positions in time, height and width, and for text all three positions are the same number
-    rope = read_rope(reader, max_positions, 10000.0)
+    rope = read_rope(reader, max_positions, 10000.0, RopeRule(unread=MROPE))
     if rope.rope_type == "dynamic":
         reader.refuse("rope_parameters.rope_type", "dynamic", "a rope that is not dynamic")
     return Qwen35Config(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -114,11 +115,19 @@ def list_leaves(reference) -> Iterator[tuple[str, np.ndarray]]:
         yield name, tensor.detach().numpy()
 
 
+def is_beside(name: str) -> bool:
+    """Whether a tensor of a transformers model is a tower's, or of what joins it to the text."""
+    return (
+        re.match(r"model\.(visual|vision_tower|multi_modal_projector|audio_tower)\.", name)
+        is not None
+    )
+
+
 def nest_params(reference) -> dict:
     """The params tree of a transformers model, or of the language model beside a tower."""
     tree: dict = {}
     for name, array in list_leaves(reference):
-        if name.startswith("model.visual."):
+        if is_beside(name):
             continue
         *path, leaf = name.split(".")
         node = tree

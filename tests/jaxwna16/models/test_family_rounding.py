@@ -24,6 +24,7 @@ from flax import nnx
 from jaxwna16.models.causal_lm import CausalLM
 from jaxwna16.models.families import find_family
 from jaxwna16.models.filling.renaming import rename
+from jaxwna16.models.wrapped.table import WRAPPERS
 from tests.jaxwna16.models.family_rows import BASES, ROWS
 from tests.jaxwna16.models.family_rows.qwen3_5 import HYBRID
 from tests.jaxwna16.models.hf_models import cast_weights, convert, make_reference, random_tokens
@@ -31,7 +32,10 @@ from tests.jaxwna16.models.rounding import count_steps, draw_exact, round_to
 
 as_written = {"xla_allow_excess_precision": False}
 LENGTH = 24
-ALIKE = ("mixtral", "qwen2_moe", "qwen3_moe", "dots1", "qwen3_5", "qwen3_5_moe", "qwen3_5_moe_text")
+ALIKE = (
+    *("mixtral", "qwen2_moe", "qwen3_moe", "dots1", "qwen3_5_moe_text"),
+    *(name for name in WRAPPERS if name != "glm4v"),
+)
 """They have experts, or a tower, and the attention of another row."""
 FLIPS = 4e-3
 """The share of results that may be a step away where they hang on a sigmoid, a cosine or a sum of
@@ -89,7 +93,7 @@ def test_rotated_keys_round_as_those_of_transformers(model_type, monkeypatch):
     with torch.no_grad():
         weight.copy_(torch.eye(*weight.shape))
     model = convert(reference, dtype=jnp.bfloat16)
-    module, turned = sys.modules[type(reference).__module__], []
+    module, turned = sys.modules[type(layers["model.layers.0.self_attn"]).__module__], []
     rotate = module.apply_rotary_pos_emb
 
     def record(*arguments, **options):
