@@ -19,7 +19,6 @@ from pallas_kernels.formulas.norms import Norm, apply_norm
 from pallas_kernels.formulas.rotation import Rotation
 from pallas_kernels.lowering import choose_at_lowering, has_symbolic, refuse_at_lowering
 from pallas_kernels.step.linears import Linear, separate
-from pallas_kernels.tiles.device import find_device
 from pallas_kernels.xla.attention import attend as attend_by_xla
 from pallas_kernels.xla.attention import mix
 
@@ -149,20 +148,11 @@ def attend(
     facts = {"window": window, "scale": scale, "softcap": softcap}
     by_xla = functools.partial(attend_by_xla, **facts)
     # one query fills no tile
-    if q.shape[1] == 1 or (backend is None and _is_doubtful()):
+    if q.shape[1] == 1:
         return by_xla(q, cache_k, cache_v, start, count)
     by_triton = functools.partial(_attend_by_triton, **facts)
     choose = choose_at_lowering(by_xla, by_triton, backend, q.dtype)
     return choose(q, cache_k, cache_v, start, count)
-
-
-def _is_doubtful() -> bool:
-    """Whether the kernel of a piece broke a rule where it was executed (`tests/executed`).
-
-    As jax 0.12 compiles it for sm_100a, warps read what others wrote into tensor memory, without a
-    barrier between them.
-    """
-    return find_device().is_blackwell and jax.__version_info__ >= (0, 12)
 
 
 def _attend_by_triton(q, cache_k, cache_v, start, count, *, interpret, **facts) -> jax.Array:
