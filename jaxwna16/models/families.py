@@ -14,6 +14,7 @@ from typing import Any
 
 from jaxwna16.errors import ModelError
 from jaxwna16.models.config.config_reader import ConfigReader
+from jaxwna16.models.config.fused import ListFused, fuse_nothing
 from jaxwna16.models.config.language_config import LanguageConfig
 from jaxwna16.models.gemma import config as gemma_config
 from jaxwna16.models.llama import config as llama_config
@@ -38,12 +39,14 @@ class Family:
       model: the definition, "module:Class". The class is called as
         `Class(config, specs, dtype=, backend=, reordered=, has_head=)` and makes a language model.
       names: how names in files differ from attribute paths of the definition.
+      list_fused: which modules of the files are several modules of the definition.
     """
 
     model_types: tuple[str, ...]
     read: Callable[[Mapping[str, Any]], LanguageConfig]
     model: str
     names: Names = dataclasses.field(default_factory=dict)
+    list_fused: ListFused = fuse_nothing
 
     def open_class(self) -> Callable[..., Any]:
         """The class of the definition."""
@@ -63,6 +66,7 @@ FAMILIES = (
         read=qwen3_5_config.Qwen35Config.from_dict,
         model="jaxwna16.models.qwen3_5.definition:Qwen35",
         names=qwen3_5_names.NAMES,
+        list_fused=qwen3_5_names.list_fused,
     ),
     Family(
         model_types=("olmo2", "olmo3"),
