@@ -15,6 +15,7 @@ from typing import Any
 
 from jaxwna16.errors import ModelError
 from jaxwna16.models.config.config_reader import ConfigReader
+from jaxwna16.models.config.fused import ListFused, fuse_nothing
 from jaxwna16.models.config.language_config import LanguageConfig
 from jaxwna16.models.gemma import config as gemma_config
 from jaxwna16.models.llama import config as llama_config
@@ -23,6 +24,7 @@ from jaxwna16.models.llama.relatives import PARTS, RELATIVES
 from jaxwna16.models.nearest import describe_unsupported
 from jaxwna16.models.olmo2 import config as olmo2_config
 from jaxwna16.models.qwen3_5 import config as qwen3_5_config
+from jaxwna16.models.qwen3_5 import names as qwen3_5_names
 from jaxwna16.models.wrapped.table import WRAPPERS
 from jaxwna16.models.wrapped.wrapper import Wrapper, find_text
 
@@ -41,12 +43,14 @@ class Family:
       model: the definition, "module:Class". The class is called as
         `Class(config, specs, dtype=, backend=, reordered=, has_head=)` and makes a language model.
       names: how names in files differ from attribute paths of the definition.
+      list_fused: which modules of the files are several modules of the definition.
     """
 
     model_types: tuple[str, ...]
     read: Callable[[Mapping[str, Any]], LanguageConfig]
     model: str
     names: Names = dataclasses.field(default_factory=dict)
+    list_fused: ListFused = fuse_nothing
 
     def open_class(self) -> Callable[..., Any]:
         """The class of the definition."""
@@ -65,6 +69,7 @@ FAMILIES = (
         model_types=tuple(qwen3_5_config.KINDS),
         read=qwen3_5_config.Qwen35Config.from_dict,
         model="jaxwna16.models.qwen3_5.definition:Qwen35",
+        list_fused=qwen3_5_names.list_fused,
     ),
     Family(
         model_types=("olmo2", "olmo3"),

@@ -1,4 +1,4 @@
-"""`Qwen35Config`: what `config.json` says about a Qwen3.5 or Qwen3.6, checked."""
+"""`Qwen35Config`: what `config.json` says about a Qwen3-Next, Qwen3.5 or Qwen3.6, checked."""
 
 from __future__ import annotations
 
@@ -17,9 +17,8 @@ from jaxwna16.models.config.language_config import (
     read_saved_dtype,
     refuse_others,
 )
-from jaxwna16.models.config.moe_config import MoeConfig, check_choice
+from jaxwna16.models.config.moe_config import MoeConfig, SoftmaxExperts, read_moe
 from jaxwna16.models.config.rope_config import MROPE, RopeRule, read_rope, read_rotary_dim
-from pallas_kernels.formulas.routing_options import Routing
 
 _LINEAR, _FULL = "linear_attention", "full_attention"
 _INTERVAL = 4
@@ -31,19 +30,41 @@ class Kind:
     """How a model type differs from the others.
 
     Attributes:
-      has_experts: in every layer; otherwise each has one MLP.
-      layers, hidden_size, kv_heads: where config.json is silent.
+      experts: how config.json states experts; None where each layer has one MLP.
+      interleaves_heads: whether files have the projections of a delta net as two, of which rows are
+        key head by key head.
+      layers, hidden_size, inner, kv_heads, vocab_size: where config.json is silent; `inner` is the
+        features of an MLP.
     """
 
-    has_experts: bool = False
+    experts: SoftmaxExperts | None = None
+    interleaves_heads: bool = False
     layers: int = 32
     hidden_size: int = 4096
+    inner: int = 12288
     kv_heads: int = 4
+    vocab_size: int = 248320
 
 
+_SPARSE = Kind(
+    experts=SoftmaxExperts(
+        experts=256, top_k=8, inner=512, has_steps=False, renormalize=True, shared=512
+    ),
+    layers=40,
+    hidden_size=2048,
+    kv_heads=2,
+)
 KINDS = {
     "qwen3_5_text": Kind(),
-    "qwen3_5_moe_text": Kind(has_experts=True, layers=40, hidden_size=2048, kv_heads=2),
+    "qwen3_5_moe_text": _SPARSE,
+    "qwen3_next": dataclasses.replace(
+        _SPARSE,
+        experts=SoftmaxExperts(experts=512, top_k=10, inner=512, norm_topk_prob=True, shared=512),
+        interleaves_heads=True,
+        layers=48,
+        inner=5632,
+        vocab_size=151936,
+    ),
 }
 """`model_type` -> its row."""
 
@@ -86,7 +107,7 @@ class Qwen35Config(LanguageConfig):
 
     Attributes:
       model_type: one of `KINDS`.
-      intermediate_size: of the MLPs; 0 with experts.
+      intermediate_size: of the MLPs; 0 where all layers have experts.
       is_full: per layer, whether it is full attention; the others are gated delta nets.
     """
 
@@ -127,11 +148,13 @@ def _read(reader: ConfigReader, model_type: str) -> Qwen35Config:
     rope = read_rope(reader, max_positions, 10000.0, RopeRule(unread=MROPE))
     if rope.rope_type == "dynamic":
         reader.refuse("rope_parameters.rope_type", "dynamic", "a rope that is not dynamic")
+    moe = None if kind.experts is None else _read_experts(reader, kind.experts, layers)
+    is_sparse = moe is not None and all(moe.sparse)
     return Qwen35Config(
         model_type=model_type,
-        vocab_size=reader.count("vocab_size", 248320),
+        vocab_size=reader.count("vocab_size", kind.vocab_size),
         hidden_size=reader.count("hidden_size", kind.hidden_size),
-        intermediate_size=0 if kind.has_experts else reader.count("intermediate_size", 12288),
+        intermediate_size=0 if is_sparse else reader.count("intermediate_size", kind.inner),
         num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
@@ -146,7 +169,7 @@ def _read(reader: ConfigReader, model_type: str) -> Qwen35Config:
         rope=rope,
         dtype=read_saved_dtype(reader),
         eos_token_ids=read_eos(reader),
-        moe=_read_experts(reader, layers) if kind.has_experts else None,
+        moe=moe,
     )
 
 
@@ -176,21 +199,7 @@ def _read_delta(reader: ConfigReader) -> DeltaNetConfig:
     )
 
 
-def _read_experts(reader: ConfigReader, layers: int) -> MoeConfig:
-    """Softmax over all experts, renormalised whatever `norm_topk_prob` says, in every layer."""
-    if reader.config.get("mlp_only_layers"):
+def _read_experts(reader: ConfigReader, rule: SoftmaxExperts, layers: int) -> MoeConfig | None:
+    if not rule.has_steps and reader.config.get("mlp_only_layers"):
         reader.refuse("mlp_only_layers", reader.config["mlp_only_layers"], "none")
-    experts = reader.count("num_experts", 256)
-    routing = Routing(top_k=reader.count("num_experts_per_tok", 8), renormalize=True)
-    check_choice(reader, experts, routing)
-    return MoeConfig(
-        sparse=(True,) * layers,
-        experts=experts,
-        intermediate_size=reader.count("moe_intermediate_size", 512),
-        shared="shared_expert",
-        shared_intermediate_size=reader.count("shared_expert_intermediate_size", 512),
-        shared_gate=True,
-        wide_router=False,
-        correction_bias=False,
-        routing=routing,
-    )
+    return read_moe(reader, rule, layers)

@@ -108,11 +108,21 @@ def cast_weights(reference, dtype: torch.dtype):
 
 
 def list_leaves(reference) -> Iterator[tuple[str, np.ndarray]]:
-    """The leaves of the params tree of our model; but for experts, transformers' own names."""
+    """The leaves of the params tree of our model; but for experts and what is fused in files,
+    transformers' own names."""
+    config = reference.config.to_dict()
+    family = find_family(config)
+    kinds = family.list_fused(family.read(config))
     for name, tensor in list_tensors(reference):
         name = name.replace(".experts.gate_up_proj", ".experts.w13.weight")
         name = name.replace(".experts.down_proj", ".experts.w2.weight")
-        yield name, tensor.detach().numpy()
+        array = tensor.detach().numpy()
+        path, _, role = name.rpartition(".")
+        fused = [kind for kind in kinds if path.endswith(f".{kind.name}")]
+        for part, rows in fused[0].parts.items() if fused else ():
+            yield f"{path.rpartition('.')[0]}.{part}.{role}", array[rows]
+        if not fused:
+            yield name, array
 
 
 def is_beside(name: str) -> bool:
