@@ -13,6 +13,7 @@ import ml_dtypes
 import numpy as np
 import torch
 from compressed_tensors.compressors import PackedQuantizationCompressor
+from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
 from compressed_tensors.quantization import (
     QuantizationArgs,
     QuantizationConfig,
@@ -81,6 +82,25 @@ def decompress(tensors: Mapping[str, Any], args: QuantizationArgs) -> torch.Tens
     """The float weight [..., N, K] of one module's tensors."""
     state = PackedQuantizationCompressor.decompress(dict(tensors), make_scheme(args))
     return state["weight"]
+
+
+def pack_reordered(
+    weight: torch.Tensor, args: QuantizationArgs, seed: int
+) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """The tensors as compressed-tensors up to 0.18 writes activation order, and the floats.
+
+    Its groups are of features that do not follow each other; packed columns stay where they were.
+    """
+    k = weight.shape[1]
+    groups = torch.arange(k) // (args.group_size or k)
+    groups = groups[torch.randperm(k, generator=torch.Generator().manual_seed(seed))]
+    order = groups.argsort(stable=True)
+    back = order.argsort()
+    tensors = compress(weight[:, order], args)
+    floats = decompress(tensors, args)[:, back]
+    codes = unpack_from_int32(tensors["weight_packed"], args.num_bits, weight.shape)
+    tensors["weight_packed"] = pack_to_int32(codes[:, back].contiguous(), args.num_bits)
+    return tensors | {"weight_g_idx": groups.int()}, floats
 
 
 def write_folder(

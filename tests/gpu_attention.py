@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.formulas.norms import Norm
+from pallas_kernels.formulas.rotation import Rotation
 from pallas_kernels.tiles.attention.decode_rules import Division, choose_division
 from pallas_kernels.tiles.device import Device
 from pallas_kernels.triton.parts import Parts
@@ -74,7 +75,7 @@ class Decode:
                 Parts(v),
                 q_norm=norms[0],
                 k_norm=norms[1],
-                rotation=rotation,
+                rotation=Rotation(*rotation),
                 position=position,
                 active=active,
                 cache_k=caches[0],

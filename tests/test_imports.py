@@ -73,7 +73,7 @@ WINGS = {
         __init__
         filling
         families
-        nearest
+        nearest wrapped
         FAMILY
         causal_lm
         parts

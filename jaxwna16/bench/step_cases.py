@@ -24,6 +24,7 @@ from jaxwna16.bench.shapes import StepShape
 from jaxwna16.bench.timing import Effort
 from pallas_kernels.formulas.heads import Heads
 from pallas_kernels.formulas.norms import Norm, Onto
+from pallas_kernels.formulas.rotation import Rotation
 from pallas_kernels.step.attention import project_and_attend
 from pallas_kernels.step.residual import add_onto
 
@@ -178,7 +179,7 @@ class StepCase:
             tuple(jax.random.normal(jax.random.key(2 * i + j), line, self.dtype) for j in range(2))
             for i in range(chain)
         )
-        return (k, v, (angles, angles), start, count), (q, caches), advance
+        return (k, v, Rotation(angles, angles), start, count), (q, caches), advance
 
     def _build_norm(self, chain: int, backend: str | None):
         shape = (self.rows, self.model.hidden)

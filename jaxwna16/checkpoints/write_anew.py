@@ -17,7 +17,7 @@ from loaders.files.safetensors_file import TensorInfo
 from loaders.files.stamps import Stamp
 from loaders.modules.experts import name_separately
 from loaders.plan import Plan
-from loaders.schemes.subconfigs import find_subconfigs
+from loaders.schemes.subconfigs import change_all
 from loaders.stream import Progress, check_cast
 from loaders.write import refuse_changes_of, write_checkpoint
 
@@ -98,7 +98,7 @@ def _state_dtype(config: Mapping[str, Any], dtype: np.dtype) -> dict[str, Any]:
         stated = [key for key in ("dtype", "torch_dtype") if key in part]
         return {**part, **dict.fromkeys(stated, dtype.name)}
 
-    return state(config) | {name: state(part) for name, part in find_subconfigs(config).items()}
+    return change_all(config, state)
 
 
 def cast_tensor(array: np.ndarray, dtype: Any, file: Path, name: str) -> np.ndarray:

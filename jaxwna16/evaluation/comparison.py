@@ -25,6 +25,7 @@ from jaxwna16.evaluation.perplexity import measure_perplexity
 from jaxwna16.evaluation.text_windows import check_batch, check_finite, cut_windows
 from jaxwna16.generation.load_model import load_model
 from jaxwna16.generation.text import Tokenizer
+from jaxwna16.models.wrapped.media_tokens import refuse_media
 from jaxwna16.programs import trace_counts
 from jaxwna16.progress import show_steps
 from loaders.open import open_plan
@@ -109,6 +110,8 @@ def measure_divergence(
       ```
     """
     windows = cut_windows(np.asarray(tokens), window, max_windows, stride)
+    for each in (reference, model):
+        refuse_media(each, {"the text": np.asarray(tokens)})
     batch = check_batch(batch, windows)
     graphdefs, states = zip(nnx.split(reference), nnx.split(model), strict=True)
     diverge = functools.partial(_diverge, graphdefs, states)

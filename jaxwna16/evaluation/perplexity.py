@@ -18,6 +18,7 @@ from flax import nnx
 
 from jaxwna16.errors import InputError
 from jaxwna16.evaluation.text_windows import check_batch, check_finite, cut_windows
+from jaxwna16.models.wrapped.media_tokens import refuse_media
 from jaxwna16.programs import refuse_fork, trace_counts
 from jaxwna16.progress import show_steps
 
@@ -76,7 +77,8 @@ def measure_perplexity(
       progress: True, False, or None for a bar on a terminal only.
 
     Raises:
-      InputError: if the text is shorter than a window, or a number is out of range.
+      InputError: if the text is shorter than a window, has a token that stands for an image, video
+        or sound, or a number is out of range.
       ModelError: if a likelihood is not finite.
 
     Example:
@@ -90,6 +92,7 @@ def measure_perplexity(
     """
     refuse_fork()
     windows = cut_windows(np.asarray(tokens), window, max_windows, stride)
+    refuse_media(model, {"the text": np.asarray(tokens)})
     batch = check_batch(batch, windows)
     graphdef, state = nnx.split(model)
     shape = jax.ShapeDtypeStruct((batch, window), jnp.int32)

@@ -27,6 +27,7 @@ from jaxwna16.generation.decoding import (
 )
 from jaxwna16.generation.pieces import choose_piece
 from jaxwna16.models.causal_lm import CausalLM
+from jaxwna16.models.wrapped.media_tokens import list_media_faults
 from jaxwna16.programs import Compilation, foresee, is_spread, refuse_fork
 
 NAN = "nan"
@@ -315,6 +316,9 @@ def _list_prompt_faults(
         return
     if len(prompts) == 0:
         yield "prompts: expected at least one, got none"
+    yield from list_media_faults(
+        model.config, {f"prompt {i}": prompt for i, prompt in enumerate(prompts)}
+    )
     longest = max(map(len, prompts), default=0)
     if model.config.whole_prompts and prefill_chunk is not None and prefill_chunk < longest:
         yield (

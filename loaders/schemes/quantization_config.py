@@ -16,7 +16,7 @@ from loaders.schemes.awq_gptq.auto_round import parse_auto_round
 from loaders.schemes.awq_gptq.config import AwqGptqConfig, parse_awq, parse_gptq
 from loaders.schemes.compressed_tensors import QuantizationConfig, parse_compressed_tensors
 from loaders.schemes.config_groups import FILE, MEND, SECTION
-from loaders.schemes.subconfigs import find_subconfigs
+from loaders.schemes.subconfigs import change_all, find_subconfigs
 
 _SECTIONS = (SECTION, "compression_config")
 
@@ -64,10 +64,12 @@ def parse_quantization(
 
 def drop_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
     """The config.json without what it says of quantization, wherever it stands there."""
-    left = {key: value for key, value in config.items() if key not in _SECTIONS}
-    for name, part in find_subconfigs(config).items():
-        left[name] = {key: value for key, value in part.items() if key != _SECTIONS[0]}
-    return left
+
+    def drop(part: Mapping[str, Any]) -> dict[str, Any]:
+        names = _SECTIONS if part is config else _SECTIONS[:1]
+        return {key: value for key, value in part.items() if key not in names}
+
+    return change_all(config, drop)
 
 
 def says_quantization(config: Mapping[str, Any]) -> bool:

@@ -6,16 +6,32 @@ which transformers calls a subconfig. Which names such sections have is known he
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-_NAMES = ("text_config", "llm_config", "language_config")
+_NAMES = ("text_config", "llm_config", "language_config", "thinker_config")
 
 
 def find_subconfigs(config: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    """Key -> section, of those that config.json has for its language model."""
-    found = {name: config.get(name) for name in _NAMES}
-    return {name: part for name, part in found.items() if isinstance(part, Mapping)}
+    """Key -> section, of those that config.json has for its language model.
+
+    One inside of another ("thinker_config.text_config") comes after it.
+    """
+    found = {}
+    for name in _NAMES:
+        part = config.get(name)
+        if isinstance(part, Mapping):
+            found[name] = part
+            found |= {f"{name}.{key}": inner for key, inner in find_subconfigs(part).items()}
+    return found
+
+
+def change_all(
+    config: Mapping[str, Any], change: Callable[[Mapping[str, Any]], Mapping[str, Any]]
+) -> dict[str, Any]:
+    """config.json with a change made to it and to each of these sections."""
+    parts = {name: config[name] for name in _NAMES if isinstance(config.get(name), Mapping)}
+    return {**change(config), **{key: change_all(part, change) for key, part in parts.items()}}
 
 
 def find_stated(config: Mapping[str, Any], key: str) -> Any:

@@ -2,8 +2,23 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
+
+
+class Rotation(NamedTuple):
+    """What turns the heads of some tokens, and what queries are then multiplied by.
+
+    Attributes:
+      cos, sin: [B, S, R / 2], see `rotate`.
+      scale: [B, S] in the dtype of the queries, or None.
+    """
+
+    cos: jax.Array
+    sin: jax.Array
+    scale: jax.Array | None = None
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array, *, paired: bool = False) -> jax.Array:
@@ -16,13 +31,12 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array, *, paired: bool = False
     """
     half, wide = cos.shape[-1], x.astype(cos.dtype)
     cos, sin = cos[:, :, None, :], sin[:, :, None, :]
+    first, second, rest = jnp.split(wide, [half, 2 * half], axis=-1)
     if paired:
-        both, rest = jnp.split(wide, [2 * half], axis=-1)
+        both = wide[..., : 2 * half]
         first, second = both[..., 0::2], both[..., 1::2]
-    else:
-        first, second, rest = jnp.split(wide, [half, 2 * half], axis=-1)
     turned = [first * cos - second * sin, second * cos + first * sin]
     if paired:
-        turned = [jnp.stack(turned, axis=-1).reshape(both.shape)]
+        turned = [jnp.stack(turned, axis=-1).reshape(*x.shape[:-1], 2 * half)]
     turned = jnp.concatenate([*turned, rest] if rest.shape[-1] else turned, axis=-1)
     return turned.astype(x.dtype)

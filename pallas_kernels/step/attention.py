@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.formulas.heads import Heads
 from pallas_kernels.formulas.norms import Norm, apply_norm
+from pallas_kernels.formulas.rotation import Rotation
 from pallas_kernels.lowering import choose_at_lowering, has_symbolic, refuse_at_lowering
 from pallas_kernels.step.linears import Linear, separate
-from pallas_kernels.tiles.device import find_device
 from pallas_kernels.xla.attention import attend as attend_by_xla
 from pallas_kernels.xla.attention import mix
 
@@ -33,7 +34,7 @@ def project_and_attend(
     x: jax.Array,
     linears: Sequence[Linear],
     norms: tuple[Norm | None, Norm | None],
-    rotation: tuple[jax.Array, jax.Array] | None,
+    rotation: Rotation | None,
     start: jax.Array,
     count: jax.Array,
     window: int | None,
@@ -49,7 +50,7 @@ def project_and_attend(
       x: [B, S, K].
       linears: of q, k and v.
       norms: of queries and keys, or None.
-      rotation: cosines and sines of the positions, [B, S, R / 2]; None rotates nothing.
+      rotation: of the positions; None rotates nothing.
       start, count, window: as in `attend`.
       cache: keys and values [B * kv_heads, C, D] of the tokens before; None for a piece that is
         whole rows.
@@ -62,7 +63,7 @@ def project_and_attend(
       SpecError, BackendError, TableError: as `quant_matmul`.
     """
     arrays, call = separate(linears, backend, prefer)
-    scores = {"scale": heads.scale, "softcap": heads.softcap}
+    scores: dict[str, Any] = {"scale": heads.scale, "softcap": heads.softcap}
     if cache is None or x.shape[1] > 1 or has_symbolic(x.shape) or 0 in x.shape:
         products = call.multiply(x, arrays)
         run = functools.partial(attend, window=window, backend=backend, **scores)
@@ -148,20 +149,11 @@ def attend(
     facts = {"window": window, "scale": scale, "softcap": softcap}
     by_xla = functools.partial(attend_by_xla, **facts)
     # one query fills no tile
-    if q.shape[1] == 1 or (backend is None and _is_doubtful()):
+    if q.shape[1] == 1:
         return by_xla(q, cache_k, cache_v, start, count)
     by_triton = functools.partial(_attend_by_triton, **facts)
     choose = choose_at_lowering(by_xla, by_triton, backend, q.dtype)
     return choose(q, cache_k, cache_v, start, count)
-
-
-def _is_doubtful() -> bool:
-    """Whether the kernel of a piece broke a rule where it was executed (`tests/executed`).
-
-    As jax 0.12 compiles it for sm_100a, warps read what others wrote into tensor memory, without a
-    barrier between them.
-    """
-    return find_device().is_blackwell and jax.__version_info__ >= (0, 12)
 
 
 def _attend_by_triton(q, cache_k, cache_v, start, count, *, interpret, **facts) -> jax.Array:

@@ -11,7 +11,7 @@ from jax import lax
 from pallas_kernels.formulas.activations import cap, round_sigmoid
 from pallas_kernels.formulas.heads import Heads
 from pallas_kernels.formulas.norms import Norm, apply_norm
-from pallas_kernels.formulas.rotation import rotate
+from pallas_kernels.formulas.rotation import Rotation, rotate
 
 Array = jax.Array
 Cache = Pair = tuple[Array, Array]
@@ -20,7 +20,7 @@ Cache = Pair = tuple[Array, Array]
 def mix(
     products: Sequence[Array],
     norms: tuple[Norm | None, Norm | None],
-    rotation: tuple[Array, Array] | None,
+    rotation: Rotation | None,
     start: Array,
     count: Array,
     cache: Cache | None,
@@ -50,6 +50,8 @@ def mix(
         q, k = _normalise(_rotate((q, k), rotation, heads), norms)
     else:
         q, k = _rotate(_normalise((q, k), norms), rotation, heads)
+    if rotation is not None and rotation.scale is not None:
+        q = q * rotation.scale[:, :, None, None]
     held = _fold_heads(k), _fold_heads(v)
     if cache is not None:
         held = cache = _write_slots(cache, held, _find_slots(start, count, lead[1]))
@@ -64,10 +66,10 @@ def _normalise(pair: Pair, norms: tuple[Norm | None, Norm | None]) -> Pair:
     return q, k
 
 
-def _rotate(pair: Pair, rotation: tuple[Array, Array] | None, heads: Heads) -> Pair:
+def _rotate(pair: Pair, rotation: Rotation | None, heads: Heads) -> Pair:
     if rotation is None:
         return pair
-    q, k = (rotate(y, *rotation, paired=heads.paired) for y in pair)
+    q, k = (rotate(y, rotation.cos, rotation.sin, paired=heads.paired) for y in pair)
     return q, k
 
 

@@ -13,6 +13,7 @@ import functools
 import numpy as np
 
 from pallas_kernels.formulas.norms import Norm
+from pallas_kernels.formulas.rotation import Rotation
 from pallas_kernels.tiles.attention.decode_rules import Division, choose_division
 from pallas_kernels.triton.parts import Parts
 from pallas_kernels.triton.step.combine import Partials, combine_splits
@@ -122,7 +123,7 @@ def _attend(sums, biases, weights, rotation, position, active, caches, *, interp
     result, *caches = attend_splits(
         tuple(map(Parts, sums, biases)),
         tuple(norms),
-        rotation,
+        Rotation(*rotation),
         (position, active),
         caches,
         facts["task"],

@@ -74,9 +74,17 @@ KINDS: dict[str, tuple[str, Edit]] = {
         r"fma\.rn\.f32 (%\w+), (%\w+), (%\w+), (%\w+);",
         r"mov.b32 \1, \2;",
     ),
+    "mask of a copy removed": (r"(cp\.async\.c[ag]\S+ .*, 0x\w+), %p\d+;", r"\1;"),
     "mask of a tail later": (r"(setp\.lt\.s32\s+%p\d+, %r\d+, )(\d{3,});", _add_eight),
 }
 """What is changed: a pattern of one line, and what stands there then."""
+ONE_COMPILER = {"bytes of a masked copy": "0.10", "mask of a copy removed": "0.12"}
+"""Kinds that stand in the code of one version of jax alone: how the others mask copies."""
+
+
+def join_lines(text: str) -> str:
+    """The same with one line for each product of `mma.sync`, of which jax 0.12 makes five."""
+    return re.sub(r"mma\.sync[^;]*;", lambda found: " ".join(found[0].split()), text)
 
 
 def list_mutations(text: str, kinds: list[str] | None = None) -> Iterator[Mutation]:
@@ -114,6 +122,19 @@ def _explain_group(mutation: Mutation, original: str, _) -> str:
     covered = closed[: len(closed) - left]
     joins = mutation.line in covered[:-1]
     return "its copies join the next group, and the first wait is for both" if joins else ""
+
+
+def _explain_fence(mutation: Mutation, original: str, is_noticed) -> str:
+    """Tensor cores that read copies alone need one fence after each wait for copies."""
+    lines = original.split("\n")
+    before = [i for i in range(mutation.line) if "fence.proxy.async" in lines[i]]
+    if not before or any("cp.async.wait" in line for line in lines[before[-1] : mutation.line]):
+        return ""
+    without = [line for line in lines if "fence.proxy.async" not in line]
+    fence = "; fence.proxy.async.shared::cta;"
+    moved = [line.rstrip(";") + fence if "cp.async.wait" in line else line for line in without]
+    enough = not is_noticed("\n".join(moved)) and is_noticed("\n".join(without))
+    return "no copy has come since the fence before it, and no other is read" if enough else ""
 
 
 def _explain_shift(mutation: Mutation, original: str, is_noticed) -> str:
@@ -189,6 +210,7 @@ def _replace(lines: list[str], number: int, line: str) -> list[str]:
 
 _REASONS = {
     "group of copies not closed": _explain_group,
+    "fence of the proxy dropped": _explain_fence,
     "shift by one more": _explain_shift,
     "lane changed": _explain_lane,
     "mask of a tail later": _explain_mask,

@@ -8,7 +8,6 @@ import pytest
 
 from tests.executed.cases import ARCHS, list_all, list_core, name
 from tests.executed.compiled import compile_cases
-from tests.ptx.faults import Fault
 
 
 @pytest.fixture(scope="module")
@@ -16,16 +15,7 @@ def launches():
     return compile_cases("list_core")
 
 
-def mark(case):
-    """What is known to break a rule, and is not used: see `pallas_kernels.step.attention`."""
-    is_new = jax.__version_info__ >= (0, 12)
-    doubtful = (case.arch, case.kind) == ("sm_100a", "piece") and is_new
-    reason = "tensor memory of another warp is read without a barrier"
-    marks = [pytest.mark.xfail(raises=Fault, strict=True, reason=reason)] if doubtful else []
-    return pytest.param(case, id=f"{case.arch} {name(case)}", marks=marks)
-
-
-@pytest.mark.parametrize("case", list(map(mark, list_core())))
+@pytest.mark.parametrize("case", list_core(), ids=lambda case: f"{case.arch} {name(case)}")
 def test_kernels_compute_what_they_must_and_break_no_rule(launches, case):
     work = case.prepare()
     outputs, _, early = work.run_noting_early(launches[case])

@@ -22,6 +22,7 @@ The bound follows the kernel from the products on. Let u = 2^-24 and v the unit 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import ml_dtypes
@@ -49,6 +50,8 @@ class Step:
       wide: cosines and sines are float32.
       whole: whole numbers, of which every step of the computation is exact: rotations are by
         quarters of a turn, and weights are powers of two.
+      paired: neighbouring features are rotated together, and not halves.
+      scales: queries are multiplied by a number of each row, and rounded.
     """
 
     head_dim: int
@@ -68,6 +71,7 @@ class Step:
     paired: bool = False
     softcap: float | None = None
     norms_last: bool = False
+    scales: bool = False
 
     @property
     def np_dtype(self) -> np.dtype:
@@ -96,7 +100,7 @@ class Arguments:
     sums: tuple[np.ndarray, np.ndarray, np.ndarray]
     biases: tuple[np.ndarray | None, ...]
     weights: tuple[np.ndarray | None, np.ndarray | None]
-    rotation: tuple[np.ndarray, np.ndarray]
+    rotation: tuple[np.ndarray, ...]
     position: np.ndarray
     active: np.ndarray
     caches: tuple[np.ndarray, np.ndarray]
@@ -126,13 +130,14 @@ def draw(step: Step, seed: int = 0) -> Arguments:
     if step.whole:
         rotation = [np.round(f(np.pi / 2 * np.round(angles))) for f in (np.cos, np.sin)]
     table = np.dtype(np.float32) if step.wide else dtype
+    scale = [rng.uniform(1, 1.4, batch).astype(dtype)] if step.scales else []
     anywhere = (step.slots + 100, step.slots // 2)
     lines = (batch * step.kv_heads, step.slots, dim)
     return Arguments(
         tuple(sums),
         tuple(normal(n).astype(dtype) if step.bias else None for n in sizes),
         tuple(normal(dim).astype(dtype) if step.norm else None for _ in range(2)),
-        tuple(t.astype(table) for t in rotation),
+        (*(t.astype(table) for t in rotation), *scale),
         np.array(
             [anywhere[i % 4 // 2] if p is None else p for i, p in enumerate(step.positions)],
             np.int32,
@@ -151,7 +156,7 @@ def add_up(sums: np.ndarray, bias: np.ndarray | None, dtype) -> np.ndarray:
 
 
 def expect_heads(
-    step: Step, x: np.ndarray, weight: np.ndarray | None, rotation: tuple[np.ndarray, np.ndarray]
+    step: Step, x: np.ndarray, weight: np.ndarray | None, rotation: Sequence[np.ndarray]
 ) -> Bounded:
     """Heads [B, heads, D] of 16 bits, normalised and rotated, or rotated and normalised."""
     exact = Bounded(x.astype(np.float64), np.zeros(x.shape))
@@ -163,7 +168,7 @@ def expect_heads(
     return _rotate(_normalise(exact, wide, step), rotation, step)
 
 
-def _rotate(exact: Bounded, rotation: tuple[np.ndarray, np.ndarray], step: Step) -> Bounded:
+def _rotate(exact: Bounded, rotation: Sequence[np.ndarray], step: Step) -> Bounded:
     cos, sin = (t.astype(np.float64)[:, None, :] for t in rotation)
     half, order = step.rotated // 2, np.arange(exact.value.shape[-1])
     turned = order[: 2 * half].reshape(-1, 2).T if step.paired else order[: 2 * half].reshape(2, -1)
@@ -225,8 +230,11 @@ def expect(step: Step, given: Arguments, division: Division) -> Expected:
         for sums, bias in zip(given.sums, given.biases, strict=True)
     )
     q = q.reshape(batch, -1, dim * (2 if step.gated else 1))
-    queries = expect_heads(step, q[..., :dim], given.weights[0], given.rotation)
-    keys = expect_heads(step, k.reshape(batch, -1, dim), given.weights[1], given.rotation)
+    *tables, scale = given.rotation if step.scales else (*given.rotation, None)
+    queries = expect_heads(step, q[..., :dim], given.weights[0], tables)
+    keys = expect_heads(step, k.reshape(batch, -1, dim), given.weights[1], tables)
+    if scale is not None:
+        queries = queries.times(scale.astype(np.float64)[:, None, None]).round_to(step.np_dtype)
     values = v.reshape(batch, -1, dim)
     found = Bounded(np.zeros(q[..., :dim].shape), np.zeros(q[..., :dim].shape))
     for row, head in np.ndindex(found.value.shape[:2]):

@@ -7,7 +7,10 @@ in the background:
 * products are done when a thread has seen the mbarrier that `tcgen05.commit` names complete.
   Products are numbered by the commit that follows them, and every warp knows up to which number
   it, or a warp that it met at a barrier since, has seen them done;
-* between warps there must be a barrier, as for shared memory.
+* between warps there must be a barrier, as for shared memory. A product needs none behind it: a
+  warp that has seen it done may touch its sums, whichever warp issued it. ("Canonical
+  synchronization patterns": the mbarrier of `tcgen05.commit` orders a product before what follows
+  the wait, in any thread.)
 """
 
 from __future__ import annotations
@@ -30,7 +33,7 @@ class TensorMemory:
         self._writer, self._reader = (np.full((LANES, COLUMNS), -1, np.int64) for _ in range(2))
         self._storing, self._loading = (np.zeros((LANES, COLUMNS), np.bool_) for _ in range(2))
         self._summed, self._used = (np.zeros((LANES, COLUMNS), np.int32) for _ in range(2))
-        """Number of the last product that writes, or reads, a cell."""
+        """Number of the last product that writes a cell, 0 after a store; or reads it."""
         self._shapes: dict[tuple, int] = {}
         """Sums -> number of their last product."""
         self._allocated = np.zeros(COLUMNS, np.bool_)
@@ -59,8 +62,8 @@ class TensorMemory:
     def load(self, warp: int, lanes: np.ndarray, columns: np.ndarray) -> np.ndarray:
         """uint32, of the cells at lanes [32, 1] and columns [32, n]."""
         at = self._find(lanes, columns)
-        self._check_readable(at, warp)
         check(self._summed[at] <= self._seen[warp], "a sum is read before its product is done")
+        self._check_readable(at, warp)
         tag = self._start + warp
         seen = self._reader[at]
         self._reader[at] = np.where((seen < self._start) | (seen == tag), tag, self._start + 63)
@@ -74,7 +77,7 @@ class TensorMemory:
         check(done, "tensor memory is written before the product that uses it is done")
         self._check_writable(at, warp)
         self._cells[at] = data
-        self._writer[at] = self._start + warp
+        self._writer[at], self._summed[at] = self._start + warp, 0
         self._storing[at] = True
 
     def end_loads(self, warp: int) -> None:
@@ -153,16 +156,26 @@ class TensorMemory:
         writer = self._writer[at]
         check(writer >= 0, "tensor memory is read and was never written")
         check(~self._storing[at], "tensor memory is read before the wait for a store")
-        fine = (writer < self._start) | (writer == self._start + warp)
-        check(fine, "tensor memory is read that another warp wrote since the last barrier")
+        check(
+            self._is_ordered(at, warp),
+            "tensor memory is read that another warp wrote since the last barrier",
+        )
 
     def _check_writable(self, at: tuple, warp: int) -> None:
         check(~self._storing[at], "tensor memory is written before the wait for a store")
         check(~self._loading[at], "tensor memory is written before the wait for a load")
         fine = (self._reader[at] < self._start) | (self._reader[at] == self._start + warp)
         check(fine, "tensor memory is written that another warp read since the last barrier")
-        fine = (self._writer[at] < self._start) | (self._writer[at] == self._start + warp)
-        check(fine, "two warps write to one place of tensor memory without a barrier")
+        check(
+            self._is_ordered(at, warp),
+            "two warps write to one place of tensor memory without a barrier",
+        )
+
+    def _is_ordered(self, at: tuple, warp: int) -> np.ndarray:
+        """Whether the last write of these cells comes before what the warp does now."""
+        writer, product = self._writer[at], self._summed[at]
+        seen = (product > 0) & (product <= self._seen[warp])
+        return (writer < self._start) | (writer == self._start + warp) | seen
 
     def _end(self, flags: np.ndarray, tags: np.ndarray, warp: int) -> None:
         flags &= (tags & 63) != warp

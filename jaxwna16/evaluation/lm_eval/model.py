@@ -36,6 +36,7 @@ from jaxwna16.generation.load_model import load_model
 from jaxwna16.generation.streaming.stop_strings import find_stop_tokens
 from jaxwna16.generation.text import Tokenizer
 from jaxwna16.models.families import parse_config
+from jaxwna16.models.wrapped.media_tokens import refuse_media
 from loaders.open import open_plan
 
 _log = logging.getLogger(__name__)
@@ -300,6 +301,10 @@ class JaxWNA16LM(TemplateLM):
     ) -> list[Scored]:
         """For each request its continuation's log-likelihood, and whether it is the greedy one."""
         del kwargs
+        refuse_media(
+            self.model,
+            {f"request {i}": [*before, *after] for i, (_, before, after) in enumerate(requests)},
+        )
         answers: dict[int, Scored] = {}
         scored = score_requests(
             self.model, requests, max_length=self.max_length, batch_size=self._batch_size

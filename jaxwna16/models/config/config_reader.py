@@ -12,21 +12,31 @@ MAX_COUNT = 2**31 - 1
 POSITIVE = "a positive number that float32 can compute with"
 
 
+class Section(dict[str, Any]):
+    """A part of a config.json that describes a model by itself.
+
+    Attributes:
+      path: what stands before its keys where they are named, "text_config."; "" of the whole.
+    """
+
+    def __init__(self, values: Mapping[str, Any], path: str):
+        super().__init__(values)
+        self.path = path
+
+
 class ConfigReader:
     """Reads values by key; a null counts as absent.
 
     Attributes:
-      given: the config.json as it is.
+      given: the config.json, or `Section` of one, as it is.
       config: the same without nulls.
+      section: what stands before its keys in the reasons.
       reasons: what was refused so far, a line each.
-
-    Args:
-      section: what stands before its keys in the reasons, "text_config." of a part of the whole.
     """
 
-    def __init__(self, config: Mapping[str, Any], section: str = ""):
+    def __init__(self, config: Mapping[str, Any]):
         self.given = AskedKeys(config)
-        self.section = section
+        self.section = config.path if isinstance(config, Section) else ""
         self.config = AskedKeys({k: value for k, value in config.items() if value is not None})
         self.reasons: list[str] = []
 

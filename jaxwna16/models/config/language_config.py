@@ -39,6 +39,9 @@ class LanguageConfig:
       attention_softcap, final_softcap: c of scores and of logits c tanh(x / c); None is x itself.
       logit_scale: of the logits.
       activation: of the MLPs, see `pallas_kernels.formulas.activations`.
+      is_tie_open: whether a head in the files counts, though embeddings are tied: config.json says
+        nothing of the whole.
+      media_tokens: keys of config.json and their tokens, which stand for images, videos or sound.
     """
 
     model_type: str
@@ -65,6 +68,8 @@ class LanguageConfig:
     final_softcap: float | None = None
     logit_scale: float = 1.0
     activation: str = "silu"
+    is_tie_open: bool = False
+    media_tokens: tuple[tuple[str, int], ...] = ()
 
     @property
     def max_length(self) -> int:

@@ -67,6 +67,7 @@ class SoftmaxExperts:
         not all are.
       renormalize: whether the weights of a token always add up to 1; otherwise `norm_topk_prob`
         says so.
+      norm_topk_prob: of the key of that name.
       shared: features of a shared expert, which has a gate; None if there is none.
     """
 
@@ -76,6 +77,7 @@ class SoftmaxExperts:
     inner: int | None = None
     has_steps: bool = True
     renormalize: bool = False
+    norm_topk_prob: bool = False
     shared: int | None = None
 
     def read(self, reader: ConfigReader, layers: int) -> MoeConfig:
@@ -94,7 +96,7 @@ class SoftmaxExperts:
             routing=Routing(
                 top_k=reader.count(_TOP_K, self.top_k),
                 scoring=scoring,
-                renormalize=self.renormalize or reader.flag("norm_topk_prob"),
+                renormalize=self.renormalize or reader.flag("norm_topk_prob", self.norm_topk_prob),
             ),
         )
 

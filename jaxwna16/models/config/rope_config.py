@@ -12,7 +12,24 @@ from jaxwna16.models.config.config_reader import MAX_COUNT, ConfigReader, is_pos
 _MAX_THETA = 1e15
 _FACTORS = (1e-6, 1e6)  # of the frequencies: float32 divides by products of two of them
 _POSITIONS = (1, MAX_COUNT)
-ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
+_NEEDED = {
+    "default": (),
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "yarn": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+}
+"""`rope_type` -> the keys that it must have."""
+ROPE_TYPES = tuple(_NEEDED)
+_OPTIONAL = ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
+_ORIGINAL = "original_max_position_embeddings"
+_OWN = {"yarn": (*_OPTIONAL, "truncate", _ORIGINAL), "llama3": (_ORIGINAL,)}
+"""`rope_type` -> the keys that it may have beside those."""
+_ALWAYS = ("rope_type", "type", "rope_theta", "partial_rotary_factor")
+_BETA = "llama_4_scaling_beta"
+MROPE = ("mrope_section", "mrope_interleaved")
+"""They deal the frequencies out to positions in time, height and width. For text all three are the
+same number."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,6 +41,7 @@ class RopeConfig:
       original_max_positions: P in the formulas of `jaxwna16.models.parts.rope`; for "dynamic"
         always the model's max_position_embeddings.
       attention_factor: multiplies cos and sin (yarn); None: 0.1 ln(factor) + 1, or by the mscales.
+      query_beta: `llama_4_scaling_beta`; 0 where queries are not scaled by their position.
     """
 
     rope_type: str
@@ -38,6 +56,29 @@ class RopeConfig:
     mscale: float | None = None
     mscale_all_dim: float | None = None
     truncate: bool = True
+    query_beta: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RopeRule:
+    """How the `config.json` of a family states rope where that differs from others.
+
+    Attributes:
+      unread: keys of the parameters that change nothing in a text.
+      aliases: names of "default" in older files.
+      absent: the parameters where config.json has none.
+      scales_queries: whether queries are scaled by their position, see `query_scales`.
+      stretches: whether an `alpha` may stretch the base, see `read_stretched`.
+    """
+
+    unread: tuple[str, ...] = ()
+    aliases: tuple[str, ...] = ()
+    absent: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    scales_queries: bool = False
+    stretches: bool = False
+
+
+PLAIN = RopeRule()
 
 
 def read_rotary_dim(
@@ -71,43 +112,46 @@ def read_rotary_dim(
     return head_dim
 
 
-def read_rope(reader: ConfigReader, max_positions: int, theta: float) -> RopeConfig:
+def read_rope(
+    reader: ConfigReader, max_positions: int, theta: float, rule: RopeRule = PLAIN
+) -> RopeConfig:
     """Rope parameters: `rope_parameters`, or `rope_theta` beside `rope_scaling` with `type`.
+
+    A key that nothing here reads is refused, since it may ask for another computation.
 
     Args:
       theta: `rope_theta` of the family where it is absent.
+      rule: of the family.
     """
     config, noted = reader.config, len(reader.reasons)
     where, given = _find_rope(reader)
     if not isinstance(given, Mapping) or any(isinstance(v, Mapping) for v in given.values()):
         reader.refuse(where, given, "one flat set of parameters for all layers")
         return RopeConfig(rope_type="default", theta=1e4, original_max_positions=max_positions)
+    given = given or rule.absent
     values = {key: value for key, value in given.items() if value is not None}
     rope_type = values.get("rope_type", values.get("type", "default"))
     theta = values.get("rope_theta", config.get("rope_theta", theta))
     original = max_positions
-    if rope_type in ("llama3", "yarn"):
-        original = values.get("original_max_position_embeddings", original)
-        original = config.get("original_max_position_embeddings", original)
+    if rope_type in rule.aliases:
+        rope_type = "default"
+    if rope_type in ("llama3", "yarn") or rule.scales_queries:
+        original = values.get(_ORIGINAL, original)
+        original = config.get(_ORIGINAL, original)
     if rope_type not in ROPE_TYPES:
         reader.refuse(f"{where}.rope_type", rope_type, f"one of {', '.join(ROPE_TYPES)}")
         rope_type = "default"
+    else:
+        _refuse_unread(reader, where, values, rope_type, rule)
     if rope_type == "yarn" and is_positive(original, *_POSITIONS):
         values.setdefault("factor", max_positions / original)
-    needed = {
-        "linear": ("factor",),
-        "dynamic": ("factor",),
-        "yarn": ("factor",),
-        "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
-    }
     if not is_positive(theta, most=_MAX_THETA) or theta <= 1:
         key = f"{where}.rope_theta" if "rope_theta" in values else "rope_theta"
         limit = f" and at most {_MAX_THETA:g}" if is_positive(theta, _MAX_THETA, math.inf) else ""
         reader.refuse(key, theta, f"a number above 1{limit}")
         theta = 1e4
-    numbers = {key: values.get(key) for key in needed.get(rope_type, ())}
-    optional = ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
-    numbers |= {key: values[key] for key in optional if key in values}
+    numbers = {key: values.get(key) for key in _NEEDED[rope_type]}
+    numbers |= {key: values[key] for key in _OPTIONAL if key in values}
     for key, value in numbers.items():
         if not is_positive(value, *_FACTORS):
             reader.refuse(
@@ -115,7 +159,7 @@ def read_rope(reader: ConfigReader, max_positions: int, theta: float) -> RopeCon
             )
     if not is_positive(original, *_POSITIONS):
         expected = "a number of positions"
-        reader.refuse(f"{where}.original_max_position_embeddings", original, expected)
+        reader.refuse(f"{where}.{_ORIGINAL}", original, expected)
     if rope_type == "llama3" and len(reader.reasons) == noted:
         low, high = values["low_freq_factor"], values["high_freq_factor"]
         if high <= low * (1 + 1e-6):  # they are divided by their difference, in float32
@@ -128,7 +172,8 @@ def read_rope(reader: ConfigReader, max_positions: int, theta: float) -> RopeCon
         theta=theta,
         original_max_positions=original,
         truncate=truncate is True,  # null is off, as in transformers
-        **{key: values[key] for key in (*optional, *needed.get(rope_type, ())) if key in values},
+        query_beta=_read_beta(reader, where, values) if rule.scales_queries else 0.0,
+        **{key: values[key] for key in (*_OPTIONAL, *_NEEDED[rope_type]) if key in values},
     )
 
 
@@ -170,6 +215,28 @@ def read_stretched(
         alpha, head_dim = 1.0, 4
     base = theta * alpha ** (head_dim / (head_dim - 2))
     return RopeConfig(rope_type="default", theta=base, original_max_positions=max_positions)
+
+
+def _refuse_unread(
+    reader: ConfigReader, where: str, values: Mapping[str, Any], rope_type: str, rule: RopeRule
+) -> None:
+    """Note keys that no part of the model reads."""
+    read = {*_ALWAYS, *_NEEDED[rope_type], *_OWN.get(rope_type, ()), *rule.unread}
+    if rule.scales_queries:
+        read |= {_BETA, _ORIGINAL}
+    for key in values:
+        if key not in read:
+            expected = f"nothing: no part of a {reader.config['model_type']} model reads it"
+            reader.refuse(f"{where}.{key}", values[key], f"{expected} with {rope_type} rope")
+
+
+def _read_beta(reader: ConfigReader, where: str, values: Mapping[str, Any]) -> float:
+    """How much queries grow with their position."""
+    beta = values.get(_BETA)
+    if is_positive(beta, *_FACTORS) or (beta == 0 and not isinstance(beta, bool)):
+        return float(beta)  # pyright: ignore[reportArgumentType]
+    reader.refuse(f"{where}.{_BETA}", beta, "0, or a number from {:g} to {:g}".format(*_FACTORS))
+    return 0.0
 
 
 def _find_rope(reader: ConfigReader) -> tuple[str, Any]:

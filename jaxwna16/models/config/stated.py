@@ -15,7 +15,13 @@ from jaxwna16.models.config.language_config import (
     read_saved_dtype,
     refuse_others,
 )
-from jaxwna16.models.config.rope_config import read_rope, read_rotary_dim, read_stretched
+from jaxwna16.models.config.rope_config import (
+    PLAIN,
+    RopeRule,
+    read_rope,
+    read_rotary_dim,
+    read_stretched,
+)
 
 
 def read_stated(
@@ -28,8 +34,8 @@ def read_stated(
     partial_rotary_factor: float = 1.0,
     tied: bool = False,
     rotary_key: str | None = None,
-    stretches: bool = False,
     activations: Activations = SILU,
+    rope: RopeRule = PLAIN,
 ) -> dict[str, Any]:
     """The fields of `LanguageConfig` but for those of experts and of layers that predict.
 
@@ -42,15 +48,15 @@ def read_stated(
       head_dim: None is hidden_size / num_attention_heads.
       tied: `tie_word_embeddings` of the family.
       rotary_key: `key` of `read_rotary_dim`.
-      stretches: whether rope is read by `read_stretched` first.
       activations: those that its MLPs may have.
+      rope: how the family states rope, where not as the others.
     """
     refuse_others(reader)
     if not reader.given.get("is_causal", True):
         reader.refuse("is_causal", False, "only causal attention")
     sizes = _read_sizes(reader, states_kv_heads, head_dim)
     head_dim, positions = sizes["head_dim"], sizes["max_position_embeddings"]
-    rope = read_stretched(reader, positions, rope_theta, head_dim) if stretches else None
+    stretched = read_stretched(reader, positions, rope_theta, head_dim) if rope.stretches else None
     return sizes | {
         "model_type": reader.config["model_type"],
         "vocab_size": reader.count("vocab_size"),
@@ -59,13 +65,13 @@ def read_stated(
         "rms_norm_eps": reader.number("rms_norm_eps", rms_norm_eps),
         "tie_word_embeddings": reader.flag("tie_word_embeddings", tied),
         "activation": read_activation(reader, activations),
-        "rope": rope or read_rope(reader, positions, rope_theta),
+        "rope": stretched or read_rope(reader, positions, rope_theta, rope),
         "dtype": read_saved_dtype(reader),
         "eos_token_ids": read_eos(reader),
     }
 
 
-def read_multipliers(reader: ConfigReader) -> dict[str, float]:
+def read_multipliers(reader: ConfigReader) -> dict[str, Any]:
     """The four multipliers of Granite, each 1 where it is absent, as fields of `LanguageConfig`."""
     return {
         "embedding_multiplier": reader.number("embedding_multiplier", 1.0),

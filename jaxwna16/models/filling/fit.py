@@ -14,8 +14,17 @@ from flax import nnx
 
 from jaxwna16.dtypes import read_dtype
 from jaxwna16.models.causal_lm import CausalLM
+from jaxwna16.models.config.fused import Fused
 from jaxwna16.models.config.language_config import LanguageConfig
 from jaxwna16.models.families import Family, Names, find_family
+from jaxwna16.models.filling.dividing import (
+    describe_divided,
+    divide_all,
+    divide_specs,
+    find_fused,
+    list_parts,
+    name_sources,
+)
 from jaxwna16.models.filling.expanded import (
     describe_all,
     describe_expanded,
@@ -25,7 +34,7 @@ from jaxwna16.models.filling.expanded import (
 from jaxwna16.models.filling.params import check_leaves, fill_model, list_leaves
 from jaxwna16.models.filling.renaming import check_depth, check_prefix, rename, rename_all
 from jaxwna16.models.filling.skipped import drop_skipped
-from jaxwna16.models.filling.tied_head import drop_tied_head
+from jaxwna16.models.filling.tied_head import drop_tied_head, settle_tie
 from jaxwna16.models.filling.zero_biases import drop_zero_biases
 from loaders.plan import Plan
 from pallas_kernels.backends import check_backend
@@ -42,7 +51,8 @@ class Fit:
       model: the abstract model.
       plan: of the parts that are for it.
       names: how the files' names differ from the model's, see `rename`.
-      expanded: path in the files -> spec of what is packed there and floats in the model.
+      fused: path in the files -> what is one module there and several in the model.
+      expanded: path -> spec of what is packed in the files and floats in the model, after that.
       kept: names in the files of tensors whose dtype the model does not choose.
       warnings: the checkpoint's, and what was left out or expanded.
     """
@@ -50,6 +60,7 @@ class Fit:
     model: CausalLM
     plan: Plan
     names: Names
+    fused: Mapping[str, Fused]
     expanded: Mapping[str, QuantSpec]
     kept: Collection[str]
     warnings: tuple[str, ...]
@@ -60,6 +71,7 @@ class Fit:
         Raises:
           ModelError: as `fill_model`.
         """
+        divide_all(params, self.plan.specs, self.fused)
         expand_all(params, self.expanded, self.model.dtype)
         return fill_model(self.model, params, self.names)
 
@@ -86,23 +98,35 @@ def fit_model(plan: Plan, *, dtype: Any, backend: str | None) -> Fit:
     family = find_family(plan.config)
     config, names = family.read(plan.config), family.names
     plan = drop_skipped(plan, config)
+    config = settle_tie(config, plan, names)
     parts = [*plan.quantized, *plan.plain]
     check_prefix(parts, names, str(plan.folder))
     check_depth(parts, config.num_hidden_layers, str(plan.folder))
     if config.tie_word_embeddings:
         plan = drop_tied_head(plan, names)
-    specs = plan.specs
+    kinds = family.list_fused(config)
+    fused = find_fused(plan, kinds)
+    specs = divide_specs(plan.specs, fused)
+    reordered = _list_reordered(plan, fused)
     has_head = config.tie_word_embeddings or not _are_headless(parts)
-    model = _make_abstract(family, config, plan, dtype=dtype, backend=backend, has_head=has_head)
+    options = {"dtype": dtype, "backend": backend, "has_head": has_head}
+    model = _make_abstract(family, config, specs, reordered, **options)
     places = list_leaves(model)
-    plan = drop_zero_biases(plan, lambda name: rename(name, names) in places)
+    plan = drop_zero_biases(
+        plan, lambda name: any(rename(part, names) in places for part in list_parts(name, fused))
+    )
     expanded = list_expanded(specs, places, names)
-    described = describe_all(plan.describe_leaves(), expanded)
-    check_leaves(places, rename_all(described, names), f"{plan.folder}: tensors")
+    divided = describe_divided(plan.describe_leaves(), plan.specs, fused)
+    described = describe_all(divided, expanded)
+    leaves = rename_all(described, names)
+    check_leaves(
+        places, leaves, f"{plan.folder}: tensors", called=name_sources(places, leaves, kinds)
+    )
     return Fit(
         model,
         plan,
         names,
+        fused,
         expanded,
         kept=_list_kept(described, model.dtype, places, names),
         warnings=(
@@ -116,24 +140,29 @@ def fit_model(plan: Plan, *, dtype: Any, backend: str | None) -> Fit:
 def _make_abstract(
     family: Family,
     config: LanguageConfig,
-    plan: Plan,
+    specs: Mapping[str, QuantSpec],
+    reordered: Collection[str],
     *,
     dtype: Any,
     backend: str | None,
     has_head: bool,
 ) -> CausalLM:
-    """The model without its arrays; `dtype` None is the one that the checkpoint states."""
-    specs = rename_all(plan.specs, family.names)
+    """The model without its arrays; `dtype` None is the one that the checkpoint states.
+
+    Specs, and which of their modules have reordered features, are by their names in the files.
+    """
     dtype = dtype or config.dtype or "float32"
     check_backend(backend, dtype)
-    reordered = {
-        rename(path, family.names)
-        for path, module in plan.quantized.items()
-        if module.encoding.reordered
-    }
-    make = functools.partial(family.open_class(), config, specs)
-    options = {"backend": backend, "reordered": reordered, "has_head": has_head}
+    make = functools.partial(family.open_class(), config, rename_all(specs, family.names))
+    moved = {rename(path, family.names) for path in reordered}
+    options = {"backend": backend, "reordered": moved, "has_head": has_head}
     return nnx.eval_shape(lambda: make(dtype=dtype, **options))
+
+
+def _list_reordered(plan: Plan, fused: Mapping[str, Fused]) -> set[str]:
+    """Paths of modules, after they are divided, whose input features were reordered."""
+    moved = {p: m.spec for p, m in plan.quantized.items() if m.encoding.reordered}
+    return set(divide_specs(moved, fused))
 
 
 def _are_headless(parts: Iterable[str]) -> bool:

@@ -50,7 +50,11 @@ def fill_model(
 
 
 def check_leaves(
-    places: Mapping[str, Any], found: Mapping[str, Any], source: str = "parameters"
+    places: Mapping[str, Any],
+    found: Mapping[str, Any],
+    source: str = "parameters",
+    *,
+    called: Mapping[str, str] | None = None,
 ) -> None:
     """Check that leaves (arrays, or only their shapes and dtypes) are those of a model.
 
@@ -60,16 +64,19 @@ def check_leaves(
       places: path of each leaf of the model -> something with `shape` and `dtype`.
       found: the same of the leaves to check.
       source: what the leaves come from, for the message.
+      called: what is called otherwise there, by path in the model, for the message, too.
 
     Raises:
       ModelError: listing every leaf that is missing, unexpected, of another shape or of another
         kind of number.
     """
-    faults, unexpected = [], dict(found)
+    faults, unexpected, called = [], dict(found), called or {}
     for name, wanted in places.items():
         leaf = unexpected.pop(name, None)
         if leaf is None or leaf.shape != wanted.shape or not _same_kind(leaf, wanted):
-            faults.append(f"{name}: expected {_describe(wanted)}, found {_describe(leaf)}")
+            expected, source_name = _describe(wanted), called.get(name, name)
+            expected += f" for {name}" if source_name != name else ""
+            faults.append(f"{source_name}: expected {expected}, found {_describe(leaf)}")
     faults += [
         f"{name}: expected nothing, found {_describe(leaf)}"
         for name, leaf in unexpected.items()

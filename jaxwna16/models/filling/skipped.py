@@ -18,7 +18,7 @@ from loaders.plan import Plan
 _PREDICTS = "predicts several tokens at once, generation here is token by token"
 # reason -> patterns of the names that such parts have, outermost or in `model`: those of Qwen-VL,
 # GLM-V, LLaVA, Mistral 3, Gemma 3, InternVL, Llama 4, Pixtral, Phi-3.5, Kimi-VL; Qwen-Audio, Gemma
-# 3n; Qwen3-Next and later, LongCat, MiMo, ERNIE 4.5
+# 3n; Qwen-Omni; Qwen3-Next and later, LongCat, MiMo, ERNIE 4.5
 BESIDE = {
     "the vision tower": (
         *("visual", "vision_tower", "vision_model", "vision_encoder", "vision_language_adapter"),
@@ -28,8 +28,11 @@ BESIDE = {
     "the audio tower": (
         *("audio_tower", "audio_model", "audio_encoder", "audio_projector", "embed_audio"),
     ),
+    "what speaks": ("talker", "token2wav", "code2wav"),
     _PREDICTS: (r"mtp(_\w+)?",),
 }
+_WITHIN = r"(?:(?:thinker|model|language_model)\.)*"
+"""What may stand before such names, and before those of layers."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,14 +46,14 @@ class Rule:
 def list_rules(config: LanguageConfig) -> list[Rule]:
     """The rules for a model, which config.json decides where layers are concerned."""
     rules = [
-        Rule(re.compile(rf"(model\.)?({'|'.join(names)})(\.|$)"), reason)
+        Rule(re.compile(rf"{_WITHIN}({'|'.join(names)})(\.|$)"), reason)
         for reason, names in BESIDE.items()
     ]
     first, count = config.num_hidden_layers, config.prediction_layers
     if count:
         layers = "|".join(str(first + i) for i in range(count))
         reason = f"past the last of {first} layers: it {_PREDICTS}"
-        rules.append(Rule(re.compile(rf"model\.layers\.({layers})\."), reason))
+        rules.append(Rule(re.compile(rf"{_WITHIN}layers\.({layers})\."), reason))
     return rules
 
 

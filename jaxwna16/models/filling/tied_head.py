@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
+from jaxwna16.models.config.language_config import LanguageConfig
 from jaxwna16.models.filling.renaming import rename
 from loaders.converted.converted import read_weights
 from loaders.errors import CheckpointError, Fault
@@ -22,7 +23,22 @@ from loaders.modules.modules import QuantizedModule
 from loaders.plan import Plan
 from pallas_kernels.format.dequantize import dequantize
 
+Config = TypeVar("Config", bound=LanguageConfig)
+
 _HEAD, _EMBEDDING = "lm_head", "model.embed_tokens"
+
+
+def settle_tie(config: Config, plan: Plan, names: Mapping[str, str]) -> Config:
+    """The configuration, in which the head is the embedding only if the files have none.
+
+    Args:
+      config: of the model. Of one whose config.json settles it, nothing changes.
+      plan, names: as in `drop_tied_head`.
+    """
+    if not config.is_tie_open:
+        return config
+    has_head = any(rename(path, names) == _HEAD for path in _list_weights(plan))
+    return dataclasses.replace(config, tie_word_embeddings=not has_head, is_tie_open=False)
 
 
 def drop_tied_head(plan: Plan, names: Mapping[str, str]) -> Plan:

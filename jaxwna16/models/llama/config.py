@@ -66,7 +66,7 @@ class LlamaConfig(LanguageConfig):
             partial_rotary_factor=family.partial_rotary_factor,
             tied=family.tied,
             rotary_key=family.rotary_key,
-            stretches=family.stretches,
+            rope=family.rope,
         )
         for key, value in family.required.items():
             reader.require(key, value)

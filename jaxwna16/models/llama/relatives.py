@@ -17,6 +17,7 @@ from jaxwna16.models.config.moe_config import (
     SigmoidExperts,
     SoftmaxExperts,
 )
+from jaxwna16.models.config.rope_config import MROPE, PLAIN, RopeRule
 from jaxwna16.models.config.windows import (
     UNREAD,
     WindowRule,
@@ -53,7 +54,7 @@ class Relative:
       has_unrotated: whether some layers have no rope, see `read_rotated`.
       rotary_key: what says how many features of a head are rotated, if `partial_rotary_factor`
         does not.
-      stretches: whether an `alpha` may stretch the base of rope, see `read_stretched`.
+      rope: how it states rope, where not as the others.
       windows: how config.json states sliding windows, see `read_windows`.
       experts: how it states experts, see `read_moe`.
       has_prediction_layers: whether one layer past the last predicts tokens, if config.json is
@@ -61,6 +62,7 @@ class Relative:
       has_multipliers: whether config.json states multipliers, see `read_multipliers`.
       prediction_key: what says how many do.
       required: keys of config.json, and the one value of each that the definition serves.
+      is_part: whether such a model only stands inside of a whole (`jaxwna16.models.wrapped`).
     """
 
     qkv_bias: Rule = False
@@ -79,15 +81,24 @@ class Relative:
     tied: bool = False
     has_unrotated: bool = False
     rotary_key: str | None = None
-    stretches: bool = False
+    rope: RopeRule = PLAIN
     windows: Windows = None
     experts: ExpertRule | None = None
     has_prediction_layers: bool = False
     prediction_key: str = "num_nextn_predict_layers"
     has_multipliers: bool = False
     required: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    is_part: bool = False
 
 
+_QWEN2_VL = Relative(
+    qkv_bias=True,
+    rms_norm_eps=1e-5,
+    rope_theta=1e6,
+    rope=RopeRule(unread=("mrope_section",), aliases=("mrope",)),
+    windows=WindowRule(size=4096, has_switch=True, slides=slide_from, max_window_layers=80),
+    is_part=True,
+)
 RELATIVES = {
     "llama": Relative(
         qkv_bias=_ATTENTION_BIAS,
@@ -139,7 +150,7 @@ RELATIVES = {
         out_bias=_ATTENTION_BIAS,
         qk_norm=True,
         norms_last=True,
-        stretches=True,
+        rope=RopeRule(stretches=True),
         states_kv_heads=False,
         rms_norm_eps=1e-5,
         required=_HUNYUAN,
@@ -197,7 +208,7 @@ RELATIVES = {
         out_bias=_ATTENTION_BIAS,
         qk_norm=True,
         norms_last=True,
-        stretches=True,
+        rope=RopeRule(stretches=True),
         states_kv_heads=False,
         rms_norm_eps=1e-5,
         experts=HunyuanExperts(experts=1, top_k=1),
@@ -254,5 +265,49 @@ RELATIVES = {
             experts=8, top_k=2, inner_key="intermediate_size", has_steps=False, renormalize=True
         ),
     ),
+    "ministral3": Relative(
+        rms_norm_eps=1e-5,
+        head_dim=128,
+        rope=RopeRule(
+            unread=("max_position_embeddings",),
+            absent={
+                "rope_type": "yarn",
+                "rope_theta": 1e6,
+                "factor": 16.0,
+                "original_max_position_embeddings": 16384,
+                "beta_fast": 32.0,
+                "beta_slow": 1.0,
+                "mscale": 1.0,
+                "mscale_all_dim": 1.0,
+                "llama_4_scaling_beta": 0.1,
+            },
+            scales_queries=True,
+        ),
+        windows=WindowRule(size=None),
+    ),
+    "qwen2_vl_text": _QWEN2_VL,
+    "qwen2_5_vl_text": _QWEN2_VL,
+    "qwen3_vl_text": Relative(
+        qkv_bias=_ATTENTION_BIAS,
+        out_bias=_ATTENTION_BIAS,
+        qk_norm=True,
+        head_dim=128,
+        rope_theta=500000.0,
+        rope=RopeRule(unread=MROPE),
+        windows=UNREAD,
+        is_part=True,
+    ),
+    "qwen3_vl_moe_text": Relative(
+        qkv_bias=_ATTENTION_BIAS,
+        out_bias=_ATTENTION_BIAS,
+        qk_norm=True,
+        rope_theta=500000.0,
+        rope=RopeRule(unread=MROPE),
+        windows=UNREAD,
+        experts=SoftmaxExperts(experts=60, top_k=4, inner=1408, renormalize=True),
+        is_part=True,
+    ),
 }
 """`model_type` -> its row."""
+PARTS = frozenset(name for name, row in RELATIVES.items() if row.is_part)
+"""Those that only stand inside of a whole."""

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from jaxwna16.models.config.config_reader import ConfigReader
+from jaxwna16.models.config.config_reader import ConfigReader, Section
 from jaxwna16.models.config.language_config import LanguageConfig
 from jaxwna16.models.config.rope_config import RopeConfig, read_rope, read_rotary_dim
 from jaxwna16.models.config.stated import check_reasons, read_stated
@@ -130,7 +130,7 @@ def _divide(config: Mapping[str, Any]) -> tuple[ConfigReader, tuple[ConfigReader
     if whole.reasons:
         parts, scaling, config = {}, {}, {**config, _THETA: None}
     full, sliding = (
-        ConfigReader({**config, _OLD: None, _NEW: part}, section)
+        ConfigReader(Section({**config, _OLD: None, _NEW: part}, whole.section + section))
         for part, section in (
             (parts.get(_FULL) or scaling, ""),
             (parts.get(_SLIDING), f"{_SLIDING}: "),

@@ -12,7 +12,7 @@ from flax import nnx
 from jaxwna16.models.config.rope_config import RopeConfig
 from jaxwna16.models.parts.layers import Embedding, Linears
 from jaxwna16.models.parts.piece import Following, Piece, Stream, find_positions
-from jaxwna16.models.parts.rope import rotation_tables
+from jaxwna16.models.parts.rope import make_rotation
 from pallas_kernels.tiles.ahead import choose_ahead
 from pallas_kernels.tiles.device import find_device
 
@@ -82,9 +82,9 @@ class Decoder(nnx.Module):
         positions = find_positions(start, count, tokens.shape[1])
         x = self.embed_tokens(tokens)
         ropes = self.list_ropes()
-        # one table each: layers that share a rope share it, too
-        tables = {
-            rope: rotation_tables(rope, config.rotary_dim, positions, self.rope_dtype or x.dtype)
+        # one each: layers that share a rope share its tables, too
+        rotations = {
+            rope: make_rotation(rope, config.rotary_dim, positions, x.dtype, self.rope_dtype)
             for rope in dict.fromkeys(ropes)
             if rope is not None
         }
@@ -92,7 +92,7 @@ class Decoder(nnx.Module):
         stream = Stream(x, None if first is None else first(x))
         caches = []
         for i, (window, rope) in enumerate(zip(self.list_windows(), ropes, strict=True)):
-            piece = Piece(None if rope is None else tables[rope], start, count, window)
+            piece = Piece(None if rope is None else rotations[rope], start, count, window)
             before = None if cache is None else cache[i]
             following = self._find_following(i)
             stream, after = run_layer(self.layers[i], stream, piece, before, following)

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.formulas.norms import Norm
+from pallas_kernels.formulas.rotation import Rotation
 
 Array = jax.Array
 
@@ -24,14 +25,13 @@ class Piece:
     """What a layer is told of the tokens.
 
     Attributes:
-      rotation: cosines and sines of the positions, see `rotation_tables`; None where the layer does
-        not rotate heads.
+      rotation: of the positions, see `make_rotation`; None where the layer does not rotate heads.
       start: int32 [B], how many tokens of each row come before.
       lengths: int32 [B], how many tokens of each row are no padding.
       window: how many tokens each attends to, itself included; None is all before it.
     """
 
-    rotation: tuple[Array, Array] | None
+    rotation: Rotation | None
     start: Array
     lengths: Array
     window: int | None

@@ -9,6 +9,9 @@ llama3, yarn), computed in the same order and in float32, so that angles agree t
     llama3   f_i, f_i / factor, or a blend of the two, by wavelength (Llama 3.1)
     yarn     a blend of f_i and f_i / factor by rotations over the original length; cos and sin are
              multiplied by an attention factor (https://arxiv.org/abs/2309.00071)
+
+Ministral 3 also multiplies rotated queries by 1 + beta ln(1 + floor(position / P)), P the original
+length, as Llama 4 does in layers without rope.
 """
 
 from __future__ import annotations
@@ -20,6 +23,24 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxwna16.models.config.rope_config import RopeConfig
+from pallas_kernels.formulas.rotation import Rotation
+
+
+def make_rotation(
+    rope: RopeConfig,
+    head_dim: int,
+    positions: jax.Array,
+    dtype: jax.typing.DTypeLike,
+    table_dtype: jax.typing.DTypeLike | None = None,
+) -> Rotation:
+    """`rotation_tables` and `query_scales` of the positions.
+
+    Args:
+      dtype: of the queries.
+      table_dtype: of cosines and sines; None is the same.
+    """
+    tables = rotation_tables(rope, head_dim, positions, table_dtype or dtype)
+    return Rotation(*tables, query_scales(rope, positions, dtype))
 
 
 def rotation_tables(
@@ -45,6 +66,16 @@ def rotation_tables(
     angles = positions[:, :, None].astype(jnp.float32) * frequencies
     factor = attention_factor(rope)
     return (jnp.cos(angles) * factor).astype(dtype), (jnp.sin(angles) * factor).astype(dtype)
+
+
+def query_scales(
+    rope: RopeConfig, positions: jax.Array, dtype: jax.typing.DTypeLike
+) -> jax.Array | None:
+    """What rotated queries are multiplied by, in `dtype` [B, S]; None where they are not."""
+    if not rope.query_beta:
+        return None
+    lengths = positions // jnp.int32(rope.original_max_positions)
+    return (1 + rope.query_beta * jnp.log(1 + lengths.astype(jnp.float32))).astype(dtype)
 
 
 def inverse_frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""`Qwen35Config`: what `config.json` says about a Qwen3.5 or Qwen3.6, checked."""
+"""`Qwen35Config`: what `config.json` says about a Qwen3-Next, Qwen3.5 or Qwen3.6, checked."""
 
 from __future__ import annotations
 
@@ -17,16 +17,12 @@ from jaxwna16.models.config.language_config import (
     read_saved_dtype,
     refuse_others,
 )
-from jaxwna16.models.config.moe_config import MoeConfig, check_choice
-from jaxwna16.models.config.rope_config import read_rope, read_rotary_dim
-from loaders.schemes.subconfigs import find_stated
-from pallas_kernels.formulas.routing_options import Routing
+from jaxwna16.models.config.moe_config import MoeConfig, SoftmaxExperts, read_moe
+from jaxwna16.models.config.rope_config import MROPE, RopeRule, read_rope, read_rotary_dim
 
 _LINEAR, _FULL = "linear_attention", "full_attention"
 _INTERVAL = 4
 _ROTATED = 0.25
-_INHERITED = ("dtype", "torch_dtype", "eos_token_id")
-"""Keys of the whole that hold for its text model where that does not state them."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,25 +30,41 @@ class Kind:
     """How a model type differs from the others.
 
     Attributes:
-      part: the `model_type` of the section `text_config`, where the text model is a part of a
-        whole; None where it is the whole.
-      has_experts: in every layer; otherwise each has one MLP.
-      layers, hidden_size, kv_heads: where config.json is silent.
+      experts: how config.json states experts; None where each layer has one MLP.
+      interleaves_heads: whether files have the projections of a delta net as two, of which rows are
+        key head by key head.
+      layers, hidden_size, inner, kv_heads, vocab_size: where config.json is silent; `inner` is the
+        features of an MLP.
     """
 
-    part: str | None
-    has_experts: bool = False
+    experts: SoftmaxExperts | None = None
+    interleaves_heads: bool = False
     layers: int = 32
     hidden_size: int = 4096
+    inner: int = 12288
     kv_heads: int = 4
+    vocab_size: int = 248320
 
 
-_SPARSE = Kind(part=None, has_experts=True, layers=40, hidden_size=2048, kv_heads=2)
+_SPARSE = Kind(
+    experts=SoftmaxExperts(
+        experts=256, top_k=8, inner=512, has_steps=False, renormalize=True, shared=512
+    ),
+    layers=40,
+    hidden_size=2048,
+    kv_heads=2,
+)
 KINDS = {
-    "qwen3_5": Kind(part="qwen3_5_text"),
-    "qwen3_5_text": Kind(part=None),
-    "qwen3_5_moe": dataclasses.replace(_SPARSE, part="qwen3_5_moe_text"),
+    "qwen3_5_text": Kind(),
     "qwen3_5_moe_text": _SPARSE,
+    "qwen3_next": dataclasses.replace(
+        _SPARSE,
+        experts=SoftmaxExperts(experts=512, top_k=10, inner=512, norm_topk_prob=True, shared=512),
+        interleaves_heads=True,
+        layers=48,
+        inner=5632,
+        vocab_size=151936,
+    ),
 }
 """`model_type` -> its row."""
 
@@ -95,7 +107,7 @@ class Qwen35Config(LanguageConfig):
 
     Attributes:
       model_type: one of `KINDS`.
-      intermediate_size: of the MLPs; 0 with experts.
+      intermediate_size: of the MLPs; 0 where all layers have experts.
       is_full: per layer, whether it is full attention; the others are gated delta nets.
     """
 
@@ -105,7 +117,7 @@ class Qwen35Config(LanguageConfig):
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> Qwen35Config:
-        """Read a `config.json`; its `text_config`, where the model is one part of several.
+        """Read a `config.json`.
 
         Absent keys take the defaults of transformers' configuration classes.
 
@@ -113,34 +125,11 @@ class Qwen35Config(LanguageConfig):
           ModelError: listing every key that is missing, malformed or asks for the unsupported.
         """
         model_type = config["model_type"]
-        reader = _read_text(config)
+        reader = ConfigReader(config)
         parsed = _read(reader, model_type)
         if reader.reasons:
             raise ModelError(f"this {model_type} configuration is not supported", reader.reasons)
         return parsed
-
-
-def _read_text(config: Mapping[str, Any]) -> ConfigReader:
-    """A reader of the text model's own section, with what it inherits."""
-    part = KINDS[config["model_type"]].part
-    if part is None:
-        return ConfigReader(config)
-    text = config.get("text_config")
-    reader = ConfigReader(text if isinstance(text, Mapping) else {}, "text_config.")
-    if not isinstance(text, Mapping):
-        found = type(text).__name__ if text is not None else None
-        raise ModelError(
-            f"this {config['model_type']} configuration is not supported",
-            [f"text_config: expected the configuration of the text model, found {found}"],
-        )
-    reader.choose("model_type", "", (part, ""))
-    for key in _INHERITED:
-        if key not in reader.config and config.get(key) is not None:
-            reader.config[key] = config[key]
-    # transformers' multimodal class asks the whole, whose own default hides what the section says
-    if (tied := find_stated(config, "tie_word_embeddings")) is not None:
-        reader.config["tie_word_embeddings"] = tied
-    return reader
 
 
 def _read(reader: ConfigReader, model_type: str) -> Qwen35Config:
@@ -156,16 +145,16 @@ def _read(reader: ConfigReader, model_type: str) -> Qwen35Config:
     head_dim = reader.count("head_dim", 256)
     layers = reader.count("num_hidden_layers", kind.layers, most=MAX_LAYERS)
     max_positions = reader.count("max_position_embeddings", 32768)
-    # mrope_section and mrope_interleaved are not looked at: they deal the frequencies out to the
-    # positions in time, height and width, and for text all three positions are the same number
-    rope = read_rope(reader, max_positions, 10000.0)
+    rope = read_rope(reader, max_positions, 10000.0, RopeRule(unread=MROPE))
     if rope.rope_type == "dynamic":
         reader.refuse("rope_parameters.rope_type", "dynamic", "a rope that is not dynamic")
+    moe = None if kind.experts is None else _read_experts(reader, kind.experts, layers)
+    is_sparse = moe is not None and all(moe.sparse)
     return Qwen35Config(
         model_type=model_type,
-        vocab_size=reader.count("vocab_size", 248320),
+        vocab_size=reader.count("vocab_size", kind.vocab_size),
         hidden_size=reader.count("hidden_size", kind.hidden_size),
-        intermediate_size=0 if kind.has_experts else reader.count("intermediate_size", 12288),
+        intermediate_size=0 if is_sparse else reader.count("intermediate_size", kind.inner),
         num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
@@ -180,7 +169,7 @@ def _read(reader: ConfigReader, model_type: str) -> Qwen35Config:
         rope=rope,
         dtype=read_saved_dtype(reader),
         eos_token_ids=read_eos(reader),
-        moe=_read_experts(reader, layers) if kind.has_experts else None,
+        moe=moe,
     )
 
 
@@ -210,21 +199,7 @@ def _read_delta(reader: ConfigReader) -> DeltaNetConfig:
     )
 
 
-def _read_experts(reader: ConfigReader, layers: int) -> MoeConfig:
-    """Softmax over all experts, renormalised whatever `norm_topk_prob` says, in every layer."""
-    if reader.config.get("mlp_only_layers"):
+def _read_experts(reader: ConfigReader, rule: SoftmaxExperts, layers: int) -> MoeConfig | None:
+    if not rule.has_steps and reader.config.get("mlp_only_layers"):
         reader.refuse("mlp_only_layers", reader.config["mlp_only_layers"], "none")
-    experts = reader.count("num_experts", 256)
-    routing = Routing(top_k=reader.count("num_experts_per_tok", 8), renormalize=True)
-    check_choice(reader, experts, routing)
-    return MoeConfig(
-        sparse=(True,) * layers,
-        experts=experts,
-        intermediate_size=reader.count("moe_intermediate_size", 512),
-        shared="shared_expert",
-        shared_intermediate_size=reader.count("shared_expert_intermediate_size", 512),
-        shared_gate=True,
-        wide_router=False,
-        correction_bias=False,
-        routing=routing,
-    )
+    return read_moe(reader, rule, layers)

@@ -1,4 +1,4 @@
-"""Qwen3.5 and Qwen3.6 (`Qwen35Config`), dense or with experts: a hybrid model.
+"""Qwen3-Next, Qwen3.5 and Qwen3.6 (`Qwen35Config`), dense or with experts: a hybrid model.
 
 Most layers are gated delta nets, which keep a state of fixed size
 (`pallas_kernels.xla.delta_rule`); every fourth is full attention, whose output passes a gate and
@@ -121,7 +121,7 @@ class DecoderLayer(Layer):
             self.linear_attn = GatedDeltaNet(config, linears, f"{path}.linear_attn")
         self.is_full = config.is_full[layer]
         self.post_attention_layernorm = OffsetRMSNorm(hidden, eps, dtype=linears.dtype)
-        if config.moe is not None:
+        if config.moe is not None and config.moe.sparse[layer]:
             self.mlp = SparseBlock(config.moe, hidden, linears, f"{path}.mlp")
         else:
             self.mlp = MLP(hidden, config.intermediate_size, False, linears, f"{path}.mlp")
@@ -139,7 +139,7 @@ class Qwen35Decoder(Decoder):
 
 
 class Qwen35(CausalLM):
-    """A Qwen3.5 or Qwen3.6 as a language model; arguments as `CausalLM`."""
+    """One of these as a language model; arguments as `CausalLM`."""
 
     def __init__(self, config: Qwen35Config, *arguments, **options):
         super().__init__(Qwen35Decoder, config, *arguments, **options)

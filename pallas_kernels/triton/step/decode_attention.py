@@ -23,6 +23,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.errors import BackendError
 from pallas_kernels.formulas.norms import KINDS, Norm
+from pallas_kernels.formulas.rotation import Rotation
 from pallas_kernels.tiles.attention.decode_rules import (
     Division,
     choose_division,
@@ -86,7 +87,7 @@ def attend_token(
     *,
     q_norm: Norm | None,
     k_norm: Norm | None,
-    rotation: tuple[Array, Array] | None,
+    rotation: Rotation | None,
     position: Array,
     active: Array,
     cache_k: Array,
@@ -108,8 +109,8 @@ def attend_token(
       k, v: [B, kv_heads * D].
       q_norm, k_norm: of each head.
       rotation: cosines and sines [B, R / 2] of the position: the first R <= D features of a head
-        are rotated. In the cache's dtype each product is rounded, in float32 only the result. None
-        rotates nothing.
+        are rotated. In the cache's dtype each product is rounded, in float32 only the result. Its
+        scale is [B] in the cache's dtype. None rotates nothing.
       position: int32 [B], the slot of the new token.
       active: int32 [B], 0 for a row that takes no part: its cache stays as it is, whatever its
         position, and its result means nothing.
@@ -133,7 +134,7 @@ def attend_token(
     task = Task(
         kv_heads=kv_heads,
         group=q.features // (stride * kv_heads),
-        features=Features(head_dim, 0 if rotation is None else 2 * rotation[0].shape[-1], paired),
+        features=Features(head_dim, 0 if rotation is None else 2 * rotation.cos.shape[-1], paired),
         window=window,
         gated=gated,
         scale=head_dim**-0.5 if scale is None else scale,
@@ -187,7 +188,7 @@ def _check(task: Task, q: Parts, k: Parts, v: Parts, norms, batch: int, cache_k,
 def attend_splits(
     projected: tuple[Parts, Parts, Parts],
     norms: tuple[Norm | None, Norm | None],
-    rotation: tuple[Array, Array] | None,
+    rotation: Rotation | None,
     places: tuple[Array, Array],
     caches: tuple[Array, Array],
     task: Task,
@@ -208,6 +209,9 @@ def attend_splits(
         result = jax.ShapeDtypeStruct((heads, head_dim), dtype)
     kinds = [None if norm is None else dataclasses.replace(norm, weight=None) for norm in norms]
     weights = [None if norm is None else norm.weight for norm in norms]
+    tables, scale = (
+        (None, None) if rotation is None else ((rotation.cos, rotation.sin), rotation.scale)
+    )
     *caches_out, result = pl.pallas_call(
         functools.partial(_attend_split, kinds=kinds, task=task, division=division),
         out_shape=(*(jax.ShapeDtypeStruct(c.shape, dtype) for c in caches), result),
@@ -216,7 +220,14 @@ def attend_splits(
         compiler_params=plgpu.CompilerParams(num_warps=division.warps, num_stages=division.stages),
         interpret=interpret,
         name="flash_decode",
-    )(*caches, projected, weights, rotation if task.features.rotated else None, places)
+    )(
+        *caches,
+        projected,
+        weights,
+        tables if task.features.rotated else None,
+        scale,
+        places,
+    )
     return result, *caches_out
 
 
@@ -226,6 +237,7 @@ def _attend_split(
     projected,
     weights,
     rotation,
+    scale_ref,
     places,
     new_keys_ref,
     new_values_ref,
@@ -261,6 +273,8 @@ def _attend_split(
 
     own = functools.partial(load_head, rotation=rotation, dtype=dtype, norm_last=task.norms_last)
     query = own(q, row, starts[:, None], features, norm=q_norm)
+    if scale_ref is not None:
+        query = (query.astype(jnp.float32) * scale_ref[row].astype(jnp.float32)).astype(dtype)
     key = own(k, row, first_feature, features, norm=k_norm, wanted=is_first)
     mask = features.inside[0]
     value = load_sum(v, row, first_feature[0] + column, mask & is_first).astype(dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -117,18 +118,36 @@ def cast_weights(reference, dtype: torch.dtype):
 
 
 def list_leaves(reference) -> Iterator[tuple[str, np.ndarray]]:
-    """The leaves of the params tree of our model; but for experts, transformers' own names."""
+    """The leaves of the params tree of our model; but for experts and what is fused in files,
+    transformers' own names."""
+    config = reference.config.to_dict()
+    family = find_family(config)
+    kinds = family.list_fused(family.read(config))
     for name, tensor in list_tensors(reference):
         name = name.replace(".experts.gate_up_proj", ".experts.w13.weight")
         name = name.replace(".experts.down_proj", ".experts.w2.weight")
-        yield name, tensor.detach().numpy()
+        array = tensor.detach().numpy()
+        path, _, role = name.rpartition(".")
+        fused = [kind for kind in kinds if path.endswith(f".{kind.name}")]
+        for part, rows in fused[0].parts.items() if fused else ():
+            yield f"{path.rpartition('.')[0]}.{part}.{role}", array[rows]
+        if not fused:
+            yield name, array
+
+
+def is_beside(name: str) -> bool:
+    """Whether a tensor of a transformers model is a tower's, or of what joins it to the text."""
+    return (
+        re.match(r"model\.(visual|vision_tower|multi_modal_projector|audio_tower)\.", name)
+        is not None
+    )
 
 
 def nest_params(reference) -> dict:
     """The params tree of a transformers model, or of the language model beside a tower."""
     tree: dict = {}
     for name, array in list_leaves(reference):
-        if name.startswith("model.visual."):
+        if is_beside(name):
             continue
         *path, leaf = name.split(".")
         node = tree

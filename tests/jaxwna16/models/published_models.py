@@ -78,7 +78,8 @@ def _list_weights(config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]
         if isinstance(module, torch.nn.Linear)
     }
     biases = [pair for pair in model.named_buffers() if pair[0].endswith("_correction_bias")]
-    for name, tensor in [*model.named_parameters(), *biases]:
+    # all have a head, tied or not
+    for name, tensor in [*model.named_parameters(remove_duplicate=False), *biases]:
         shape = tuple(tensor.shape)
         if ".experts." in name:  # llm-compressor takes stacks apart, as transformers saves them
             yield from _separate(name, shape)
@@ -86,7 +87,7 @@ def _list_weights(config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]
             yield linears[name], shape, True
         else:
             yield name, shape, False
-    if "text_config" in config:
+    if "mtp_num_hidden_layers" in config.get("text_config", {}):
         yield from _list_prediction(config["text_config"])
 
 

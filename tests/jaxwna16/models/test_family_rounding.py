@@ -24,14 +24,17 @@ from flax import nnx
 from jaxwna16.models.causal_lm import CausalLM
 from jaxwna16.models.families import find_family
 from jaxwna16.models.filling.renaming import rename
+from jaxwna16.models.wrapped.table import WRAPPERS
 from tests.jaxwna16.models.family_rows import BASES, ROWS
-from tests.jaxwna16.models.family_rows.qwen3_5 import HYBRID
 from tests.jaxwna16.models.hf_models import cast_weights, convert, make_reference, random_tokens
 from tests.jaxwna16.models.rounding import count_steps, draw_exact, round_to
 
 as_written = {"xla_allow_excess_precision": False}
 LENGTH = 24
-ALIKE = ("mixtral", "qwen2_moe", "qwen3_moe", "dots1", "qwen3_5", "qwen3_5_moe", "qwen3_5_moe_text")
+ALIKE = (
+    *("mixtral", "qwen2_moe", "qwen3_moe", "dots1", "qwen3_5_moe_text", "qwen3_next"),
+    *(name for name in WRAPPERS if name != "glm4v"),
+)
 """They have experts, or a tower, and the attention of another row."""
 FLIPS = 4e-3
 """The share of results that may be a step away where they hang on a sigmoid, a cosine or a sum of
@@ -81,7 +84,7 @@ def test_norms_round_as_those_of_transformers(model_type, dtype):
 )
 def test_rotated_keys_round_as_those_of_transformers(model_type, monkeypatch):
     """Of one layer, whose projection only chooses features, so that it does not round."""
-    types = {"layer_types": ["full_attention"]} if ROWS[model_type].sizes is HYBRID else {}
+    types = {"layer_types": ["full_attention"]} if "layer_types" in ROWS[model_type].sizes else {}
     reference = make_reference(BASES[model_type], num_hidden_layers=1, **types)
     names = find_family(reference.config.to_dict()).names
     layers = {rename(path, names): module for path, module in reference.named_modules()}
@@ -89,7 +92,7 @@ def test_rotated_keys_round_as_those_of_transformers(model_type, monkeypatch):
     with torch.no_grad():
         weight.copy_(torch.eye(*weight.shape))
     model = convert(reference, dtype=jnp.bfloat16)
-    module, turned = sys.modules[type(reference).__module__], []
+    module, turned = sys.modules[type(layers["model.layers.0.self_attn"]).__module__], []
     rotate = module.apply_rotary_pos_emb
 
     def record(*arguments, **options):

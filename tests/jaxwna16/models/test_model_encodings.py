@@ -8,14 +8,13 @@ from pathlib import Path
 import jax.numpy as jnp
 import pytest
 import torch
-from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
 from compressed_tensors.quantization import QuantizationArgs
 from flax import nnx
 from safetensors.torch import save_file
 
 import jaxwna16
 from jaxwna16.generation.tokens import generate_tokens
-from tests.checkpoints import compress, decompress, make_scheme
+from tests.checkpoints import compress, decompress, make_scheme, pack_reordered
 from tests.folders import describe_groups
 from tests.jaxwna16.models.hf_models import (
     forward,
@@ -49,25 +48,6 @@ def _make_args(bits: int, group_size: int | None, symmetric: bool) -> Quantizati
         "scale_dtype": torch.bfloat16,
     }
     return QuantizationArgs.model_validate(facts)
-
-
-def pack_reordered(
-    weight: torch.Tensor, args: QuantizationArgs, seed: int
-) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """The tensors as compressed-tensors up to 0.18 writes activation order, and the floats.
-
-    Its groups are of features that do not follow each other; packed columns stay where they were.
-    """
-    k = weight.shape[1]
-    groups = torch.arange(k) // (args.group_size or k)
-    groups = groups[torch.randperm(k, generator=torch.Generator().manual_seed(seed))]
-    order = groups.argsort(stable=True)
-    back = order.argsort()
-    tensors = compress(weight[:, order], args)
-    floats = decompress(tensors, args)[:, back]
-    codes = unpack_from_int32(tensors["weight_packed"], args.num_bits, weight.shape)
-    tensors["weight_packed"] = pack_to_int32(codes[:, back].contiguous(), args.num_bits)
-    return tensors | {"weight_g_idx": groups.int()}, floats
 
 
 @pytest.fixture(scope="module")

@@ -18,26 +18,34 @@ from tests.jaxprs import find_kernels
 from tests.jaxwna16.models.published_decode import decode, describe_decode
 from tests.jaxwna16.models.published_models import NAMES, read_bytes, read_published, write_headers
 
-DENSE = "qwen3.6-27b"
-PLAIN = ("qwen3-30b-a3b", "smollm3-3b", "minimax-m2.7")
-"""Text models without layers that predict."""
-LARGE = ("minimax-m2.7",)
+DENSE = (
+    "qwen3.6-27b",
+    "qwen2.5-vl-72b",
+    "mistral-small-3.2-24b",
+    "devstral-small-2-24b",
+    "smollm3-3b",
+)
+LARGE = ("minimax-m2.7", "qwen3-coder-next")
 """Those with so many tensors (140,000 modules) that their headers alone take a minute."""
 BLOCK = 4
 """Layers of one block of the hybrid pattern."""
 _MLP, _ATTENTION, _DELTA = 3, 5, 2
 _SPARSE = _MLP + 1
 _SHARED = 2
+_PACKED = 2
 KERNELS = {
-    DENSE: 3 * (_DELTA + _MLP) + _ATTENTION + _MLP,
+    "qwen3.6-27b": 3 * (_DELTA + _MLP) + _ATTENTION + _MLP,
     "qwen3.5-122b-a10b": 3 * (_DELTA + _SPARSE + _SHARED) + _ATTENTION + _SPARSE + _SHARED,
     "qwen3-30b-a3b": 4 * (_ATTENTION + _SPARSE),
-    "smollm3-3b": 4 * (_ATTENTION + _MLP),
     "minimax-m2.7": 4 * (_ATTENTION + _SPARSE),
+    "qwen3-coder-next": 3 * (_DELTA + _PACKED) + _ATTENTION + 4 * (_SPARSE + _SHARED),
+    "qwen3-vl-30b-a3b": 4 * (_ATTENTION + _SPARSE),
+    **dict.fromkeys(DENSE[1:], 4 * (_ATTENTION + _MLP)),
 }
 """In a block: gate and up, down, and the end of it; of experts the router's choice, too, and of
 shared ones the two products; q/k/v, attention and its combine, o and the end of it. The products of
-delta nets are ignored by these checkpoints, as heads are: their rule and the end of it remain."""
+delta nets are ignored by most of these checkpoints, as heads are: their rule and the end of it
+remain. Where they are packed, they are two more."""
 _ROOT = Path(__file__).parents[3]
 _PLUGIN = Path(sys.prefix) / "gpu-check"
 
@@ -68,7 +76,7 @@ def test_a_model_of_full_size_is_planned_and_inspected_from_headers(name, tmp_pa
     report = inspect(folder, capsys)
     assert report["load_model"]["supported"]
     totals = report["totals"]
-    assert 2 * totals["parameters"] == pytest.approx(read_bytes(name), rel=2e-3)
+    assert 2 * totals["parameters"] == pytest.approx(read_bytes(name), rel=5e-3)
     assert totals["quantized_bytes"] + totals["plain_bytes"] == totals["bytes"]
     parts = [row["bytes"] for row in (*report["quantized"], *report["plain"])]
     assert sum(parts) == totals["bytes"]
@@ -80,7 +88,9 @@ def test_the_decode_step_of_a_block_has_the_kernels_when_lowered_for_a_gpu(name,
     folder = block(name)
     report = inspect(folder, capsys)
     reasons = {entry["reason"] for entry in report["skipped"]}
-    assert len(reasons) == (0 if name in PLAIN else 2)
+    has_tower = "text_config" in read_published(name)
+    predicts = "qwen3.5" in name or "qwen3.6" in name
+    assert len(reasons) == has_tower + predicts
     assert any("vision tower" in reason for reason in reasons) == bool(reasons)
     arguments = describe_decode(folder)
     assert len(find_kernels(decode, *arguments)) == KERNELS[name]
@@ -100,5 +110,5 @@ def test_the_decode_step_of_a_block_compiles_for_an_h200(name, block):
     done = subprocess.run(command, cwd=_ROOT, env=environment, capture_output=True, text=True)
     assert done.stdout, done.stderr[-3000:]
     kernels = json.loads(done.stdout)[folder]
-    wanted = {"_multiply_tile"} | (set() if name in (DENSE, "smollm3-3b") else {"_multiply_block"})
+    wanted = {"_multiply_tile"} | (set() if name in DENSE else {"_multiply_block"})
     assert {re.sub(r"__\d+$", "", kernel) for kernel in kernels} >= wanted

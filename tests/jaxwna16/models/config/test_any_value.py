@@ -21,7 +21,9 @@ from jaxwna16.errors import ModelError
 from jaxwna16.models.config.config_reader import ConfigReader
 from jaxwna16.models.families import MODEL_TYPES, parse_config
 from jaxwna16.models.filling.skipped import list_rules
+from jaxwna16.models.llama.relatives import RELATIVES, Relative
 from jaxwna16.models.parts.rope import attention_factor, inverse_frequencies
+from jaxwna16.models.wrapped.table import WRAPPERS
 from loaders.files.small_files import CONFIG
 from tests.fuzz.bases import make_bases
 
@@ -61,14 +63,22 @@ ODD: tuple[Any, ...] = (
     *([[]], [1e308], ["x"] * 3, {}, {"a": 1}, {"rope_type": []}, {"": {}}, [10**400], [-1], [True]),
 )
 """What a file can hold that nobody expects there."""
-WHOLE = [name for name in MODEL_TYPES if not name.endswith("_text") and name.startswith("qwen3_5")]
 
 
 def _make_config(model_type: str, changes: dict[str, Any], rope: dict[str, Any]) -> dict[str, Any]:
+    if rope and _find_row(model_type).rope.scales_queries:
+        rope = {**rope, "llama_4_scaling_beta": 0.1}
     text = SIZES | ({"rope_parameters": rope} if rope else {}) | changes
-    if model_type in WHOLE:
-        return {"model_type": model_type, "text_config": text}
+    if model_type in WRAPPERS:
+        for key in reversed(WRAPPERS[model_type].path):
+            text = {key: text}
     return {"model_type": model_type} | text
+
+
+def _find_row(model_type: str) -> Relative:
+    """The relative of Llama that a model type is of, or a plain one."""
+    text = WRAPPERS[model_type].texts[0] if model_type in WRAPPERS else model_type
+    return RELATIVES.get(text, Relative())
 
 
 class _Noting(dict):

@@ -25,6 +25,14 @@ MULTIPLIERS = {
 """Of Granite."""
 ERNIE = {"moe_num_experts": 8, "moe_k": 2, "moe_intermediate_size": 48}
 
+
+def scaled_queries(beta: float) -> dict:
+    """The rope of a Ministral 3 that was made for 8 tokens first."""
+    mscales = {"mscale": 1.0, "mscale_all_dim": 1.0}
+    original = {"original_max_position_embeddings": 8, "llama_4_scaling_beta": beta}
+    return rope("yarn", factor=16.0, **mscales, **original)
+
+
 ROWS: dict[str, Row] = {
     "llama": Row(
         variants={
@@ -294,5 +302,13 @@ ROWS: dict[str, Row] = {
         },
         group_size=32,
         is_repeated=True,
+    ),
+    "ministral3": Row(
+        variants={
+            "queries scaled from 8 tokens on": {"head_dim": 32, **scaled_queries(0.5)},
+            "window of 5": {"sliding_window": 5, **scaled_queries(0.3)},
+        },
+        group_size=32,
+        bfloat16={},
     ),
 }

@@ -1,4 +1,4 @@
-"""Qwen3.5 and its relatives: hybrid models, some beside a tower."""
+"""Qwen3-Next, Qwen3.5 and their relatives: hybrid models, some beside a tower."""
 
 from __future__ import annotations
 
@@ -42,6 +42,11 @@ HYBRID_EXPERTS = {
     "moe_intermediate_size": 128,
     "shared_expert_intermediate_size": 128,
 }
+ALONE: Changes = {
+    **HYBRID,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.25},
+}
+"""Of a model that never had a tower. A quarter of a head is rotated, as in those published."""
 VISION = {
     "depth": 1,
     "hidden_size": 32,
@@ -91,5 +96,20 @@ ROWS: dict[str, Row] = {
         group_size=128,
         ignore=("re:.*visual.*",),
         nest=put_beside_tower,
+    ),
+    "qwen3_next": dataclasses.replace(
+        HYBRID_ROW,
+        sizes=ALONE,
+        variants={
+            "": HYBRID_EXPERTS,
+            "dense layers, not renormalised": {
+                **HYBRID_EXPERTS,
+                **FOUR_LAYERS,
+                "decoder_sparse_step": 2,
+                "mlp_only_layers": [1],
+                "norm_topk_prob": False,
+                "attention_bias": True,
+            },
+        },
     ),
 }

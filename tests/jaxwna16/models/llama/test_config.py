@@ -209,6 +209,15 @@ def test_frequencies_equal_those_of_transformers_to_the_last_bits(family):
         ({"model_type": "qwen2", "layer_types": ["full_attention"]}, "expected 2 entries"),
         ({"model_type": "qwen2", "layer_types": ["sliding_attention"] * 2}, "is off"),
         ({"rope_scaling": {"type": ["linear"]}}, "rope_scaling.rope_type: expected one of"),
+        (
+            {"rope_scaling": {"type": "yarn", "llama_4_scaling_beta": 0.1, **YARN}},
+            "rope_scaling.llama_4_scaling_beta: expected nothing: no part of a llama model reads",
+        ),
+        (
+            {"rope_parameters": {"rope_type": "default", "mrope_section": [1, 2, 1]}},
+            "rope_parameters.mrope_section: expected nothing: no part of a llama model reads it",
+        ),
+        ({"rope_parameters": {"rope_type": "default", "factor": 2.0}}, "rope_parameters.factor"),
         ({"rope_scaling": "linear"}, "rope_scaling: expected one flat set of parameters"),
         ({"model_type": "qwen2", "layer_types": 2}, "layer_types: expected 2 entries"),
         ({"model_type": "qwen2", "max_window_layers": "x"}, "max_window_layers: expected an int"),

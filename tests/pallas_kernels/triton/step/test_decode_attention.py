@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from pallas_kernels.errors import BackendError
 from pallas_kernels.formulas.norms import Norm
-from pallas_kernels.formulas.rotation import rotate
+from pallas_kernels.formulas.rotation import Rotation, rotate
 from pallas_kernels.tiles.attention.decode_rules import Division
 from pallas_kernels.triton.parts import Parts
 from pallas_kernels.triton.step.decode_attention import attend_token
@@ -48,7 +48,7 @@ def _run(arguments, step: Step, division: Division):
         *map(Parts, sums, biases),
         q_norm=norms[0],
         k_norm=norms[1],
-        rotation=rotation,
+        rotation=Rotation(*rotation),
         position=position,
         active=active,
         cache_k=caches[0],
@@ -115,6 +115,7 @@ def list_steps() -> list[tuple[Step, Division]]:
             wide=rng.choice((False, False, True)),
             parts=rng.choice((1, 2, 3)),
             paired=rng.choice((False, True)),
+            scales=rng.choice((False, True)),
             dtype=rng.choice(("bfloat16", "float16")),
             softcap=2.0 if head_dim in (80, 256) else None,
             norms_last=head_dim in (112, 192, 512),
@@ -131,7 +132,18 @@ def test_a_step_is_within_the_bound_of_attention_in_float64(step, division):
 def test_the_steps_that_always_run_have_every_kind():
     always = [step for step, _ in list_steps()[::6]]
     assert {step.norm for step in always} == {"", "rounded", "offset", "wide"}
-    for field in ("window", "gated", "bias", "wide", "dtype", "paired", "softcap", "norms_last"):
+    kinds = (
+        "window",
+        "gated",
+        "bias",
+        "wide",
+        "dtype",
+        "paired",
+        "scales",
+        "softcap",
+        "norms_last",
+    )
+    for field in kinds:
         assert len({getattr(step, field) for step in always}) == 2
     assert {step.parts for step in always} == {1, 2, 3}
 
@@ -173,7 +185,7 @@ def test_written_keys_have_the_bits_of_the_models_own_rotation(rotated, parts, w
     given = draw(step)
     _, cache, _ = run(step, given, ONE)
     k = add_up(given.sums[1], None, step.np_dtype).reshape(2, 1, 2, 64)
-    tables = [jnp.asarray(table)[:, None] for table in given.rotation]
+    tables = [jnp.asarray(table)[:, None] for table in given.rotation[:2]]
     x = jnp.asarray(k, jnp.float32 if wide else step.np_dtype)
     turn = jax.jit(rotate, static_argnames="paired", compiler_options=as_written)
     keys = np.asarray(turn(x, *tables, paired=paired).astype(step.np_dtype))[:, 0]
@@ -265,7 +277,7 @@ def test_what_does_not_fit_is_refused(change, message):
             parts,
             q_norm=norm,
             k_norm=None,
-            rotation=(table, table),
+            rotation=Rotation(table, table),
             position=jnp.zeros(2, jnp.int32),
             active=jnp.ones(2, jnp.int32),
             cache_k=cache,

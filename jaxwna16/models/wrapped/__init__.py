@@ -1,0 +1,1 @@
+"""Text models inside of a whole that has towers beside them."""

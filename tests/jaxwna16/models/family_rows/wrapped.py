@@ -1,0 +1,133 @@
+"""Text models beside towers, whose layers are those of other rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from tests.jaxwna16.models.family_rows.llama import EXPERTS, scaled_queries
+from tests.jaxwna16.models.family_rows.row import Changes, Row, rope
+
+USUAL = ("re:.*visual.*", "re:.*vision_tower.*", "re:.*multi_modal_projector.*")
+NO_TOKEN = 200
+"""Behind the vocabulary of small models, whose tokens are drawn from all of it."""
+QWEN3_VISION = {
+    "depth": 1,
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_heads": 2,
+    "out_hidden_size": 64,
+    "num_position_embeddings": 16,
+    "patch_size": 4,
+    "deepstack_visual_indexes": [0],
+}
+QWEN2_VISION = {
+    "depth": 1,
+    "embed_dim": 32,
+    "hidden_size": 64,
+    "mlp_ratio": 2,
+    "num_heads": 2,
+    "patch_size": 4,
+}
+QWEN2_5_VISION = {
+    "depth": 1,
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_heads": 2,
+    "out_hidden_size": 64,
+    "patch_size": 4,
+    "fullatt_block_indexes": [0],
+}
+PIXTRAL = {
+    "model_type": "pixtral",
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "head_dim": 16,
+    "image_size": 16,
+    "patch_size": 4,
+}
+
+
+def put_beside(
+    vision: Changes, text_type: str | None = None, image: str = "image_token_id"
+) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """Makes the configuration of a whole from that of its text model.
+
+    Args:
+      vision: of the tower.
+      text_type: where the wrapper has several.
+      image: the key of the token of an image.
+    """
+
+    def nest(text: dict[str, Any]) -> dict[str, Any]:
+        tied = text.pop("tie_word_embeddings", False)
+        text |= {} if text_type is None else {"model_type": text_type}
+        parts = {"text_config": text, "vision_config": dict(vision)}
+        return {**parts, "tie_word_embeddings": tied, image: NO_TOKEN}
+
+    return nest
+
+
+def mrope(rope_type: str = "default", **parameters: Any) -> dict[str, Any]:
+    """Rope that deals 8 frequencies out to three positions."""
+    return rope(rope_type, mrope_section=[4, 2, 2], **parameters)
+
+
+INTERLEAVED = mrope(mrope_interleaved=True)
+
+ROWS: dict[str, Row] = {
+    "qwen2_vl": Row(
+        variants={"": mrope()},
+        is_repeated=True,
+        ignore=USUAL,
+        nest=put_beside(QWEN2_VISION),
+    ),
+    "qwen2_5_vl": Row(
+        variants={
+            "": {**mrope(), "tie_word_embeddings": True},
+            "second layer sliding, yarn": {
+                **mrope("yarn", factor=4.0, original_max_position_embeddings=32),
+                "use_sliding_window": True,
+                "sliding_window": 5,
+                "max_window_layers": 1,
+            },
+        },
+        group_size=32,
+        is_repeated=True,
+        ignore=USUAL,
+        nest=put_beside(QWEN2_5_VISION),
+    ),
+    "qwen3_vl": Row(
+        variants={
+            "": {**INTERLEAVED, "head_dim": 16},
+            "tied, biases": {
+                **INTERLEAVED,
+                "head_dim": 16,
+                "tie_word_embeddings": True,
+                "attention_bias": True,
+            },
+        },
+        group_size=32,
+        is_repeated=True,
+        ignore=USUAL,
+        nest=put_beside(QWEN3_VISION),
+    ),
+    "qwen3_vl_moe": Row(
+        variants={"": {**INTERLEAVED, **EXPERTS, "num_experts_per_tok": 3, "head_dim": 16}},
+        group_size=16,
+        is_repeated=True,
+        ignore=USUAL,
+        nest=put_beside(QWEN3_VISION),
+    ),
+    "mistral3": Row(
+        variants={
+            "ministral3": {"head_dim": 16, **scaled_queries(0.5)},
+        },
+        group_size=32,
+        is_repeated=True,
+        ignore=USUAL,
+        nest=put_beside(PIXTRAL, "ministral3", image="image_token_index"),
+    ),
+}
