@@ -23,7 +23,7 @@ MULTIPLIERS = {
     "logits_scaling": 6.5,
 }
 """Of Granite."""
-ERNIE = {"moe_num_experts": 8, "moe_k": 2, "moe_intermediate_size": 48}
+ERNIE = {"moe_num_experts": 8, "moe_k": 2, "moe_intermediate_size": 64}
 
 
 def scaled_queries(beta: float) -> dict:
@@ -155,7 +155,11 @@ ROWS: dict[str, Row] = {
         is_repeated=True,
         variants={
             "": {"head_dim": 32},
-            "tied, all biases": {"tie_word_embeddings": True, "attention_bias": True},
+            "tied, all biases": {
+                "head_dim": 16,  # without it, transformers fails
+                "tie_word_embeddings": True,
+                "attention_bias": True,
+            },
             "stretched rope": {**rope("dynamic", alpha=50.0, factor=1.0), "head_dim": 16},
         },
         group_size=32,
@@ -254,7 +258,7 @@ ROWS: dict[str, Row] = {
         is_repeated=True,
         variants={
             "": {"num_experts": 8, "moe_topk": 2, "head_dim": 32},
-            "a list of top 3 of 4": {"num_experts": 4, "moe_topk": [3, 3]},
+            "a list of top 3 of 4": {"num_experts": 4, "moe_topk": [3, 3], "head_dim": 16},
         },
         group_size=32,
     ),
