@@ -6,8 +6,10 @@ import collections
 import os
 import subprocess
 import sys
+from collections.abc import Generator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -73,15 +75,21 @@ def test_workers_that_hold_little_stay(tmp_path):
     assert len(run(tmp_path, 2, 100 * _FILES * _TESTS)) == 2
 
 
-def test_a_report_says_what_is_held_after_memory_was_given_back(monkeypatch):
-    monkeypatch.setattr(memory, "_resident_mb", 0)
-    monkeypatch.setattr(memory, "_read_resident_mb", lambda: 321)
-    protocol = memory.pytest_runtest_protocol(SimpleNamespace(path=1), SimpleNamespace(path=2))
-    next(protocol)
-    with pytest.raises(StopIteration):
-        protocol.send(True)
-    report = memory.pytest_runtest_makereport(SimpleNamespace())
-    next(report)
+def finish(wrapper: Generator, outcome: Any) -> Any:
+    """What a hook's wrapper makes of an outcome."""
+    next(wrapper)
     with pytest.raises(StopIteration) as ended:
-        report.send(SimpleNamespace())
-    assert ended.value.value.kept_mb == 321
+        wrapper.send(outcome)
+    return ended.value.value
+
+
+def test_a_report_says_what_the_file_before_left(monkeypatch):
+    monkeypatch.setattr(memory, "_resident_mb", 0)
+    monkeypatch.setattr(memory, "_kept_mb", 0)
+    monkeypatch.setattr(memory, "_read_resident_mb", lambda: 321)
+    for next_path in (1, 2):
+        assert memory._kept_mb == 0
+        items = SimpleNamespace(path=1), SimpleNamespace(path=next_path)
+        finish(memory.pytest_runtest_protocol(*items), True)
+    report = finish(memory.pytest_runtest_makereport(None), SimpleNamespace())
+    assert report.kept_mb == 321

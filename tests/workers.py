@@ -10,8 +10,8 @@ import pytest
 from xdist.scheduler import LoadFileScheduling
 
 KEPT_MB = 900
-"""What a worker may hold between tests: a new one has about 740, and a test adds 360 at most. It
-still runs the file that it was given meanwhile."""
+"""What a worker may hold between files: a new one has 700, and tests of one file add 500 at most.
+It still runs the file, or the two, that it was given meanwhile."""
 
 _leaving: set = set()
 
@@ -22,7 +22,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         type=int,
         default=KEPT_MB,
         metavar="MB",
-        help=f"replace a worker that holds more between its tests (default: {KEPT_MB})",
+        help=f"replace a worker that holds more between files (default: {KEPT_MB})",
     )
 
 
