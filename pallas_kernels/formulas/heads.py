@@ -15,6 +15,7 @@ class Heads:
       gated: of each query head, D features of the query are followed by D of a gate, whose sigmoid
         multiplies the result.
       norms_across: queries and keys are normalised over all heads together, not one by one.
+      norms_last: a head is rotated first, and then normalised (not with `norms_across`).
       scale: of the scores; None is 1 / sqrt(D).
       paired: neighbouring features are rotated together, see `rotate`.
       softcap: c of scores c tanh(s / c), s a score with its scale; None is s itself.
@@ -24,6 +25,7 @@ class Heads:
     kv_heads: int
     gated: bool = False
     norms_across: bool = False
+    norms_last: bool = False
     scale: float | None = None
     paired: bool = False
     softcap: float | None = None

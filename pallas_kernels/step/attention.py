@@ -102,6 +102,7 @@ def project_and_attend(
             window=window,
             gated=heads.gated,
             paired=heads.paired,
+            norms_last=heads.norms_last,
             interpret=interpret,
             **scores,
         )

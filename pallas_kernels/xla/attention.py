@@ -14,7 +14,7 @@ from pallas_kernels.formulas.norms import Norm, apply_norm
 from pallas_kernels.formulas.rotation import Rotation, rotate
 
 Array = jax.Array
-Cache = tuple[Array, Array]
+Cache = Pair = tuple[Array, Array]
 
 
 def mix(
@@ -46,13 +46,12 @@ def mix(
     if heads.gated:
         q, gate = jnp.split(q.reshape(*lead, -1, 2 * heads.head_dim), 2, axis=-1)
     q, k, v = (y.reshape(*lead, -1, heads.head_dim) for y in (q, k, v))
-    q, k = (
-        y if norm is None else apply_norm(y, norm) for y, norm in zip((q, k), norms, strict=True)
-    )
-    if rotation is not None:
-        tables = rotation.cos, rotation.sin
-        q, k = (rotate(y, *tables, paired=heads.paired) for y in (q, k))
-        q = q if rotation.scale is None else q * rotation.scale[:, :, None, None]
+    if heads.norms_last:
+        q, k = _normalise(_rotate((q, k), rotation, heads), norms)
+    else:
+        q, k = _rotate(_normalise((q, k), norms), rotation, heads)
+    if rotation is not None and rotation.scale is not None:
+        q = q * rotation.scale[:, :, None, None]
     held = _fold_heads(k), _fold_heads(v)
     if cache is not None:
         held = cache = _write_slots(cache, held, _find_slots(start, count, lead[1]))
@@ -60,6 +59,18 @@ def mix(
     if gate is not None:
         mixed = mixed * round_sigmoid(gate).reshape(mixed.shape)
     return mixed, cache
+
+
+def _normalise(pair: Pair, norms: tuple[Norm | None, Norm | None]) -> Pair:
+    q, k = (y if norm is None else apply_norm(y, norm) for y, norm in zip(pair, norms, strict=True))
+    return q, k
+
+
+def _rotate(pair: Pair, rotation: Rotation | None, heads: Heads) -> Pair:
+    if rotation is None:
+        return pair
+    q, k = (rotate(y, rotation.cos, rotation.sin, paired=heads.paired) for y in pair)
+    return q, k
 
 
 def _fold_heads(x: Array) -> Array:

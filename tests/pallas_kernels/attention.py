@@ -46,6 +46,7 @@ class Step:
       positions: of each row; an inactive one is None.
       norm: "" for none.
       paired: neighbouring features are rotated together, and not halves.
+      norms_last: heads are normalised after they are rotated.
       wide: cosines and sines are float32.
       whole: whole numbers, of which every step of the computation is exact: rotations are by
         quarters of a turn, and weights are powers of two.
@@ -69,6 +70,7 @@ class Step:
     whole: bool = False
     paired: bool = False
     softcap: float | None = None
+    norms_last: bool = False
     scales: bool = False
 
     @property
@@ -156,12 +158,19 @@ def add_up(sums: np.ndarray, bias: np.ndarray | None, dtype) -> np.ndarray:
 def expect_heads(
     step: Step, x: np.ndarray, weight: np.ndarray | None, rotation: Sequence[np.ndarray]
 ) -> Bounded:
-    """Heads [B, heads, D] of 16 bits, normalised and rotated."""
+    """Heads [B, heads, D] of 16 bits, normalised and rotated, or rotated and normalised."""
+    exact = Bounded(x.astype(np.float64), np.zeros(x.shape))
+    if weight is None:
+        return _rotate(exact, rotation, step)
+    wide = weight.astype(np.float64)
+    if step.norms_last:
+        return _normalise(_rotate(exact, rotation, step), wide, step)
+    return _rotate(_normalise(exact, wide, step), rotation, step)
+
+
+def _rotate(exact: Bounded, rotation: Sequence[np.ndarray], step: Step) -> Bounded:
     cos, sin = (t.astype(np.float64)[:, None, :] for t in rotation)
-    half, exact = step.rotated // 2, Bounded(x.astype(np.float64), np.zeros(x.shape))
-    if weight is not None:
-        exact = _normalise(exact.value, weight.astype(np.float64), step)
-    order = np.arange(x.shape[-1])
+    half, order = step.rotated // 2, np.arange(exact.value.shape[-1])
     turned = order[: 2 * half].reshape(-1, 2).T if step.paired else order[: 2 * half].reshape(2, -1)
     order[: 2 * half] = turned.ravel()  # of the first half, then of the second, then what rests
     first, second, rest = (
@@ -175,9 +184,13 @@ def expect_heads(
     )
 
 
-def _normalise(x: np.ndarray, weight: np.ndarray, step: Step) -> Bounded:
-    value = x / np.sqrt((x**2).mean(-1, keepdims=True) + EPS)
-    found = Bounded(value, np.abs(value) * (step.head_dim + 8) * U)
+def _normalise(x: Bounded, weight: np.ndarray, step: Step) -> Bounded:
+    square = (x.value**2).mean(-1, keepdims=True) + EPS
+    value = x.value / np.sqrt(square)
+    # what is off in one feature moves it, and through the mean all others
+    moved = (np.abs(x.value) * x.error).mean(-1, keepdims=True) / square
+    error = np.abs(value) * ((step.head_dim + 8) * U + 2 * moved) + 2 * x.error / np.sqrt(square)
+    found = Bounded(value, error)
     if step.norm == "rounded":
         found = found.round_to(step.np_dtype)
     return found.times(1 + weight if step.norm == "offset" else weight).round_to(step.np_dtype)

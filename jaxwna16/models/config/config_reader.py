@@ -68,6 +68,17 @@ class ConfigReader:
                 self.refuse(key, self.config[key], expected)
         return self.count(given[0] if given else keys[0], default)
 
+    def count_alike(self, key: str, default: int) -> int:
+        """`count` of something that may be a list with the same number for each layer."""
+        value = self.config.get(key, default)
+        if not isinstance(value, list) or not value:
+            return self.count(key, default)
+        numbers = ConfigReader({key: value[0]})
+        count = numbers.count(key)
+        if numbers.reasons or any(other != value[0] for other in value):
+            self.refuse(key, value, "an integer of at least 1, the same in every layer")
+        return count
+
     def number(self, key: str, default: float) -> float:
         """A number above zero that float32 can compute with."""
         value = self.config.get(key, default)

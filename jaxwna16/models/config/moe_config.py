@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from jaxwna16.models.config.config_reader import ConfigReader
 from pallas_kernels.formulas.routing_options import Routing
 
 _INNER, _TOP_K = "moe_intermediate_size", "num_experts_per_tok"
+_MOST_LEAST_SUM = 1e-6
+"""Sums of chosen scores below this are raised to it in some models, which nothing here does."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,7 +26,9 @@ class MoeConfig:
       shared_intermediate_size: I of all shared experts together.
       shared_gate: whether a sigmoid gate weighs them.
       wide_router: whether the router computes in float32; otherwise in the model's dtype.
+      keeps_router: whether the router's weight is float32 whatever the model's dtype is.
       correction_bias: whether the router has a bias that counts for the choice only.
+      bias_lead: axes of it in files, before that of the experts.
       routing: how experts are chosen, see `route`.
     """
 
@@ -35,7 +39,9 @@ class MoeConfig:
     shared_intermediate_size: int = 0
     shared_gate: bool = False
     wide_router: bool = False
+    keeps_router: bool = False
     correction_bias: bool = False
+    bias_lead: tuple[int, ...] = ()
     routing: Routing
 
 
@@ -124,6 +130,79 @@ class SigmoidExperts:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class ErnieExperts:
+    """Softmax over all experts, chosen with a correction bias: ERNIE 4.5.
+
+    The weights of a token add up to 1. Numbers are what transformers' configuration class has where
+    the key is absent.
+
+    Attributes:
+      experts, top_k, inner: as in `SoftmaxExperts`.
+      shared: how many experts serve every token, as one MLP.
+      first: the first sparse layer.
+    """
+
+    experts: int
+    top_k: int
+    inner: int
+    shared: int
+    first: int
+    top_k_key: ClassVar[str] = "moe_k"
+
+    def read(self, reader: ConfigReader, layers: int) -> MoeConfig:
+        inner = reader.count(_INNER, self.inner)
+        shared = reader.count("moe_num_shared_experts", self.shared, least=0)
+        if reader.number("moe_norm_min", 1e-12) > _MOST_LEAST_SUM:
+            expected = f"at most {_MOST_LEAST_SUM:g}, which no sum of scores reaches"
+            reader.refuse("moe_norm_min", reader.config["moe_norm_min"], expected)
+        return MoeConfig(
+            sparse=self._read_sparse(reader, layers),
+            experts=reader.count_either(("moe_num_experts", "num_experts"), self.experts),
+            intermediate_size=inner,
+            shared="shared_experts" if shared else None,
+            shared_intermediate_size=shared * inner,
+            wide_router=True,
+            keeps_router=True,
+            correction_bias=True,
+            bias_lead=(1,),
+            routing=Routing(top_k=reader.count_either((self.top_k_key, _TOP_K), self.top_k)),
+        )
+
+    def _read_sparse(self, reader: ConfigReader, layers: int) -> tuple[bool, ...]:
+        """Every `moe_layer_interval`-th layer of those from a first to a last."""
+        step = reader.count("moe_layer_interval", 1)
+        first = reader.count("moe_layer_start_index", self.first, least=0)
+        last = reader.count("moe_layer_end_index", -1, least=-1)
+        last = layers - 1 if last == -1 else last
+        return tuple((i + 1) % step == 0 and first <= i <= last for i in range(layers))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HunyuanExperts:
+    """Softmax over all experts, whose weights add up to 1, and a shared one: Hunyuan-A13B.
+
+    Attributes:
+      experts, top_k: as in `SoftmaxExperts`. Files may state a number for each layer.
+    """
+
+    experts: int
+    top_k: int
+    top_k_key: ClassVar[str] = "moe_topk"
+
+    def read(self, reader: ConfigReader, layers: int) -> MoeConfig:
+        inner = reader.count("intermediate_size")
+        reader.require(_INNER, inner)
+        return MoeConfig(
+            sparse=(True,) * layers,
+            experts=reader.count_alike("num_experts", self.experts),
+            intermediate_size=inner,
+            shared="shared_mlp",
+            shared_intermediate_size=inner,
+            routing=Routing(top_k=reader.count_alike(self.top_k_key, self.top_k)),
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class DeepseekExperts:
     """The routing of DeepSeek-V3 (https://arxiv.org/abs/2412.19437): dots.llm1 and GLM-4-MoE.
 
@@ -190,11 +269,13 @@ def read_moe(reader: ConfigReader, rule: ExpertRule | None, layers: int) -> MoeC
     faults = len(reader.reasons)
     moe = rule.read(reader, layers)
     if len(reader.reasons) == faults:
-        check_choice(reader, moe.experts, moe.routing)
+        check_choice(reader, moe.experts, moe.routing, getattr(rule, "top_k_key", _TOP_K))
     return moe
 
 
-def check_choice(reader: ConfigReader, experts: int, routing: Routing) -> None:
+def check_choice(
+    reader: ConfigReader, experts: int, routing: Routing, top_k_key: str = _TOP_K
+) -> None:
     """Refuse groups that do not divide the experts, and more choices than there are experts."""
     groups, size = routing.groups, experts // routing.groups
     if experts % groups:
@@ -203,7 +284,7 @@ def check_choice(reader: ConfigReader, experts: int, routing: Routing) -> None:
         reader.refuse("n_group", groups, "groups of at least 2 experts")
     elif routing.top_k > size * routing.top_groups:
         expected = f"at most {size * routing.top_groups}, the experts to choose from"
-        reader.refuse(_TOP_K, routing.top_k, expected)
+        reader.refuse(top_k_key, routing.top_k, expected)
 
 
 def _read_scoring(reader: ConfigReader, names: Mapping[str, str]) -> str:

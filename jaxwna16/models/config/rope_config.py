@@ -68,12 +68,14 @@ class RopeRule:
       aliases: names of "default" in older files.
       absent: the parameters where config.json has none.
       scales_queries: whether queries are scaled by their position, see `query_scales`.
+      stretches: whether an `alpha` may stretch the base, see `read_stretched`.
     """
 
     unread: tuple[str, ...] = ()
     aliases: tuple[str, ...] = ()
     absent: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     scales_queries: bool = False
+    stretches: bool = False
 
 
 PLAIN = RopeRule()
@@ -188,6 +190,31 @@ def read_rotated(reader: ConfigReader, layers: int) -> tuple[bool, ...]:
         reader.refuse("no_rope_layers", given, expected)
         return (True,) * layers
     return tuple(n == 1 for n in given[:layers])
+
+
+def read_stretched(
+    reader: ConfigReader, max_positions: int, theta: float, head_dim: int
+) -> RopeConfig | None:
+    """The rope of a family whose "dynamic" one may have an `alpha` (Hunyuan); None if it has none.
+
+    Such a rope depends on no length: of it, theta alpha^(d / (d - 2)) is the base, d = head_dim.
+    All else that may stand beside `alpha` is not read, as in transformers.
+    """
+    where, given = _find_rope(reader)
+    if not isinstance(given, Mapping) or not given.get("alpha"):
+        return None
+    if given.get("rope_type", given.get("type")) != "dynamic":
+        return None
+    alpha, theta = given["alpha"], given.get("rope_theta", reader.config.get("rope_theta", theta))
+    if not is_positive(theta, 1.0, _MAX_THETA):
+        reader.refuse("rope_theta", theta, f"a number above 1 and at most {_MAX_THETA:g}")
+        theta = 1e4
+    largest = (_MAX_THETA / theta) ** ((head_dim - 2) / head_dim)
+    if not is_positive(alpha, 1.0, largest) or head_dim <= 2:
+        reader.refuse(f"{where}.alpha", alpha, f"a number from 1 to {largest:g}")
+        alpha, head_dim = 1.0, 4
+    base = theta * alpha ** (head_dim / (head_dim - 2))
+    return RopeConfig(rope_type="default", theta=base, original_max_positions=max_positions)
 
 
 def _refuse_unread(

@@ -15,7 +15,13 @@ from jaxwna16.models.config.language_config import (
     read_saved_dtype,
     refuse_others,
 )
-from jaxwna16.models.config.rope_config import PLAIN, RopeRule, read_rope, read_rotary_dim
+from jaxwna16.models.config.rope_config import (
+    PLAIN,
+    RopeRule,
+    read_rope,
+    read_rotary_dim,
+    read_stretched,
+)
 
 
 def read_stated(
@@ -50,6 +56,7 @@ def read_stated(
         reader.refuse("is_causal", False, "only causal attention")
     sizes = _read_sizes(reader, states_kv_heads, head_dim)
     head_dim, positions = sizes["head_dim"], sizes["max_position_embeddings"]
+    stretched = read_stretched(reader, positions, rope_theta, head_dim) if rope.stretches else None
     return sizes | {
         "model_type": reader.config["model_type"],
         "vocab_size": reader.count("vocab_size"),
@@ -58,7 +65,7 @@ def read_stated(
         "rms_norm_eps": reader.number("rms_norm_eps", rms_norm_eps),
         "tie_word_embeddings": reader.flag("tie_word_embeddings", tied),
         "activation": read_activation(reader, activations),
-        "rope": read_rope(reader, positions, rope_theta, rope),
+        "rope": stretched or read_rope(reader, positions, rope_theta, rope),
         "dtype": read_saved_dtype(reader),
         "eos_token_ids": read_eos(reader),
     }

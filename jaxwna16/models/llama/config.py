@@ -24,6 +24,9 @@ class LlamaConfig(LanguageConfig):
       qkv_bias, out_bias, mlp_bias: which linears have a bias.
       qk_norm: whether queries and keys are normalised.
       norms_across: whether all heads together are, not each (MiniMax-M2).
+      norms_last: whether heads are, after they are rotated (Hunyuan).
+      paired: whether neighbouring features of a head are rotated together, not halves (ERNIE 4.5).
+      wide_rope: whether cosines and sines are float32 in every model (ERNIE 4.5).
       rotated: per layer, whether it rotates heads.
       windows: per layer, how many tokens a query sees (itself included), or None for all before it.
     """
@@ -34,6 +37,9 @@ class LlamaConfig(LanguageConfig):
     qk_norm: bool
     rotated: tuple[bool, ...]
     norms_across: bool
+    norms_last: bool
+    paired: bool
+    wide_rope: bool
     windows: tuple[int | None, ...]
 
     @classmethod
@@ -76,6 +82,9 @@ class LlamaConfig(LanguageConfig):
             rotated=rotated,
             windows=read_windows(reader, family.windows, layers, rotated),
             norms_across=family.norms_across,
+            norms_last=family.norms_last,
+            paired=family.paired,
+            wide_rope=family.wide_rope,
             moe=read_moe(reader, family.experts, layers),
             prediction_layers=reader.count(
                 family.prediction_key,

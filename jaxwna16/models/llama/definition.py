@@ -5,6 +5,8 @@ Sparse layers are in `jaxwna16.models.parts.moe`.
 
 from __future__ import annotations
 
+import jax.numpy as jnp
+
 from jaxwna16.models.causal_lm import CausalLM
 from jaxwna16.models.config.rope_config import RopeConfig
 from jaxwna16.models.llama.config import LlamaConfig
@@ -29,6 +31,8 @@ class DecoderLayer(Layer):
             out_bias=config.out_bias,
             norm=RMSNorm if config.qk_norm else None,
             norms_across=config.norms_across,
+            norms_last=config.norms_last,
+            paired=config.paired,
         )
         self.post_attention_layernorm = RMSNorm(hidden, eps, dtype=linears.dtype)
         if config.moe is not None and config.moe.sparse[layer]:
@@ -51,8 +55,15 @@ class LlamaDecoder(Decoder):
         return [self.config.rope if has_rope else None for has_rope in self.config.rotated]
 
 
+class WideLlamaDecoder(LlamaDecoder):
+    """The same with float32 cosines and sines: products of a rotation round once."""
+
+    rope_dtype = jnp.float32
+
+
 class Llama(CausalLM):
     """One of these as a language model; arguments as `CausalLM`."""
 
     def __init__(self, config: LlamaConfig, *arguments, **options):
-        super().__init__(LlamaDecoder, config, *arguments, **options)
+        decoder = WideLlamaDecoder if config.wide_rope else LlamaDecoder
+        super().__init__(decoder, config, *arguments, **options)

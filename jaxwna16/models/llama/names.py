@@ -10,4 +10,10 @@ NAMES = {
     r"(?<=\.)block_sparse_moe(?=\.)": "mlp",
     # beside the router in MiniMax-M2
     r"(?<=\.mlp\.)(?=e_score_correction_bias$)": "gate.",
+    # of ERNIE 4.5, in files and in transformers
+    r"(?<=\.mlp\.)(gate\.)?moe_statics(?=\.)": "gate",
+    # of Hunyuan
+    r"(?<=\.mlp\.gate)\.wg(?=\.|$)": "",
+    r"(?<=\.self_attn\.)query_layernorm(?=\.|$)": "q_norm",
+    r"(?<=\.self_attn\.)key_layernorm(?=\.|$)": "k_norm",
 }

@@ -11,7 +11,9 @@ from typing import Any
 
 from jaxwna16.models.config.moe_config import (
     DeepseekExperts,
+    ErnieExperts,
     ExpertRule,
+    HunyuanExperts,
     SigmoidExperts,
     SoftmaxExperts,
 )
@@ -27,6 +29,9 @@ from jaxwna16.models.config.windows import (
 Rule = bool | tuple[str, bool]
 """A fact of a family, or the key of `config.json` that states it and its default."""
 _ATTENTION_BIAS = ("attention_bias", False)
+_USE_BIAS = ("use_bias", False)
+_HUNYUAN = {"mlp_bias": False, "use_cla": False, "use_qk_norm": True}
+"""What files of Hunyuan state and transformers' class does not have."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,6 +44,9 @@ class Relative:
       qkv_bias, out_bias, mlp_bias: which linears have a bias.
       qk_norm: whether queries and keys are normalised.
       norms_across: whether all heads together are, not each.
+      norms_last: whether each is after it is rotated, not before.
+      paired: whether neighbouring features of a head are rotated together, not halves.
+      wide_rope: whether cosines and sines are float32 in every model.
       states_kv_heads: whether `num_key_value_heads` must be there; otherwise there are as many as
         `num_attention_heads` where it is absent. Where it is null, there always are.
       head_dim: None is hidden_size / num_attention_heads.
@@ -62,6 +70,9 @@ class Relative:
     mlp_bias: Rule = False
     qk_norm: Rule = False
     norms_across: bool = False
+    norms_last: bool = False
+    paired: bool = False
+    wide_rope: bool = False
     states_kv_heads: bool = True
     head_dim: int | None = None
     rms_norm_eps: float = 1e-6
@@ -123,6 +134,27 @@ RELATIVES = {
         mlp_bias=("mlp_bias", False),
         head_dim=128,
     ),
+    "ernie4_5": Relative(
+        qkv_bias=_USE_BIAS,
+        out_bias=_USE_BIAS,
+        mlp_bias=_USE_BIAS,
+        paired=True,
+        wide_rope=True,
+        head_dim=128,
+        rms_norm_eps=1e-5,
+        rope_theta=5e5,
+        tied=True,
+    ),
+    "hunyuan_v1_dense": Relative(
+        qkv_bias=_ATTENTION_BIAS,
+        out_bias=_ATTENTION_BIAS,
+        qk_norm=True,
+        norms_last=True,
+        rope=RopeRule(stretches=True),
+        states_kv_heads=False,
+        rms_norm_eps=1e-5,
+        required=_HUNYUAN,
+    ),
     "mixtral": Relative(
         rms_norm_eps=1e-5,
         rope_theta=1e6,
@@ -161,6 +193,32 @@ RELATIVES = {
         qk_norm=True,
         windows=WindowRule(size=4096, slides=slide_from, max_window_layers=62),
         experts=DeepseekExperts(inner=1408),
+    ),
+    "ernie4_5_moe": Relative(
+        paired=True,
+        wide_rope=True,
+        rms_norm_eps=1e-5,
+        rope_theta=5e5,
+        tied=True,
+        experts=ErnieExperts(experts=64, top_k=6, inner=1536, shared=2, first=1),
+        required={"use_bias": False},  # the head would have one, too, and experts none
+    ),
+    "hunyuan_v1_moe": Relative(
+        qkv_bias=_ATTENTION_BIAS,
+        out_bias=_ATTENTION_BIAS,
+        qk_norm=True,
+        norms_last=True,
+        rope=RopeRule(stretches=True),
+        states_kv_heads=False,
+        rms_norm_eps=1e-5,
+        experts=HunyuanExperts(experts=1, top_k=1),
+        required=_HUNYUAN
+        | {
+            "moe_layer_num_skipped": 0,
+            "norm_topk_prob": True,
+            "num_shared_expert": 1,
+            "use_mixed_mlp_moe": True,
+        },
     ),
     "glm4_moe": Relative(
         qkv_bias=_ATTENTION_BIAS,

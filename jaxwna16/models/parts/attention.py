@@ -43,6 +43,7 @@ class SelfAttention(nnx.Module):
       qkv_bias, out_bias: which linears have a bias.
       norm: the class of the norms of queries and keys, or None.
       norms_across: whether a norm is of all heads together, and not of each.
+      norms_last: whether a head is normalised after it is rotated.
       gated: whether the result is multiplied by the sigmoid of a gate: rows of `q_proj` are, of
         each head, those of the query and then those of the gate.
       paired: whether neighbouring features are rotated together, see `rotate`.
@@ -58,6 +59,7 @@ class SelfAttention(nnx.Module):
         out_bias: bool = False,
         norm: type[RMSNorm] | None = None,
         norms_across: bool = False,
+        norms_last: bool = False,
         gated: bool = False,
         paired: bool = False,
     ):
@@ -80,6 +82,7 @@ class SelfAttention(nnx.Module):
             kv_heads=config.num_key_value_heads,
             gated=gated,
             norms_across=norms_across,
+            norms_last=norms_last,
             scale=config.attention_scale,
             paired=paired,
             softcap=config.attention_softcap,

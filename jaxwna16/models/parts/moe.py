@@ -82,14 +82,17 @@ class Router(nnx.Module):
 
     Attributes:
       weight: [E, H].
-      e_score_correction_bias: float32 [E], counts for the choice of experts and not for their
-        weights; None without. It is no `nnx.Param`, since the loss has no gradient in it.
+      e_score_correction_bias: float32 [E], in some files [1, E], counts for the choice of experts
+        and not for their weights; None without. It is no `nnx.Param`, since the loss has no
+        gradient in it.
     """
 
     def __init__(self, moe: MoeConfig, hidden: int, *, dtype):
+        dtype = jnp.float32 if moe.keeps_router else dtype
         self.weight = nnx.Param(jnp.zeros((moe.experts, hidden), dtype))
+        shape = (*moe.bias_lead, moe.experts)
         self.e_score_correction_bias = (
-            nnx.Variable(jnp.zeros(moe.experts, jnp.float32)) if moe.correction_bias else None
+            nnx.Variable(jnp.zeros(shape, jnp.float32)) if moe.correction_bias else None
         )
         self.wide = moe.wide_router
 
@@ -101,8 +104,9 @@ class Router(nnx.Module):
         return multiply(x, weight).astype(x.dtype)
 
     def read_bias(self) -> Array | None:
-        """The correction bias, if there is one."""
-        return None if self.e_score_correction_bias is None else self.e_score_correction_bias[...]
+        """The correction bias [E], if there is one."""
+        bias = self.e_score_correction_bias
+        return None if bias is None else bias[...].reshape(-1)
 
 
 class FloatStack(nnx.Module):

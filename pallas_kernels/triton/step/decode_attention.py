@@ -62,6 +62,7 @@ class Task:
     gated: bool
     scale: float
     softcap: float | None = None
+    norms_last: bool = False
 
     @property
     def block_heads(self) -> int:
@@ -95,6 +96,7 @@ def attend_token(
     window: int | None,
     gated: bool,
     paired: bool = False,
+    norms_last: bool = False,
     scale: float | None = None,
     softcap: float | None = None,
     division: Division | None = None,
@@ -105,7 +107,7 @@ def attend_token(
     Args:
       q: [B, H * D]; gated: [B, H * 2D], of each head D features of the query and D of its gate.
       k, v: [B, kv_heads * D].
-      q_norm, k_norm: of each head, before it is rotated.
+      q_norm, k_norm: of each head.
       rotation: cosines and sines [B, R / 2] of the position: the first R <= D features of a head
         are rotated. In the cache's dtype each product is rounded, in float32 only the result. Its
         scale is [B] in the cache's dtype. None rotates nothing.
@@ -116,6 +118,7 @@ def attend_token(
       window: how many slots a token sees, its own among them; None for all.
       gated: the result is multiplied by sigmoid(gate).
       paired: neighbouring features are rotated together, and not the halves of the first R.
+      norms_last: a head is normalised after it is rotated, and not before.
       scale, softcap: of the scores, see `pallas_kernels.formulas.heads.Heads`.
       division: None for the rule's choice.
       interpret: run as ordinary XLA operations, slowly but on any device, instead of on a GPU.
@@ -136,6 +139,7 @@ def attend_token(
         gated=gated,
         scale=head_dim**-0.5 if scale is None else scale,
         softcap=softcap,
+        norms_last=norms_last,
     )
     _check(task, q, k, v, (q_norm, k_norm), position.shape[0], cache_k, cache_v)
     if division is None:
@@ -267,10 +271,11 @@ def _attend_split(
     first_feature = jnp.full((1, 1), kv_head * features.head_dim, jnp.int32)
     column = features.own[0]
 
-    query = load_head(q, row, starts[:, None], features, rotation, q_norm, dtype)
+    own = functools.partial(load_head, rotation=rotation, dtype=dtype, norm_last=task.norms_last)
+    query = own(q, row, starts[:, None], features, norm=q_norm)
     if scale_ref is not None:
         query = (query.astype(jnp.float32) * scale_ref[row].astype(jnp.float32)).astype(dtype)
-    key = load_head(k, row, first_feature, features, rotation, k_norm, dtype, is_first)
+    key = own(k, row, first_feature, features, norm=k_norm, wanted=is_first)
     mask = features.inside[0]
     value = load_sum(v, row, first_feature[0] + column, mask & is_first).astype(dtype)
 

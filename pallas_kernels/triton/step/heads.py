@@ -74,6 +74,7 @@ def load_head(
     norm: Norm | None,
     dtype: Any,
     wanted: jax.Array | None = None,
+    norm_last: bool = False,
 ) -> jax.Array:
     """Some heads of one row of a product, normalised and rotated, in `dtype`; padding is 0.
 
@@ -83,6 +84,7 @@ def load_head(
       rotation: references to cosines and sines [B, R / 2]; None if no feature is rotated.
       norm: whose weight is a reference.
       wanted: whether to load anything, or get zeros.
+      norm_last: whether to normalise after the rotation.
 
     Returns:
       [G, D padded].
@@ -93,19 +95,28 @@ def load_head(
     mask = features.inside if wanted is None else features.inside & wanted
     mask = jnp.broadcast_to(mask, shape)
     heads = [load_sum(parts, row, starts + column, mask).astype(dtype) for column in columns]
-    if norm is not None:
-        wide = heads[0].astype(jnp.float32)
-        mean = jnp.sum(wide * wide, axis=1) / features.head_dim
-        factor = lax.rsqrt(mean + norm.eps)[:, None]
-        heads = [
-            _scale(x, factor, norm, column, features.inside)
-            for x, column in zip(heads, columns, strict=True)
-        ]
-    if rotation is None:
-        return heads[0]
-    x, other = heads
-    turned = _turn(x, other, row, features, rotation)
-    return jnp.where(jnp.broadcast_to(own < features.rotated, shape), turned, x)
+    if norm is not None and not norm_last:
+        heads = _normalise(heads, columns, norm, features)
+    if rotation is not None:
+        x, other = heads
+        turned = _turn(x, other, row, features, rotation)
+        heads = [jnp.where(jnp.broadcast_to(own < features.rotated, shape), turned, x)]
+    if norm is not None and norm_last:
+        heads = _normalise(heads, [own], norm, features)
+    return heads[0]
+
+
+def _normalise(
+    heads: list[jax.Array], columns: list[jax.Array], norm: Norm, features: Features
+) -> list[jax.Array]:
+    """Heads [G, D padded], and the same with their features in another order, of those columns."""
+    wide = heads[0].astype(jnp.float32)
+    mean = jnp.sum(wide * wide, axis=1) / features.head_dim
+    factor = lax.rsqrt(mean + norm.eps)[:, None]
+    return [
+        _scale(x, factor, norm, column, features.inside)
+        for x, column in zip(heads, columns, strict=True)
+    ]
 
 
 def _scale(

@@ -25,6 +25,7 @@ KEPT = (
     "embed_tokens",
     "lm_head",
     "mlp.gate",
+    "mlp.gate.wg",
     "block_sparse_moe.gate",
     "block_sparse_moe.router.layer",
     "shared_expert_gate",
@@ -75,7 +76,8 @@ def write_folders(
             continue
         if path == name or weight.ndim != 2 or path.endswith(KEPT) or ignored:
             packed[name] = weight
-            named = weight.ndim == 2 and not path.endswith("embed_tokens") and not ignored
+            named = path != name and weight.ndim == 2
+            named = named and not path.endswith("embed_tokens") and not ignored
             kept += [path] if named else []
             continue
         own = down_args if down_args is not None and is_down(path) else args

@@ -86,6 +86,8 @@ def make_reference(name: str, seed: int = 0, **changes):
                 tensor.copy_(center + 0.3 * torch.randn(tensor.shape))
             elif path.endswith(("mlp.gate.weight", "block_sparse_moe.router.weight")):
                 tensor.copy_(0.3 * torch.randn(tensor.shape))
+            elif path.endswith("moe_statics.e_score_correction_bias"):
+                tensor.copy_(0.05 * torch.randn(tensor.shape))
     return model.float().eval()
 
 
@@ -98,9 +100,17 @@ def list_tensors(reference) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def cast_weights(reference, dtype: torch.dtype):
-    """A transformers model with weights of a dtype, as it loads them: buffers stay float32."""
+    """A transformers model with weights of a dtype, as it loads them: a few stay float32."""
     buffers = {name: buffer.clone() for name, buffer in reference.named_buffers()}
+    wide = getattr(reference, "_keep_in_fp32_modules_strict", None) or ()
+    kept = {
+        name: weight.detach().clone()
+        for name, weight in reference.named_parameters()
+        if any(part in name for part in wide)
+    }
     reference.to(dtype)
+    for name, weight in kept.items():
+        reference.get_parameter(name).data = weight
     for name, buffer in buffers.items():
         path, _, last = name.rpartition(".")
         setattr(reference.get_submodule(path), last, buffer)

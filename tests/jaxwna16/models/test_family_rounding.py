@@ -99,7 +99,11 @@ def test_rotated_keys_round_as_those_of_transformers(model_type, monkeypatch):
         turned.append(rotate(*arguments, **options)[1])
         return rotate(*arguments, **options)
 
-    monkeypatch.setattr(module, "apply_rotary_pos_emb", record)
+    if model.model.layers[0].self_attn.heads.norms_last:
+        norm = layers["model.layers.0.self_attn.k_norm"]
+        norm.register_forward_hook(lambda _, __, keys: turned.append(keys))
+    else:
+        monkeypatch.setattr(module, "apply_rotary_pos_emb", record)
     tokens = random_tokens(1, LENGTH)
     with torch.no_grad():
         cast_weights(reference, torch.bfloat16)(torch.from_numpy(tokens).long())

@@ -17,6 +17,7 @@ from pallas_kernels import QuantSpec
 from tests.jaxwna16.models.family_rows import BASES
 from tests.jaxwna16.models.hf_models import (
     SPARSE,
+    cast_weights,
     choose_experts,
     convert,
     make_reference,
@@ -45,7 +46,8 @@ def test_the_chosen_experts_and_their_weights_are_those_of_transformers(family):
 def test_in_bfloat16_the_router_is_as_wide_as_that_of_transformers(family):
     reference = make_reference(family)
     model = convert(reference, dtype=jnp.bfloat16)
-    (layer, router), *_ = record_routers(reference.to(torch.bfloat16), random_tokens(4, 32)).items()
+    cast_weights(reference, torch.bfloat16)
+    (layer, router), *_ = record_routers(reference, random_tokens(4, 32)).items()
     gate = model.model.layers[layer].mlp.gate
     logits = gate(jnp.asarray(router.hidden, jnp.bfloat16))
     assert logits.dtype == (jnp.float32 if model.config.moe.wide_router else jnp.bfloat16)

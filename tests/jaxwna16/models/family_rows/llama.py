@@ -23,6 +23,7 @@ MULTIPLIERS = {
     "logits_scaling": 6.5,
 }
 """Of Granite."""
+ERNIE = {"moe_num_experts": 8, "moe_k": 2, "moe_intermediate_size": 48}
 
 
 def scaled_queries(beta: float) -> dict:
@@ -137,6 +138,29 @@ ROWS: dict[str, Row] = {
         },
         group_size=32,
     ),
+    "ernie4_5": Row(
+        is_repeated=True,
+        variants={
+            "": {"head_dim": 32},
+            "all biases, not tied": {
+                "head_dim": 16,
+                "use_bias": True,
+                "tie_word_embeddings": False,
+            },
+        },
+        group_size=32,
+        bfloat16={},
+    ),
+    "hunyuan_v1_dense": Row(
+        is_repeated=True,
+        variants={
+            "": {"head_dim": 32},
+            "tied, all biases": {"tie_word_embeddings": True, "attention_bias": True},
+            "stretched rope": {**rope("dynamic", alpha=50.0, factor=1.0), "head_dim": 16},
+        },
+        group_size=32,
+        bfloat16={},
+    ),
     "mixtral": Row(
         variants={
             "": {"num_local_experts": 8},
@@ -210,6 +234,29 @@ ROWS: dict[str, Row] = {
                 "head_dim": 32,
             },
         },
+    ),
+    "ernie4_5_moe": Row(
+        is_repeated=True,
+        variants={
+            "": {**ERNIE, "head_dim": 32, "tie_word_embeddings": False},
+            "every other layer sparse, none shared": {
+                **ERNIE,
+                "num_hidden_layers": 4,
+                "moe_num_shared_experts": 0,
+                "moe_layer_interval": 2,
+                "moe_layer_end_index": 2,
+            },
+        },
+        group_size=32,
+        bfloat16={"moe_k": 8},
+    ),
+    "hunyuan_v1_moe": Row(
+        is_repeated=True,
+        variants={
+            "": {"num_experts": 8, "moe_topk": 2, "head_dim": 32},
+            "a list of top 3 of 4": {"num_experts": 4, "moe_topk": [3, 3]},
+        },
+        group_size=32,
     ),
     "glm4_moe": Row(
         variants={

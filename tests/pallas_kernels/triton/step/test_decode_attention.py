@@ -57,6 +57,7 @@ def _run(arguments, step: Step, division: Division):
         window=step.window,
         gated=step.gated,
         paired=step.paired,
+        norms_last=step.norms_last,
         scale=step.scale if step.whole else None,
         softcap=step.softcap,
         division=division,
@@ -117,6 +118,7 @@ def list_steps() -> list[tuple[Step, Division]]:
             scales=rng.choice((False, True)),
             dtype=rng.choice(("bfloat16", "float16")),
             softcap=2.0 if head_dim in (80, 256) else None,
+            norms_last=head_dim in (112, 192, 512),
         )
         steps.append((step, rng.choice((TWO, ONE, Division(splits=4, block=32)))))
     return steps
@@ -130,7 +132,18 @@ def test_a_step_is_within_the_bound_of_attention_in_float64(step, division):
 def test_the_steps_that_always_run_have_every_kind():
     always = [step for step, _ in list_steps()[::6]]
     assert {step.norm for step in always} == {"", "rounded", "offset", "wide"}
-    for field in ("window", "gated", "bias", "wide", "dtype", "paired", "scales", "softcap"):
+    kinds = (
+        "window",
+        "gated",
+        "bias",
+        "wide",
+        "dtype",
+        "paired",
+        "scales",
+        "softcap",
+        "norms_last",
+    )
+    for field in kinds:
         assert len({getattr(step, field) for step in always}) == 2
     assert {step.parts for step in always} == {1, 2, 3}
 
