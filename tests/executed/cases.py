@@ -140,6 +140,7 @@ def _list_for(arch: str) -> Iterator[Case]:
         yield AddNorm(arch, 2, 96, dtype, splits=3, early=early)
         yield AddNorm(arch, 3, 1024, dtype, late=early, early="")
         yield AddNorm(arch, 2, 128, dtype, splits=2, top_k=8, shared=True, early=early)
+    yield AddNorm(arch, 3, 320, _B, splits=2, late="offset", early="offset", factor=0.22)
     yield AddNorm(arch, 1, 4096, _B, splits=8)
     yield from (PieceAttention(arch, *facts, **more) for facts, more in _list_pieces())
     yield from (Routed(arch, *facts, **more) for facts, more in _list_routed())
@@ -181,6 +182,7 @@ def _list_pieces() -> Iterator[tuple[tuple, dict]]:
         (((256,), (6,), _DTYPES), {}),
         (((256,), (2,), (_B,)), {"window": 100, "blocks": 1}),
         (((512,), (8,), (_B,)), {}),
+        (((256,), (2,), (_B,)), {"softcap": 3.0, "window": 100}),
     )
     for axes, more in grids:
         for facts in itertools.product(*axes):
@@ -200,6 +202,7 @@ def _list_attention() -> Iterator[tuple[tuple, dict]]:
         (((64,), (40,), (_B,)), {"splits": 2, "gated": True}),
         (((64, 128), (4, 16), _DTYPES), {"whole": True, "splits": 2}),
         (((64,), (4, 16), (_B,)), {"whole": True}),
+        (((256,), (2,), (_B,)), {"softcap": 3.0, "splits": 2, "window": 90}),
     )
     for axes, more in grids:
         for facts in itertools.product(*axes):
