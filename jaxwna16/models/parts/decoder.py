@@ -64,6 +64,10 @@ class Decoder(nnx.Module):
         """Per layer, the rope that turns its heads, or None where nothing does."""
         return [self.config.rope] * len(self.layers)
 
+    def make_tables(self, rope: RopeConfig, positions: Array, dtype: Any) -> tuple[Array, Array]:
+        """Cosines and sines of positions [B, S], for a stream of `dtype`."""
+        return rotation_tables(rope, self.config.rotary_dim, positions, self.rope_dtype or dtype)
+
     def make_cache(self, batch: int, slots: int) -> Cache:
         """An empty cache for `slots` tokens of each row."""
         return tuple(layer.make_cache(batch, slots) for layer in self.layers)
@@ -72,13 +76,12 @@ class Decoder(nnx.Module):
         self, tokens: Array, start: Array, count: Array, cache: Cache | None
     ) -> tuple[Array, Cache]:
         """As `CausalLM.hidden`; without a cache, a piece that is whole rows."""
-        config = self.config
         positions = find_positions(start, count, tokens.shape[1])
         x = self.embed_tokens(tokens)
         ropes = self.list_ropes()
         # one table each: layers that share a rope share it, too
         tables = {
-            rope: rotation_tables(rope, config.rotary_dim, positions, self.rope_dtype or x.dtype)
+            rope: self.make_tables(rope, positions, x.dtype)
             for rope in dict.fromkeys(ropes)
             if rope is not None
         }

@@ -6,13 +6,15 @@ fails where a row is missing.
 
 from __future__ import annotations
 
-from tests.jaxwna16.models.family_rows import llama, olmo2, qwen3_5
+from tests.jaxwna16.models.family_rows import cohere, llama, olmo2, qwen3_5
 from tests.jaxwna16.models.family_rows.row import SMALL as SMALL
 from tests.jaxwna16.models.family_rows.row import Changes
 from tests.jaxwna16.models.family_rows.row import Row as Row
 
 ROWS: dict[str, Row] = {
-    model_type: row for family in (llama, olmo2, qwen3_5) for model_type, row in family.ROWS.items()
+    model_type: row
+    for family in (llama, olmo2, qwen3_5, cohere)
+    for model_type, row in family.ROWS.items()
 }
 
 
