@@ -48,7 +48,7 @@ def _run(arguments, step: Step, division: Division):
         *map(Parts, sums, biases),
         q_norm=norms[0],
         k_norm=norms[1],
-        rotation=Rotation(*rotation),
+        rotation=None if rotation is None else Rotation(*rotation),
         position=position,
         active=active,
         cache_k=caches[0],
