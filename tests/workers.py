@@ -45,7 +45,7 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     node = getattr(report, "node", None)
     if node is None or node.shutting_down:
         return
-    waiting = _find_session(node).sched.workqueue
+    waiting = getattr(_find_session(node).sched, "workqueue", None)  # only with loadfile
     if waiting and getattr(report, "kept_mb", 0) > node.config.getoption("--replace-above"):
         _leaving.add(node)
         node.shutdown()
