@@ -30,7 +30,7 @@ import jax
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-pytest_plugins = ["tests.memory"]
+pytest_plugins = ["tests.memory", "tests.workers"]
 
 ORACLES = ("accelerate", "compressed_tensors", "torch", "transformers")
 """What the extra `oracle` brings."""

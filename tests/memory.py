@@ -28,6 +28,7 @@ _PEAKS = "peaks_mb"
 _M_MMAP_THRESHOLD = -3  # malloc.h
 _peaks: list[tuple[int, int]] = []
 _resident_mb = LIMIT_MB // 2
+_kept_mb = 0
 
 if sys.platform == "linux":
     # Arrays from 1 MB on go back when they are freed; glibc's own bound rises to 32 MB as they are
@@ -47,16 +48,33 @@ def pytest_xdist_auto_num_workers() -> int:
     return max(1, min(os.cpu_count() or 1, _read_available_mb() // LIMIT_MB, 8))
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_collection_finish() -> None:
+    """Let no collection look again at modules and tests: they are many, and live until the end."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> Iterator[None]:
     """Give memory back after the last test of each file, and within large ones."""
-    global _resident_mb
+    global _resident_mb, _kept_mb
     outcome = yield
     is_last = nextitem is None or nextitem.path != item.path
     if is_last or _read_resident_mb() > _resident_mb + _STEP_MB:
         _give_back()
         _resident_mb = _read_resident_mb()
+    if is_last:
+        _kept_mb = _resident_mb
     return outcome
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+    """Say what the file before left, for which `tests.workers` replaces this process."""
+    report = yield
+    report.kept_mb = _kept_mb
+    return report
 
 
 @pytest.hookimpl(trylast=True)

@@ -27,6 +27,7 @@ class AddNorm:
       late, early: kinds of norms, "" for none.
       top_k: experts of a row, 0 for an ordinary product, which has a bias if it is split.
       shared: whether shared experts with a gate are added.
+      factor: of what is added to the stream; 0 is none.
     """
 
     arch: str
@@ -38,6 +39,7 @@ class AddNorm:
     early: str = "rounded"
     top_k: int = 0
     shared: bool = False
+    factor: float = 0.0
 
     @property
     def kind(self) -> str:
@@ -67,7 +69,7 @@ class AddNorm:
                 for weight, kind in zip(weights, (self.late, self.early), strict=True)
             )
             experts = Experts(local, _HELD, *(shared or ())) if self.top_k else None
-            product, onto = Parts(sums, bias), Onto(residual, *norms)
+            product, onto = Parts(sums, bias), Onto(residual, *norms, factor=self.factor or 1.0)
             found = finish_rows(product, onto, experts, interpret=interpret)
             return tuple(x for x in found if x is not None)
 
@@ -75,6 +77,8 @@ class AddNorm:
         stream = self._add(sums, bias, local, shared).round_to(dtype)
         if self.late:
             stream = stream.normalise(weights[0], _EPS, self.late, dtype)
+        if self.factor:
+            stream = stream.times(self.factor).round_to(dtype)
         stream = stream.add(residual.astype(np.float64)).round_to(dtype)
         expected = [stream]
         if self.early:

@@ -42,6 +42,7 @@ class Attention:
 
     Attributes:
       rotated: R, all of a head if 0.
+      softcap: of the scores; 0 is none.
       the rest: as in `Step`.
     """
 
@@ -59,6 +60,7 @@ class Attention:
     wide: bool = False
     parts: int = 1
     whole: bool = False
+    softcap: float = 0.0
 
     @property
     def kind(self) -> str:
@@ -87,6 +89,7 @@ class Attention:
             self.parts,
             self.dtype,
             self.whole,
+            softcap=self.softcap or None,
         )
 
     def prepare(self) -> Work:
@@ -105,6 +108,7 @@ class Attention:
             step.window,
             step.gated,
             step.scale,
+            step.softcap,
         )
         return AttentionWork(
             functools.partial(_attend, norm=step.norm, task=task, division=division),

@@ -67,19 +67,19 @@ KINDS: dict[str, tuple[str, Edit]] = {
     ),
     "mask removed": (r"@%p\d+ (st\.global\S+)", r"\1"),
     "mask turned round": (r"@(%p\d+) (st\.global\S+)", r"@!\1 \2"),
-    "bytes of a masked copy": (r"(selp\.b32\s+%r\d+, )(4|8|16)(, 0, %p\d+;)", r"\1\2, \2, %p0;"),
+    "bytes of a masked copy": (r"(selp\.b32\s+%r\d+, )(4|8|16)(, )0(, %p\d+;)", r"\1\2\3\2\4"),
+    "mask of a copy removed": (r"(cp\.async\.c[ag]\S+ .*, 0x\w+), %p\d+;", r"\1;"),
     "sums swapped": (r"(mma\S+\s+\{ ?)(%r\d+)(, )(%r\d+)", r"\1\4\3\2"),
     "factors swapped": (r"(mma\S+ \{[^}]*\}, \{ ?)(%r\d+)(,\s*)(%r\d+)", r"\1\4\3\2"),
     "sums of a group not multiplied": (
         r"fma\.rn\.f32 (%\w+), (%\w+), (%\w+), (%\w+);",
         r"mov.b32 \1, \2;",
     ),
-    "mask of a copy removed": (r"(cp\.async\.c[ag]\S+ .*, 0x\w+), %p\d+;", r"\1;"),
-    "mask of a tail later": (r"(setp\.lt\.s32\s+%p\d+, %r\d+, )(\d{3,});", _add_eight),
+    "mask of a tail later": (r"(setp\.(?:lt|gt)\.s32\s+%p\d+, %r\d+, )(\d{3,});", _add_eight),
 }
 """What is changed: a pattern of one line, and what stands there then."""
-ONE_COMPILER = {"bytes of a masked copy": "0.10", "mask of a copy removed": "0.12"}
-"""Kinds that stand in the code of one version of jax alone: how the others mask copies."""
+MASKS_OF_COPIES = {"bytes of a masked copy", "mask of a copy removed"}
+"""Kinds of which a compiler's code has one: jax 0.10 masks by the bytes, 0.12 by a predicate."""
 
 
 def join_lines(text: str) -> str:
@@ -122,6 +122,15 @@ def _explain_group(mutation: Mutation, original: str, _) -> str:
     covered = closed[: len(closed) - left]
     joins = mutation.line in covered[:-1]
     return "its copies join the next group, and the first wait is for both" if joins else ""
+
+
+def _explain_copy(mutation: Mutation, original: str, is_noticed) -> str:
+    """Copies that are all inside need no mask, but must be made."""
+    lines = original.split("\n")
+    nothing = re.sub(r"(selp\S+\s+%r\d+, )\d+(?=, 0,)", r"\g<1>0", lines[mutation.line])
+    nothing = re.sub(r", %p\d+;", ", 0;", nothing) if "cp.async" in nothing else nothing
+    is_needed = is_noticed("\n".join(_replace(lines, mutation.line, nothing)))
+    return "all of these bytes are inside" if is_needed else ""
 
 
 def _explain_fence(mutation: Mutation, original: str, is_noticed) -> str:
@@ -210,6 +219,8 @@ def _replace(lines: list[str], number: int, line: str) -> list[str]:
 
 _REASONS = {
     "group of copies not closed": _explain_group,
+    "bytes of a masked copy": _explain_copy,
+    "mask of a copy removed": _explain_copy,
     "fence of the proxy dropped": _explain_fence,
     "shift by one more": _explain_shift,
     "lane changed": _explain_lane,

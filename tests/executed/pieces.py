@@ -30,6 +30,7 @@ class PieceAttention:
       kv_heads: of those.
       window: as in `attend_piece`; 0 is none.
       blocks: of slots, before the piece.
+      softcap: of the scores; 0 is none.
     """
 
     arch: str
@@ -39,6 +40,7 @@ class PieceAttention:
     kv_heads: int = 1
     window: int = 0
     blocks: int = 3
+    softcap: float = 0.0
 
     @property
     def kind(self) -> str:
@@ -63,7 +65,8 @@ class PieceAttention:
             dtype=self.dtype,
         )
         given = piece.poison()
-        run = functools.partial(_attend, window=piece.window, tiles=tiles)
+        softcap = self.softcap or None
+        run = functools.partial(_attend, window=piece.window, softcap=softcap, tiles=tiles)
         tokens = piece.is_token()[..., None]
 
         def take(output: np.ndarray) -> np.ndarray:
@@ -72,15 +75,16 @@ class PieceAttention:
             return np.where(tokens | ~np.isfinite(output.astype(np.float32)), output, 0)
 
         arrays = (given.q, given.k, given.v, given.start, given.count)
-        return Work(run, arrays, (attend_exactly(piece),), take, False)
+        return Work(run, arrays, (attend_exactly(piece, softcap=softcap),), take, False)
 
 
-def _attend(q, k, v, start, count, *, window, tiles, interpret=False) -> jax.Array:
+def _attend(q, k, v, start, count, *, window, softcap, tiles, interpret=False) -> jax.Array:
     return attend_piece(
         *map(jnp.asarray, (q, k, v)),
         start=start,
         count=count,
         window=window,
+        softcap=softcap,
         tiles=tiles,
         interpret=interpret,
     )

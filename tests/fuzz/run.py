@@ -170,8 +170,9 @@ those have tests of their own (`tests/loaders/test_faults.py` shows each kind of
 
 The GPU kernels are proved in another way: their PTX, compiled for sm_80 to sm_100a, is executed on
 a CPU, where it gives the right numbers and breaks no rule but one, on sm_100a with jax 0.12
-([executed.md](executed.md) explains it). Not proved are NVIDIA's assembler, the weak order of
-memory, and the rounding of tensor cores.
+([executed.md](executed.md) explains it); a wait, fence, barrier, mask, shift or product that is
+dropped or changed on purpose is noticed, or a test says why it changes nothing. Not proved are
+NVIDIA's assembler, the weak order of memory, and the rounding of tensor cores.
 
 ## What became of the mutants
 

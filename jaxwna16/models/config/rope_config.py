@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from jaxwna16.models.config.config_reader import MAX_COUNT, ConfigReader, is_positive
+from jaxwna16.models.config.config_reader import MAX_COUNT, ConfigReader, Section, is_positive
 
 _MAX_THETA = 1e15
 _FACTORS = (1e-6, 1e6)  # of the frequencies: float32 divides by products of two of them
@@ -30,6 +30,8 @@ _BETA = "llama_4_scaling_beta"
 MROPE = ("mrope_section", "mrope_interleaved")
 """They deal the frequencies out to positions in time, height and width. For text all three are the
 same number."""
+_NEW, _OLD = "rope_parameters", "rope_scaling"
+_FULL, _SLIDING = "full_attention", "sliding_attention"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -175,6 +177,36 @@ def read_rope(
         query_beta=_read_beta(reader, where, values) if rule.scales_queries else 0.0,
         **{key: values[key] for key in (*_OPTIONAL, *_NEEDED[rope_type]) if key in values},
     )
+
+
+def divide_rope(reader: ConfigReader) -> tuple[Any, Any]:
+    """The rope parameters of layers that see all tokens, and those of layers with a window.
+
+    `rope_parameters` has a part for each. In older files `rope_scaling` is of layers that see all
+    tokens.
+    """
+    given, scaling = (reader.config.get(key) or {} for key in (_NEW, _OLD))
+    parts = given if isinstance(given, Mapping) else {_NEW: given}
+    if parts.keys() - {_FULL, _SLIDING}:
+        reader.refuse(_NEW, given, f"one set of parameters for {_FULL} and one for {_SLIDING}")
+    elif given and scaling:
+        reader.refuse(_OLD, scaling, f"nothing beside {_NEW}")
+    elif isinstance(scaling, Mapping) and scaling and "rope_type" not in scaling:
+        # transformers then scales nothing, others do
+        reader.refuse(_OLD, scaling, "a rope_type")
+    else:
+        return parts.get(_FULL) or scaling, parts.get(_SLIDING) or {}
+    return {}, {}
+
+
+def replace_rope(reader: ConfigReader, part: Any, section: str = "", **others: Any) -> ConfigReader:
+    """A reader of the same with one set of rope parameters, and with these other keys.
+
+    Args:
+      section: what stands before the keys in its reasons, beside the reader's own.
+    """
+    config = {**reader.given, _OLD: None, _NEW: part, **others}
+    return ConfigReader(Section(config, reader.section + section))
 
 
 def read_rotated(reader: ConfigReader, layers: int) -> tuple[bool, ...]:

@@ -63,11 +63,6 @@ def slide_every_other_until(layer: int, last: int) -> bool:
     return layer % 2 == 0 and layer < last
 
 
-def slide_every_other(layer: int, last: int) -> bool:
-    """Windows in the first layer and in every other after it."""
-    return layer % 2 == 0
-
-
 def read_windows(
     reader: ConfigReader, rule: Windows, layers: int, rotated: Sequence[bool] = ()
 ) -> tuple[int | None, ...]:

@@ -108,7 +108,9 @@ def fit_model(plan: Plan, *, dtype: Any, backend: str | None) -> Fit:
     fused = find_fused(plan, kinds)
     specs = divide_specs(plan.specs, fused)
     reordered = _list_reordered(plan, fused)
-    has_head = config.tie_word_embeddings or not _are_headless(parts)
+    has_head = config.tie_word_embeddings or not _are_headless(
+        rename(part, names) for part in parts
+    )
     options = {"dtype": dtype, "backend": backend, "has_head": has_head}
     model = _make_abstract(family, config, specs, reordered, **options)
     places = list_leaves(model)

@@ -6,14 +6,19 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from jaxwna16.models.config.config_reader import ConfigReader, Section
+from jaxwna16.models.config.config_reader import ConfigReader
 from jaxwna16.models.config.language_config import LanguageConfig
-from jaxwna16.models.config.rope_config import RopeConfig, read_rope, read_rotary_dim
+from jaxwna16.models.config.rope_config import (
+    RopeConfig,
+    divide_rope,
+    read_rope,
+    read_rotary_dim,
+    replace_rope,
+)
 from jaxwna16.models.config.stated import check_reasons, read_stated
 from jaxwna16.models.config.windows import WindowRule, Windows, read_windows
 
-_FULL, _SLIDING = "full_attention", "sliding_attention"
-_NEW, _OLD, _THETA = "rope_parameters", "rope_scaling", "rope_theta"
+_THETA = "rope_theta"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -110,31 +115,19 @@ class Olmo2Config(LanguageConfig):
 def _divide(config: Mapping[str, Any]) -> tuple[ConfigReader, tuple[ConfigReader, ...]]:
     """Readers of the configuration of layers that see all tokens, and of the sliding ones.
 
-    `rope_parameters` has a part for each. In older files `rope_theta` is of both, and
-    `rope_scaling` of layers that see all tokens.
+    In older files `rope_theta` is of both.
     """
     whole = ConfigReader(config)
-    given, scaling = (whole.config.get(key) or {} for key in (_NEW, _OLD))
-    parts = given if isinstance(given, Mapping) else {_NEW: given}
-    if parts.keys() - {_FULL, _SLIDING}:
-        whole.refuse(_NEW, given, f"one set of parameters for {_FULL} and one for {_SLIDING}")
-    elif given and scaling:
-        whole.refuse(_OLD, scaling, f"nothing beside {_NEW}")
-    elif isinstance(scaling, Mapping) and scaling and "rope_type" not in scaling:
-        # transformers then scales nothing, others do
-        whole.refuse(_OLD, scaling, "a rope_type")
-    theta, part = whole.config.get(_THETA, 5e5), parts.get(_SLIDING)
-    if theta != 5e5 and not (isinstance(part, Mapping) and _THETA in part):
+    full, sliding = divide_rope(whole)
+    theta = whole.config.get(_THETA, 5e5)
+    has_own = isinstance(sliding, Mapping) and _THETA in sliding
+    if not whole.reasons and theta != 5e5 and not has_own:
         # transformers then takes 500000 for the sliding layers, others take this
-        whole.refuse(_THETA, theta, f"500000, or {_NEW} with a {_THETA} for {_SLIDING}")
-    if whole.reasons:
-        parts, scaling, config = {}, {}, {**config, _THETA: None}
-    full, sliding = (
-        ConfigReader(Section({**config, _OLD: None, _NEW: part}, whole.section + section))
-        for part, section in (
-            (parts.get(_FULL) or scaling, ""),
-            (parts.get(_SLIDING), f"{_SLIDING}: "),
-        )
-    )
-    full.reasons += whole.reasons
-    return full, (sliding,)
+        expected = f"500000, or rope_parameters with a {_THETA} for sliding_attention"
+        whole.refuse(_THETA, theta, expected)
+    others = {}
+    if whole.reasons:  # what they refuse is not refused once more
+        full, sliding, others = {}, {}, {_THETA: None}
+    reader = replace_rope(whole, full, **others)
+    reader.reasons += whole.reasons
+    return reader, (replace_rope(whole, sliding, "sliding_attention: ", **others),)

@@ -16,12 +16,10 @@ import jax.numpy as jnp
 from jaxwna16.models.causal_lm import CausalLM
 from jaxwna16.models.config.rope_config import RopeConfig
 from jaxwna16.models.olmo2.config import Olmo2Config
-from jaxwna16.models.parts.attention import LayerCache, SelfAttention
+from jaxwna16.models.parts.attention import SelfAttention
 from jaxwna16.models.parts.decoder import Decoder
-from jaxwna16.models.parts.decoder_layer import Layer
+from jaxwna16.models.parts.decoder_layer import Layer, Norms
 from jaxwna16.models.parts.layers import MLP, LateRMSNorm, Linears, RMSNorm
-from jaxwna16.models.parts.piece import Following, Piece, Stream
-from pallas_kernels.formulas.norms import Onto
 
 
 class DecoderLayer(Layer):
@@ -46,19 +44,10 @@ class DecoderLayer(Layer):
         self.mlp = MLP(hidden, config.intermediate_size, False, linears, f"{path}.mlp")
         self.post_feedforward_layernorm = make_norm(hidden, eps, dtype=linears.dtype)
 
-    def __call__(
-        self, stream: Stream, piece: Piece, cache: LayerCache | None, following: Following
-    ) -> tuple[Stream, LayerCache | None]:
-        norm, words = self.post_attention_layernorm.norm, self.mlp.list_words()
-        onto = Onto(stream.x, late=norm, ahead=words)
-        stream, cache = self.self_attn(stream.taken, piece, cache, onto)
-        onto = Onto(
-            stream.x,
-            late=self.post_feedforward_layernorm.norm,
-            early=following.norm,
-            ahead=following.ahead,
+    def find_norms(self) -> Norms:
+        return Norms(
+            mixed=self.post_attention_layernorm.norm, added=self.post_feedforward_layernorm.norm
         )
-        return Stream(*self.mlp.run_onto(stream.taken, onto)), cache
 
 
 class Exaone4Layer(DecoderLayer):

@@ -14,7 +14,7 @@ Array = jax.Array
 
 
 class Norms(NamedTuple):
-    """The norms of a layer after its first part; None is none.
+    """The norms of a layer from its mixer on; None is none.
 
     Attributes:
       mixed: of what the mixer gives, before it is added to the stream.
@@ -32,7 +32,7 @@ class Layer(nnx.Module):
 
     A family's subclass makes `self_attn` (or states `mixer`), `mlp`, and norms: `input_layernorm`
     and `post_attention_layernorm` are of what each of the two takes. Where norms are elsewhere, it
-    has a `find_norms` of its own.
+    states them in `find_norms`.
 
     Attributes:
       residual_multiplier: of what each of the two adds.
@@ -53,7 +53,7 @@ class Layer(nnx.Module):
         return self.mixer.make_cache(batch, slots)
 
     def find_norms(self) -> Norms:
-        """The norms within the layer; `input_layernorm`, before it, is of the decoder."""
+        """The norms from the mixer on. What comes before, `input_layernorm`, the decoder runs."""
         return Norms(mlp=self.post_attention_layernorm.norm)
 
     def __call__(

@@ -25,7 +25,7 @@ class Piece:
     """What a layer is told of the tokens.
 
     Attributes:
-      rotation: of the positions, see `make_rotation`; None where the layer does not rotate heads.
+      rotation: of the positions; None where the layer does not rotate heads.
       start: int32 [B], how many tokens of each row come before.
       lengths: int32 [B], how many tokens of each row are no padding.
       window: how many tokens each attends to, itself included; None is all before it.

@@ -35,6 +35,8 @@ KEPT = (
 PARALLEL = {
     "input_linear.weight": ("gate_proj", "up_proj"),
     "output_linear.weight": ("down_proj",),
+    "experts.gate_up_proj": ("gate_proj", "up_proj"),
+    "experts.down_proj": ("down_proj",),
 }
 """Ends of the names of stacks of experts that are no joint projections -> what their rows are."""
 
@@ -105,7 +107,7 @@ def write_folders(
 
 
 def _pack_parallel(name: str, floats: dict, args: QuantizationArgs) -> dict:
-    """The experts of Granite one by one, as llm-compressor takes their stacks apart.
+    """The experts of a stack one by one, as llm-compressor takes them apart.
 
     Args:
       name: of a stack in `floats`, where it is replaced by what its packed weights stand for.

@@ -78,8 +78,9 @@ def _list_weights(config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]
         if isinstance(module, torch.nn.Linear)
     }
     biases = [pair for pair in model.named_buffers() if pair[0].endswith("_correction_bias")]
-    # all have a head, tied or not
-    for name, tensor in [*model.named_parameters(remove_duplicate=False), *biases]:
+    # a head that is tied by the class alone is in the published files
+    is_tied = config.get("tie_word_embeddings", False)
+    for name, tensor in [*model.named_parameters(remove_duplicate=is_tied), *biases]:
         shape = tuple(tensor.shape)
         if ".experts." in name:  # llm-compressor takes stacks apart, as transformers saves them
             yield from _separate(name, shape)

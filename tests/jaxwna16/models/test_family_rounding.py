@@ -80,7 +80,11 @@ def test_norms_round_as_those_of_transformers(model_type, dtype):
 
 @pytest.mark.parametrize(
     "model_type",
-    [pytest.param(name, marks=[pytest.mark.thorough] if name in ALIKE else []) for name in ROWS],
+    [
+        pytest.param(name, marks=[pytest.mark.thorough] if is_alike else [])
+        for name, row in ROWS.items()
+        for is_alike in [name in ALIKE or row.is_repeated]
+    ],
 )
 def test_rotated_keys_round_as_those_of_transformers(model_type, monkeypatch):
     """Of one layer, whose projection only chooses features, so that it does not round."""

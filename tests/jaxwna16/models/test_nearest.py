@@ -36,7 +36,9 @@ def test_a_model_of_another_name_is_nearest_to_its_own_family():
         found = find_nearest({**text, "model_type": "unknown"}, READS)
         assert found is not None and not found.refused, file.name
         own = find_family(config)
-        assert find_family({"model_type": found.model_type}).model == own.model, file.name
+        near = next(family for family in FAMILIES if found.model_type in family.model_types)
+        # a plain one is read by several
+        assert not found.unread or near.model == own.model, file.name
 
 
 def test_the_parts_that_the_nearest_lacks_are_named_with_their_keys():

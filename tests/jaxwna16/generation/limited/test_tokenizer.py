@@ -72,23 +72,34 @@ REPEATED = {
     **TEMPLATE,
     "single": [{"Sequence": {"id": "A", "type_id": 0}}] * 10**5,
 }
-LONG = [[chr(0x100 + i) * 10**4, -1.0] for i in range(400)]
+
+
+def make_deep_vocabulary() -> list[list]:
+    return [[chr(0x100 + i) * 10**4, -1.0] for i in range(400)]
+
+
+# Made when they are asked for, since some are megabytes
 WITHOUT_END = {
-    "a normalizer that doubles": chain("normalizer", "normalizers", GROW, 40),
-    "one that grows a thousand times": chain(
+    "a normalizer that doubles": lambda: chain("normalizer", "normalizers", GROW, 40),
+    "one that grows a thousand times": lambda: chain(
         "normalizer", "normalizers", GROW | {"content": "a" * 1000}, 3
     ),
-    "one that writes where nothing is": chain(
+    "one that writes where nothing is": lambda: chain(
         "normalizer", "normalizers", GROW | {"pattern": {"Regex": ""}}, 40
     ),
-    "bytes written as characters again and again": chain(
+    "bytes written as characters again and again": lambda: chain(
         "pre_tokenizer", "pretokenizers", BYTES, 40
     ),
-    "a template that repeats the text": write(post_processor=REPEATED),
-    "a pattern that is cubic": write(pre_tokenizer=split(CUBIC)),
-    "a pattern that is exponential": write(pre_tokenizer=split(r"(?:a|a)+(?!a)(?<!a)")),
-    "a vocabulary that is a deep tree": write(
-        model={"type": "Unigram", "unk_id": 0, "vocab": LONG, "byte_fallback": False}
+    "a template that repeats the text": lambda: write(post_processor=REPEATED),
+    "a pattern that is cubic": lambda: write(pre_tokenizer=split(CUBIC)),
+    "a pattern that is exponential": lambda: write(pre_tokenizer=split(r"(?:a|a)+(?!a)(?<!a)")),
+    "a vocabulary that is a deep tree": lambda: write(
+        model={
+            "type": "Unigram",
+            "unk_id": 0,
+            "vocab": make_deep_vocabulary(),
+            "byte_fallback": False,
+        }
     ),
 }
 
@@ -103,7 +114,7 @@ def test_what_has_no_end_is_ended(tmp_path, monkeypatch, name):
     with pytest.raises(
         InputError, match=r"more than (0\.3 s|\d\.3 s|512 MB)|retry-limit"
     ) as caught:
-        tokenizer = read(tmp_path, WITHOUT_END[name])
+        tokenizer = read(tmp_path, WITHOUT_END[name]())
         assert isinstance(tokenizer.backend, LimitedTokenizer)
         tokenizer.encode("éa" + "a" * 400 + "b")
     assert str(tmp_path) in str(caught.value)

@@ -14,16 +14,16 @@ ROWS: dict[str, Row] = {
     "gemma2": Row(
         variants={
             "": {
+                "tie_word_embeddings": False,  # tied, it would find its last token likeliest
                 "head_dim": 32,
                 "query_pre_attn_scalar": 4,
                 "sliding_window": 5,
                 "attn_logit_softcapping": 3.0,
                 "final_logit_softcapping": 2.0,
             },
-            "untied, biases, both layers full, no softcaps": {
+            "tied, biases, both layers full, no softcaps": {
                 "head_dim": 16,
                 "query_pre_attn_scalar": 40,
-                "tie_word_embeddings": False,
                 "attention_bias": True,
                 "layer_types": ["full_attention"] * 2,
                 "attn_logit_softcapping": None,
@@ -33,5 +33,35 @@ ROWS: dict[str, Row] = {
         group_size=32,
         center=center_offset,
         bfloat16={},
+    ),
+    "gemma3_text": Row(
+        variants={
+            "": {
+                "tie_word_embeddings": False,  # tied, it would find its last token likeliest
+                "head_dim": 32,
+                "query_pre_attn_scalar": 40,
+                "num_hidden_layers": 3,
+                "sliding_window_pattern": 2,
+                "sliding_window": 5,
+                "rope_parameters": {
+                    "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e4},
+                    "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+                },
+            },
+            "tied, biases, capped logits, old keys": {
+                "head_dim": 16,
+                "query_pre_attn_scalar": 4,
+                "attention_bias": True,
+                "sliding_window": 4,
+                "sliding_window_pattern": 2,
+                "final_logit_softcapping": 2.0,
+                "rope_theta": 2e3,
+                "rope_local_base_freq": 50.0,
+                "rope_scaling": {"rope_type": "linear", "factor": 4.0},
+            },
+        },
+        group_size=32,
+        center=center_offset,
+        is_repeated=True,
     ),
 }

@@ -279,7 +279,7 @@ ROWS: dict[str, Row] = {
             },
         },
         group_size=32,
-        bfloat16=MULTIPLIERS,
+        is_repeated=True,
     ),
     "minimax_m2": Row(
         is_repeated=True,

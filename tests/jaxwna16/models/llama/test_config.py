@@ -116,6 +116,13 @@ def test_biases_and_norms_follow_the_family():
         "dots1": (True, True, False, True),
         "glm4_moe": (True, False, False, True),
         "minimax_m2": (False, False, False, True),
+        "granite": (True, True, True, False),
+        "granitemoe": (True, True, False, False),
+        "ministral3": (False, False, False, False),
+        "qwen2_vl_text": (True, False, False, False),
+        "qwen2_5_vl_text": (True, False, False, False),
+        "qwen3_vl_text": (True, True, False, True),
+        "qwen3_vl_moe_text": (True, True, False, True),
     }
 
 

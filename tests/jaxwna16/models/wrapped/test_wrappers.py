@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 
 import pytest
@@ -32,16 +33,21 @@ def make_config(outer: str, text: dict | None, **changes) -> dict:
     return {"model_type": outer, **(section or {}), **changes}
 
 
+def make_theirs(config: dict):
+    """transformers' configuration of a config.json."""
+    return transformers.AutoConfig.for_model(**copy.deepcopy(config))
+
+
 @pytest.mark.parametrize(("outer", "text_type"), INNER)
 def test_absent_keys_take_the_defaults_of_transformers(outer, text_type):
     text = {"model_type": text_type, **SIZES}
-    saved = transformers.AutoConfig.for_model(outer, **make_config(outer, text)).to_dict()
+    saved = make_theirs(make_config(outer, text)).to_dict()
     ours, theirs = parse_config(make_config(outer, text)), parse_config(saved)
+    assert [token for _, token in ours.media_tokens] == [token for _, token in theirs.media_tokens]
     # of the head, `test_the_head_is_the_embedding_where_transformers_says_so` says more
-    silent = {"dtype": None, "eos_token_ids": (), "tie_word_embeddings": False}
-    assert dataclasses.replace(ours, **silent, is_tie_open=False) == dataclasses.replace(
-        theirs, **silent, is_tie_open=False
-    )
+    rest = {"tie_word_embeddings": False, "is_tie_open": False, "media_tokens": ()}
+    silent = {"dtype": None, "eos_token_ids": (), **rest}
+    assert dataclasses.replace(ours, **silent) == dataclasses.replace(theirs, **silent)
 
 
 @pytest.mark.parametrize("outer", WRAPPERS)
@@ -69,7 +75,7 @@ def test_the_head_is_the_embedding_where_transformers_says_so(outer, outer_word,
     text = {"model_type": text_type, **SIZES} | ({} if inner is None else {_TIED: inner})
     beside = {} if outer_word is None else {_TIED: outer_word}
     config = make_config(outer, text, **beside)
-    theirs = transformers.AutoConfig.for_model(outer, **config).tie_word_embeddings
+    theirs = make_theirs(config).tie_word_embeddings
     ours = parse_config(config)
     assert (
         ours.tie_word_embeddings == theirs
@@ -148,8 +154,7 @@ def test_every_spelling_of_a_name_has_its_place(outer):
     for prefix in SPELLINGS[outer]:
         assert rename(f"{prefix}layers.3.mlp.up_proj", names) == "model.layers.3.mlp.up_proj"
         assert rename(f"{prefix}norm.weight", names) == "model.norm.weight"
-    whole = SPELLINGS[outer][0].removesuffix("model.").removesuffix("language_model.")
-    head = f"{whole}lm_head" if outer != "mistral3" else "language_model.lm_head"
+    head = "language_model.lm_head" if outer == "mistral3" else "lm_head"
     assert rename(head, names) == rename("lm_head", names) == "lm_head"
 
 

@@ -48,7 +48,7 @@ def _run(arguments, step: Step, division: Division):
         *map(Parts, sums, biases),
         q_norm=norms[0],
         k_norm=norms[1],
-        rotation=Rotation(*rotation),
+        rotation=None if rotation is None else Rotation(*rotation),
         position=position,
         active=active,
         cache_k=caches[0],
@@ -261,6 +261,7 @@ def test_the_rule_divides_a_cache_that_nobody_divided():
         ({"kv_heads": 3}, "each key head"),
         ({"window": 0}, "window"),
         ({"kind": "narrow"}, "norms of a kind"),
+        ({"kind": "centered"}, "norms of a kind"),
         ({"rotated": 32}, "rotated"),
     ],
 )
