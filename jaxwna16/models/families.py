@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from jaxwna16.errors import ModelError
+from jaxwna16.models.cohere import config as cohere_config
 from jaxwna16.models.config.config_reader import ConfigReader
 from jaxwna16.models.config.fused import ListFused, fuse_nothing
 from jaxwna16.models.config.language_config import LanguageConfig
@@ -85,6 +86,11 @@ FAMILIES = (
         model_types=("exaone4",),
         read=olmo2_config.Olmo2Config.from_dict,
         model="jaxwna16.models.olmo2.definition:Exaone4",
+    ),
+    Family(
+        model_types=tuple(cohere_config.KINDS),
+        read=cohere_config.CohereConfig.from_dict,
+        model="jaxwna16.models.cohere.definition:Cohere",
     ),
 )
 TEXT_TYPES = tuple(name for family in FAMILIES for name in family.model_types)

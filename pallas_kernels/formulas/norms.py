@@ -1,4 +1,4 @@
-"""Root mean square norms, and the residual stream that a product is added to.
+"""Norms, and the residual stream that a product is added to.
 
     x' = residual + factor late(y)    y the product, rounded to the stream's dtype
     h  = early(x')                    what the next product takes
@@ -16,7 +16,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-KINDS = ("rounded", "offset", "wide")
+ROOT_KINDS = ("rounded", "offset", "wide")
+"""They divide by a root mean square."""
+KINDS = (*ROOT_KINDS, "centered")
 
 
 @functools.partial(
@@ -24,14 +26,15 @@ KINDS = ("rounded", "offset", "wide")
 )
 @dataclasses.dataclass(frozen=True)
 class Norm:
-    """x / sqrt(mean(x^2) + eps) times a weight, in one of three ways of rounding.
+    """x / sqrt(mean(x^2) + eps) times a weight, in one of three ways of rounding; or centered.
 
     Attributes:
       weight: [N].
       eps: of the formula.
       kind: "rounded": normalised in float32, rounded, then times the weight in the dtype of x
         (Llama); "offset": times 1 + weight in float32, rounded once (Qwen3.5); "wide": times the
-        weight in float32, rounded once (OLMo 2).
+        weight in float32, rounded once (OLMo 2); "centered": the same of x - mean(x), a layer norm
+        without bias (Cohere).
     """
 
     weight: jax.Array
@@ -72,7 +75,10 @@ def normalise(x: jax.Array, eps: float) -> jax.Array:
 
 def apply_norm(x: jax.Array, norm: Norm) -> jax.Array:
     """The norm of x [..., N] over its last axis, in the dtype of x."""
-    return apply_weight(normalise(x, norm.eps), norm.weight, norm.kind, x.dtype)
+    wide = x.astype(jnp.float32)
+    if norm.kind == "centered":
+        wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
+    return apply_weight(normalise(wide, norm.eps), norm.weight, norm.kind, x.dtype)
 
 
 def apply_weight(normalised: jax.Array, weight: jax.Array, kind: str, dtype) -> jax.Array:

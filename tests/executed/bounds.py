@@ -77,6 +77,8 @@ class Bounded:
         or, if the normalised numbers are rounded by themselves, two. A kernel may also go on with
         what it had before it rounded x.
         """
+        if kind == "centered":
+            return self._center().normalise(weight, eps, "wide", dtype)
         wide = weight.astype(np.float64) + (kind == "offset")
         size = np.sqrt(np.mean(self.value**2, axis=-1, keepdims=True) + eps)
         moved = np.sqrt(np.mean(self.error**2, axis=-1, keepdims=True)) / size
@@ -85,6 +87,13 @@ class Bounded:
         found = Bounded(normal, error)._round(40 * U)
         found = found.round_to(dtype) if kind == "rounded" else found
         return Bounded(found.value * wide, found.error * np.abs(wide)).round_to(dtype)
+
+    def _center(self) -> Bounded:
+        """The difference from the mean over the last axis, whose sum has at most 40 units, too."""
+        moved = self.error.mean(-1, keepdims=True)
+        moved = moved + 40 * U * (np.abs(self.value).mean(-1, keepdims=True) + moved)
+        exact = self.value - self.value.mean(-1, keepdims=True)
+        return Bounded(exact, self.error + moved)._round(U)
 
     def round_to(self, dtype) -> Bounded:
         """Once, to a 16-bit dtype; float32 stays."""

@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 from collections.abc import Iterator
 
+from pallas_kernels.formulas.norms import KINDS as NORMS
 from pallas_kernels.tiles.tiles import Tiles
 from tests import gpu_aot
 from tests.executed.add_norm import AddNorm
@@ -78,6 +79,7 @@ def list_core() -> list[Case]:
         Grouping("sm_100a", 8, 140, 8),
         AddNorm("sm_80", 3, 320, _F, late="wide", early=""),
         AddNorm("sm_90a", 2, 96, _B, splits=3),
+        AddNorm("sm_90a", 2, 80, _F, late="centered", early="centered"),
         AddNorm("sm_100a", 2, 128, _B, splits=2, top_k=4, shared=True, early="offset"),
         *_list_core_attention(),
         PieceAttention("sm_80", 64, 4, _B, window=40),
@@ -136,7 +138,7 @@ def _list_for(arch: str) -> Iterator[Case]:
         yield Combination(arch, *facts)
     yield Combination(arch, 256, 64, _B, gated=True, parts=3)
     yield Combination(arch, 128, 4, _F, gated=True)
-    for dtype, early in itertools.product(_DTYPES, ("rounded", "offset", "wide")):
+    for dtype, early in itertools.product(_DTYPES, NORMS):
         yield AddNorm(arch, 2, 96, dtype, splits=3, early=early)
         yield AddNorm(arch, 3, 1024, dtype, late=early, early="")
         yield AddNorm(arch, 2, 128, dtype, splits=2, top_k=8, shared=True, early=early)

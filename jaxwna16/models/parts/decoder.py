@@ -13,6 +13,7 @@ from jaxwna16.models.config.rope_config import RopeConfig
 from jaxwna16.models.parts.layers import Embedding, Linears
 from jaxwna16.models.parts.piece import Following, Piece, Stream, find_positions
 from jaxwna16.models.parts.rope import make_rotation
+from pallas_kernels.formulas.rotation import Rotation
 from pallas_kernels.tiles.ahead import choose_ahead
 from pallas_kernels.tiles.device import find_device
 
@@ -70,6 +71,10 @@ class Decoder(nnx.Module):
         """Per layer, the rope that turns its heads, or None where nothing does."""
         return [self.config.rope] * len(self.layers)
 
+    def make_rotation(self, rope: RopeConfig, positions: Array, dtype: Any) -> Rotation:
+        """Of tokens at positions [B, S], in a stream of `dtype`."""
+        return make_rotation(rope, self.config.rotary_dim, positions, dtype, self.rope_dtype)
+
     def make_cache(self, batch: int, slots: int) -> Cache:
         """An empty cache for `slots` tokens of each row."""
         return tuple(layer.make_cache(batch, slots) for layer in self.layers)
@@ -78,13 +83,12 @@ class Decoder(nnx.Module):
         self, tokens: Array, start: Array, count: Array, cache: Cache | None
     ) -> tuple[Array, Cache]:
         """As `CausalLM.hidden`; without a cache, a piece that is whole rows."""
-        config = self.config
         positions = find_positions(start, count, tokens.shape[1])
         x = self.embed_tokens(tokens)
         ropes = self.list_ropes()
         # one each: layers that share a rope share its tables, too
         rotations = {
-            rope: make_rotation(rope, config.rotary_dim, positions, x.dtype, self.rope_dtype)
+            rope: self.make_rotation(rope, positions, x.dtype)
             for rope in dict.fromkeys(ropes)
             if rope is not None
         }

@@ -98,6 +98,12 @@ class LateRMSNorm(RMSNorm):
     kind = "wide"
 
 
+class LayerNorm(RMSNorm):
+    """(x - mean) / sqrt(variance + eps) * weight, computed in float32 and rounded once."""
+
+    kind = "centered"
+
+
 class MLP(nnx.Module):
     """down(act(gate(x)) * up(x))."""
 

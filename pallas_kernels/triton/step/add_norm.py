@@ -174,5 +174,8 @@ def _add_choices(product, experts, row, columns, mask, choices: int) -> jax.Arra
 def _normalise(x: jax.Array, norm: Norm, features: int) -> jax.Array:
     """`apply_norm` of a row whose columns past the last are 0."""
     wide = x.astype(jnp.float32)
+    if norm.kind == "centered":
+        there = jnp.arange(x.size, dtype=jnp.int32) < features
+        wide = jnp.where(there, wide - jnp.sum(wide) / features, 0.0)
     factor = lax.rsqrt(jnp.sum(wide * wide) / features + norm.eps)
     return apply_weight(wide * factor, norm.weight, norm.kind, x.dtype)

@@ -22,7 +22,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.errors import BackendError
-from pallas_kernels.formulas.norms import KINDS, Norm
+from pallas_kernels.formulas.norms import ROOT_KINDS, Norm
 from pallas_kernels.formulas.rotation import Rotation
 from pallas_kernels.tiles.attention.decode_rules import (
     Division,
@@ -174,7 +174,7 @@ def _check(task: Task, q: Parts, k: Parts, v: Parts, norms, batch: int, cache_k,
         (q.features == task.kv_heads * task.group * task.stride, "whole heads of q"),
         (k.features == v.features == task.kv_heads * head_dim, "a key and a value a key head"),
         (task.features.rotated <= head_dim, "at most D rotated features"),
-        (all(n is None or n.kind in KINDS for n in norms), f"norms of a kind among {KINDS}"),
+        (all(n is None or n.kind in ROOT_KINDS for n in norms), f"norms of a kind in {ROOT_KINDS}"),
         (task.window is None or task.window >= 1, "a window of at least one slot"),
     ]
     if faults := [what for fits, what in wanted if not fits]:

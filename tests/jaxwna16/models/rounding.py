@@ -25,8 +25,12 @@ def round_to(dtype: str, values: np.ndarray) -> Both:
 
 
 def draw_exact(shape: tuple[int, ...], dtype: str, seed: int = 0) -> Both:
-    """Multiples of 1/16 up to 100/16, of which sums of squares are exact in float32."""
+    """Multiples of 1/16 up to 101/16, of which sums of squares are exact in float32.
+
+    The mean over the last axis is such a multiple, too. So the same is true of differences from it.
+    """
     integers = np.random.default_rng(seed).integers(-100, 101, shape)
+    integers -= np.arange(shape[-1]) < integers.sum(-1, keepdims=True) % shape[-1]
     return round_to(dtype, integers / 16)
 
 

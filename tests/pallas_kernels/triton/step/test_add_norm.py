@@ -36,24 +36,31 @@ def normalise(x: np.ndarray, norm: Norm, unit: float) -> tuple[np.ndarray, np.nd
     Squares are summed as a tree of 2^k terms, so the factor's relative error is at most half of
     (k + 2) u, and a few units for the quotient and the root; 40 u covers rows of up to 2^16. Then
     comes one rounding to 16 bits or, if the normalised numbers are rounded by themselves, two. One
-    more is that of x: XLA may go on with what it rounded, or with what it had before.
+    more is that of x: XLA may go on with what it rounded, or with what it had before. Of a centered
+    norm, errors are relative to both terms of the difference.
     """
-    weight = wide(norm.weight) + (norm.kind == "offset")
-    exact = x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + norm.eps) * weight
+    weight, size = wide(norm.weight) + (norm.kind == "offset"), np.abs(x)
+    if norm.kind == "centered":
+        size = size + size.mean(axis=-1, keepdims=True)
+        x = x - x.mean(axis=-1, keepdims=True)
+    scale = weight / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + norm.eps)
     roundings = 3 if norm.kind == "rounded" else 2
-    return exact, np.abs(exact) * ((1 + unit) ** roundings * (1 + 40 * U) - 1) + 2.0**-24
+    error = size * np.abs(scale) * ((1 + unit) ** roundings * (1 + 40 * U) - 1)
+    return x * scale, error + 2.0**-24
 
 
 def add(y: np.ndarray, error: np.ndarray, onto: Onto, unit: float):
     """The stream in float64, and its bound: y rounded, its late norm, its factor, the sum rounded.
 
     A norm divides by at least half of its row's size here, so an error e of y is at most
-    4 |weight| max(e) / size behind it.
+    4 |weight| max(e) / size behind it; of a centered one twice that, since e is in the mean, too.
     """
     error = error + unit * np.abs(y) + 2.0**-25
     if onto.late is not None:
-        size = np.sqrt(np.mean(y**2, axis=-1, keepdims=True))
+        is_centered = onto.late.kind == "centered"
+        size = y.std(-1, keepdims=True) if is_centered else np.sqrt((y**2).mean(-1, keepdims=True))
         weight = np.abs(wide(onto.late.weight)) + (onto.late.kind == "offset")
+        weight = weight * (1 + is_centered)
         y, own = normalise(y, onto.late, unit)
         error = own + 4 * weight * error.max(-1, keepdims=True) / size
     if onto.factor != 1:

@@ -248,6 +248,7 @@ def test_the_rule_divides_a_cache_that_nobody_divided():
         ({"kv_heads": 3}, "each key head"),
         ({"window": 0}, "window"),
         ({"kind": "narrow"}, "norms of a kind"),
+        ({"kind": "centered"}, "norms of a kind"),
         ({"rotated": 32}, "rotated"),
     ],
 )
