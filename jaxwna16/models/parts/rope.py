@@ -23,6 +23,24 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxwna16.models.config.rope_config import RopeConfig
+from pallas_kernels.formulas.rotation import Rotation
+
+
+def make_rotation(
+    rope: RopeConfig,
+    head_dim: int,
+    positions: jax.Array,
+    dtype: jax.typing.DTypeLike,
+    table_dtype: jax.typing.DTypeLike | None = None,
+) -> Rotation:
+    """`rotation_tables` and `query_scales` of the positions.
+
+    Args:
+      dtype: of the queries.
+      table_dtype: of cosines and sines; None is the same.
+    """
+    tables = rotation_tables(rope, head_dim, positions, table_dtype or dtype)
+    return Rotation(*tables, query_scales(rope, positions, dtype))
 
 
 def rotation_tables(
@@ -56,8 +74,8 @@ def query_scales(
     """What rotated queries are multiplied by, in `dtype` [B, S]; None where they are not."""
     if not rope.query_beta:
         return None
-    lengths = jnp.floor(positions.astype(jnp.float32) / rope.original_max_positions)
-    return (1 + rope.query_beta * jnp.log(1 + lengths)).astype(dtype)
+    lengths = positions // jnp.int32(rope.original_max_positions)
+    return (1 + rope.query_beta * jnp.log(1 + lengths.astype(jnp.float32))).astype(dtype)
 
 
 def inverse_frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:
