@@ -69,6 +69,8 @@ class RopeRule:
       unread: keys of the parameters that change nothing in a text.
       aliases: names of "default" in older files.
       absent: the parameters where config.json has none.
+      rotates_parts: whether a part of a head may be rotated, where all of it is if config.json is
+        silent.
       scales_queries: whether queries are scaled by their position, see `query_scales`.
       stretches: whether an `alpha` may stretch the base, see `read_stretched`.
     """
@@ -76,6 +78,7 @@ class RopeRule:
     unread: tuple[str, ...] = ()
     aliases: tuple[str, ...] = ()
     absent: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    rotates_parts: bool = False
     scales_queries: bool = False
     stretches: bool = False
 
@@ -84,13 +87,18 @@ PLAIN = RopeRule()
 
 
 def read_rotary_dim(
-    reader: ConfigReader, head_dim: int, default: float, key: str | None = None
+    reader: ConfigReader,
+    head_dim: int,
+    default: float,
+    key: str | None = None,
+    rule: RopeRule = PLAIN,
 ) -> int:
     """How many features of a head are rotated: head_dim times `partial_rotary_factor`.
 
     Args:
       default: the factor of the family; one that rotates whole heads knows no other.
       key: what the family's files call the number itself, if they state it.
+      rule: of the family.
     """
     given = reader.config.get("partial_rotary_factor")
     _, values = _find_rope(reader)
@@ -103,7 +111,7 @@ def read_rotary_dim(
             factor = count / head_dim
         elif not is_positive(given) or int(head_dim * given) != count:
             reader.refuse("partial_rotary_factor", given, f"{key} = {count} of {head_dim}")
-    if default == 1.0 and key is None:
+    if default == 1.0 and key is None and not rule.rotates_parts:
         if factor != 1.0:
             reader.refuse("partial_rotary_factor", factor, "1.0")
         return head_dim

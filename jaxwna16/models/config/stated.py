@@ -61,7 +61,7 @@ def read_stated(
         "model_type": reader.config["model_type"],
         "vocab_size": reader.count("vocab_size"),
         "intermediate_size": reader.count("intermediate_size"),
-        "rotary_dim": read_rotary_dim(reader, head_dim, partial_rotary_factor, rotary_key),
+        "rotary_dim": read_rotary_dim(reader, head_dim, partial_rotary_factor, rotary_key, rope),
         "rms_norm_eps": reader.number("rms_norm_eps", rms_norm_eps),
         "tie_word_embeddings": reader.flag("tie_word_embeddings", tied),
         "activation": read_activation(reader, activations),

@@ -91,6 +91,9 @@ class Relative:
     is_part: bool = False
 
 
+_GLM4_EXPERTS = DeepseekExperts(
+    experts=128, top_k=8, inner=1408, shared=1, first=1, renormalize=True
+)
 _QWEN2_VL = Relative(
     qkv_bias=True,
     rms_norm_eps=1e-5,
@@ -226,9 +229,7 @@ RELATIVES = {
         rms_norm_eps=1e-5,
         partial_rotary_factor=0.5,
         windows=UNREAD,
-        experts=DeepseekExperts(
-            experts=128, top_k=8, inner=1408, shared=1, first=1, renormalize=True
-        ),
+        experts=_GLM4_EXPERTS,
         has_prediction_layers=True,
     ),
     "granite": Relative(
@@ -305,6 +306,34 @@ RELATIVES = {
         rope=RopeRule(unread=MROPE),
         windows=UNREAD,
         experts=SoftmaxExperts(experts=60, top_k=4, inner=1408, renormalize=True),
+        is_part=True,
+    ),
+    "qwen2_5_omni_text": Relative(
+        qkv_bias=True,
+        rope_theta=1e6,
+        rope=RopeRule(unread=("mrope_section",)),
+        windows=WindowRule(size=32768, has_switch=True, slides=slide_from, max_window_layers=28),
+        is_part=True,
+    ),
+    "qwen3_omni_moe_text": Relative(
+        qkv_bias=_ATTENTION_BIAS,
+        out_bias=_ATTENTION_BIAS,
+        qk_norm=True,
+        rope_theta=1e6,
+        rope=RopeRule(unread=(*MROPE, "interleaved")),
+        windows=UNREAD,
+        experts=SoftmaxExperts(experts=128, top_k=8, inner=768, norm_topk_prob=True),
+        is_part=True,
+    ),
+    "glm4v_moe_text": Relative(
+        qkv_bias=("attention_bias", True),
+        rms_norm_eps=1e-5,
+        partial_rotary_factor=0.5,
+        rope=RopeRule(unread=("mrope_section",)),
+        windows=UNREAD,
+        experts=_GLM4_EXPERTS,
+        has_prediction_layers=True,
+        required={"use_qk_norm": False},
         is_part=True,
     ),
 }

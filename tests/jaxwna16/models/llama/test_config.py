@@ -91,12 +91,14 @@ def test_windows_that_the_row_does_not_state_are_refused(planted, changes):
 
 
 def test_biases_and_norms_follow_the_family():
-    keys = {"attention_bias": True, "mlp_bias": True, "use_qk_norm": True}
+    keys = {"attention_bias": True, "mlp_bias": True}
     experts = {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2}
     facts = {
         model_type: (config.qkv_bias, config.out_bias, config.mlp_bias, config.qk_norm)
         for model_type in RELATIVES
-        for config in [parse(model_type=model_type, **keys, **experts)]
+        # the text model of GLM-4.5V has no such norms, whatever is said
+        for own in [{"use_qk_norm": model_type != "glm4v_moe_text"}]
+        for config in [parse(model_type=model_type, **keys, **own, **experts)]
     }
     assert facts == {
         "llama": (True, True, True, False),
@@ -123,6 +125,9 @@ def test_biases_and_norms_follow_the_family():
         "qwen2_5_vl_text": (True, False, False, False),
         "qwen3_vl_text": (True, True, False, True),
         "qwen3_vl_moe_text": (True, True, False, True),
+        "qwen2_5_omni_text": (True, False, False, False),
+        "qwen3_omni_moe_text": (True, True, False, True),
+        "glm4v_moe_text": (True, False, False, False),
     }
 
 
