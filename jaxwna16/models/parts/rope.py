@@ -74,8 +74,8 @@ def query_scales(
     """What rotated queries are multiplied by, in `dtype` [B, S]; None where they are not."""
     if not rope.query_beta:
         return None
-    lengths = positions // jnp.int32(rope.original_max_positions)
-    return (1 + rope.query_beta * jnp.log(1 + lengths.astype(jnp.float32))).astype(dtype)
+    lengths = jnp.floor(positions.astype(jnp.float32) / rope.original_max_positions)
+    return (1 + rope.query_beta * jnp.log(1 + lengths)).astype(dtype)
 
 
 def inverse_frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:
