@@ -61,10 +61,14 @@ class CohereDecoder(Decoder):
         return [self.config.rope if has_rope else None for has_rope in self.config.rotated]
 
     def make_tables(
-        self, rope: RopeConfig, positions: jax.Array, dtype: jax.typing.DTypeLike
+        self,
+        rope: RopeConfig,
+        positions: jax.Array,
+        dtype: jax.typing.DTypeLike,
+        lengths: jax.Array,
     ) -> tuple[jax.Array, jax.Array]:
         """Cosines and sines as numbers of `dtype`, but in float32."""
-        cos, sin = super().make_tables(rope, positions, jnp.float32)
+        cos, sin = super().make_tables(rope, positions, jnp.float32, lengths)
         digits = jnp.finfo(dtype)
         # of two casts after each other XLA would leave out both
         cos, sin = (lax.reduce_precision(table, digits.nexp, digits.nmant) for table in (cos, sin))

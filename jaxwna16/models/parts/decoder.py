@@ -71,25 +71,35 @@ class Decoder(nnx.Module):
         """Per layer, the rope that turns its heads, or None where nothing does."""
         return [self.config.rope] * len(self.layers)
 
-    def make_tables(self, rope: RopeConfig, positions: Array, dtype: Any) -> tuple[Array, Array]:
-        """Cosines and sines of positions [B, S], for a stream of `dtype`."""
-        return rotation_tables(rope, self.config.rotary_dim, positions, self.rope_dtype or dtype)
+    def make_tables(
+        self, rope: RopeConfig, positions: Array, dtype: Any, lengths: Array
+    ) -> tuple[Array, Array]:
+        """Cosines and sines of positions [B, S], for a stream of `dtype`; of `lengths` [B] tokens."""
+        dtype = self.rope_dtype or dtype
+        return rotation_tables(rope, self.config.rotary_dim, positions, dtype, lengths)
 
     def make_cache(self, batch: int, slots: int) -> Cache:
         """An empty cache for `slots` tokens of each row."""
         return tuple(layer.make_cache(batch, slots) for layer in self.layers)
 
     def __call__(
-        self, tokens: Array, start: Array, count: Array, cache: Cache | None
+        self,
+        tokens: Array,
+        start: Array,
+        count: Array,
+        cache: Cache | None,
+        length: Array | None = None,
     ) -> tuple[Array, Cache]:
         """As `CausalLM.hidden`; without a cache, a piece that is whole rows."""
         positions = find_positions(start, count, tokens.shape[1])
         x = self.embed_tokens(tokens)
-        ropes = self.list_ropes()
+        ropes, dtype = self.list_ropes(), x.dtype
+        length = start + count if length is None else length
         # one each: layers that share a rope share its tables, too
         rotations = {
             rope: Rotation(
-                *self.make_tables(rope, positions, x.dtype), query_scales(rope, positions, x.dtype)
+                *self.make_tables(rope, positions, dtype, length),
+                query_scales(rope, positions, dtype),
             )
             for rope in dict.fromkeys(ropes)
             if rope is not None
