@@ -66,6 +66,7 @@ FAMILIES = (
         read=llama_config.LlamaConfig.from_dict,
         model="jaxwna16.models.llama.definition:Llama",
         names=llama_names.NAMES,
+        list_fused=llama_names.list_fused,
     ),
     Family(
         model_types=tuple(qwen3_5_config.KINDS),

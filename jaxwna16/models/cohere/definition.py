@@ -62,10 +62,15 @@ class CohereDecoder(Decoder):
         return [self.config.rope if has_rope else None for has_rope in self.config.rotated]
 
     def make_rotation(
-        self, rope: RopeConfig, positions: jax.Array, dtype: jax.typing.DTypeLike
+        self,
+        rope: RopeConfig,
+        positions: jax.Array,
+        dtype: jax.typing.DTypeLike,
+        lengths: jax.Array,
     ) -> Rotation:
         """Cosines and sines are numbers of `dtype`, but in float32."""
-        rotation, digits = super().make_rotation(rope, positions, dtype), jnp.finfo(dtype)
+        rotation = super().make_rotation(rope, positions, dtype, lengths)
+        digits = jnp.finfo(dtype)
         # of two casts after each other XLA would leave out both
         cos, sin = (
             lax.reduce_precision(table, digits.nexp, digits.nmant)

@@ -6,9 +6,11 @@ What a row does not state, its models do not have. docs/models.md shows how one 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
+from jaxwna16.models.config.fused import Fused, fuse_gate_and_up, fuse_heads
+from jaxwna16.models.config.language_config import LanguageConfig
 from jaxwna16.models.config.moe_config import (
     DeepseekExperts,
     ErnieExperts,
@@ -61,6 +63,7 @@ class Relative:
         silent.
       has_multipliers: whether config.json states multipliers, see `read_multipliers`.
       prediction_key: what says how many do.
+      fused: what files have as one module and the definition as several, of the configuration.
       required: keys of config.json, and the one value of each that the definition serves.
       is_part: whether such a model only stands inside of a whole (`jaxwna16.models.wrapped`).
     """
@@ -87,6 +90,7 @@ class Relative:
     has_prediction_layers: bool = False
     prediction_key: str = "num_nextn_predict_layers"
     has_multipliers: bool = False
+    fused: tuple[Callable[[LanguageConfig], Fused], ...] = ()
     required: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     is_part: bool = False
 
@@ -157,6 +161,13 @@ RELATIVES = {
         states_kv_heads=False,
         rms_norm_eps=1e-5,
         required=_HUNYUAN,
+    ),
+    "phi3": Relative(
+        states_kv_heads=False,
+        rms_norm_eps=1e-5,
+        windows=WindowRule(size=None),
+        rope=RopeRule(longrope=4096),
+        fused=(fuse_heads, fuse_gate_and_up),
     ),
     "mixtral": Relative(
         rms_norm_eps=1e-5,

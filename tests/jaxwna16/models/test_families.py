@@ -170,7 +170,7 @@ def test_logits_of_a_variant_are_those_of_transformers(name):
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("name", [name for name in EXTRAS if "dynamic rope past" not in name])
+@pytest.mark.parametrize("name", [name for name in EXTRAS if "rope past" not in name])
 def test_a_variant_in_pieces_and_then_one_by_one_is_the_same(name):
     model = convert(make_reference(name))
     tokens = random_tokens(2, 24)

@@ -24,6 +24,7 @@ DENSE = (
     "mistral-small-3.2-24b",
     "devstral-small-2-24b",
     "smollm3-3b",
+    "phi-4",
 )
 LARGE = ("minimax-m2.7", "qwen3-coder-next")
 """Those with so many tensors (140,000 modules) that their headers alone take a minute."""
