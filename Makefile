@@ -19,7 +19,7 @@ endif
 # Modules are compiled once, not by each of the hundreds of processes that the tests start
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-without-torch test-newest thorough lint docs drawing lock clean bench gpu gpu-check gpu-execute gpu-step fuzz
+.PHONY: demo test test-without-torch test-newest thorough lint docs drawing lock clean bench gpu gpu-check gpu-execute gpu-step fuzz test-writers
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py
@@ -98,6 +98,12 @@ fuzz: $(VENV)/.test
 	JAX_PLATFORMS=cpu $(BIN)/python -m tests.fuzz.beside.run $(if $(SEED),--seed $(SEED)) \
 	  $(if $(MUTANTS),--mutants $(MUTANTS))
 
+# Before each release: the newest of other tools quantize SmolLM2 and a small model of each family, and what they write
+# is checked; writes docs/reliability.md. make test-writers ARGS="--writer AutoRound --model mixtral" does a part
+WRITERS := llmcompressor auto-round gptqmodel
+test-writers: $(VENV)/.test $(WRITERS:%=.venv-writers/%/.made)
+	JAX_PLATFORMS=cpu $(BIN)/python -m tests.writers.run $(ARGS)
+
 clean:
 	rm -rf .venv .venv-* .cache/programs site
 
@@ -128,6 +134,12 @@ $(VENV)/.test: $(VENV)/.test-without-torch
 	$(BIN)/pip install -q --no-compile '$(TORCH)'
 	$(BIN)/pip install -q --no-compile -e '.[oracle]'
 	touch $@
+
+# Each writer has an environment of its own, since they ask for different versions of the same packages; remove
+# .venv-writers to get newer ones. One that cannot be installed is no reason to stop: the table says that it does not start
+.venv-writers/%/.made: tests/writers/theirs/install.py
+	$(PYTHON) -m venv --clear .venv-writers/$*
+	-env -u PIP_CONSTRAINT -u PIP_BUILD_CONSTRAINT .venv-writers/$*/bin/python $< $* '$(TORCH)' && touch $@
 
 $(VENV)/.lint: $(VENV)/.test
 	$(BIN)/pip install -q -e '.[lint]'

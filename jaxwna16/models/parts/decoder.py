@@ -74,7 +74,7 @@ class Decoder(nnx.Module):
     def make_rotation(
         self, rope: RopeConfig, positions: Array, dtype: Any, lengths: Array
     ) -> Rotation:
-        """Of tokens at positions [B, S], in a stream of `dtype`; of rows of `lengths` [B] tokens."""
+        """Of tokens at positions [B, S] of rows of `lengths` [B], in a stream of `dtype`."""
         size, tables = self.config.rotary_dim, self.rope_dtype
         return make_rotation(rope, size, positions, dtype, tables, lengths)
 

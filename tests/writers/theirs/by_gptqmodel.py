@@ -1,0 +1,50 @@
+"""GPTQModel, as its documentation says: load with a configuration, quantize, save."""
+
+# pyright: reportMissingImports=false
+from __future__ import annotations
+
+import os
+from typing import Any
+
+# with 2 cores it would start one thread, and then miss the second that it needs to load a model
+os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
+
+import torch
+from gptqmodel import BACKEND, GPTQModel
+from gptqmodel.nn_modules.qlinear import BaseQuantLinear
+from gptqmodel.quantization.config import GPTQConfig, RTNConfig
+from worker import load_rows, save_logits
+
+VERSIONS = ("gptqmodel",)
+CAN_FORK = False  # its threads start with its import
+
+
+def write(order: dict[str, Any]) -> None:
+    """Quantize and save; then read it back, and note the logits of what was read."""
+    make = GPTQConfig if order["calibrated"] else RTNConfig
+    config = make(
+        bits=4,
+        group_size=order["group_size"],
+        sym=order["symmetric"],
+        offload_to_disk=False,
+        device="cpu",
+    )
+    model = GPTQModel.load(order["source"], config)
+    rows = load_rows(order) if order["calibrated"] else []
+    model.quantize([{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in rows])
+    model.save(order["folder"])
+    model = GPTQModel.load(order["folder"], device="cpu", backend=BACKEND.TORCH)
+    save_logits(order, dequantize(model.model))
+
+
+def dequantize(model: torch.nn.Module) -> torch.nn.Module:
+    """The same model in float32, with plain linears in place of packed ones."""
+    packed = [(n, m) for n, m in model.named_modules() if isinstance(m, BaseQuantLinear)]
+    for name, module in packed:
+        weight = module.dequantize_weight().T.float()
+        linear = torch.nn.Linear(*reversed(weight.shape), bias=module.bias is not None)
+        linear.weight.data = weight.contiguous()
+        if module.bias is not None:
+            linear.bias.data = module.bias.float()
+        model.set_submodule(name, linear)
+    return model
