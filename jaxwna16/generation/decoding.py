@@ -140,7 +140,7 @@ def prefill(
     takes longest to compile, may still be compiled.
     """
     trace_counts["prefill"] += 1
-    stream, cache = model.hidden(tokens, start, count, progress.cache)
+    stream, cache = model.hidden(tokens, start, count, progress.cache, progress.lengths)
     last = jnp.maximum(count - 1, 0)[:, None, None]
     newest = jnp.take_along_axis(stream, last, axis=1)[:, 0]
     hidden = jnp.where(count[:, None] > 0, newest, progress.hidden)
@@ -151,6 +151,16 @@ def prefill(
         progress._replace(hidden=hidden, cache=None),  # through a branch, a cache would be copied
     )
     return drawn._replace(cache=cache)
+
+
+@functools.partial(jax.jit, donate_argnames="progress")
+def renew(
+    model: CausalLM, tokens: Array, start: Array, count: Array, length: Array, progress: Progress
+) -> Progress:
+    """Run a piece of rows anew, as parts of rows of `length` int32 [B] tokens: the cache alone."""
+    trace_counts["renew"] += 1
+    _, cache = model.hidden(tokens, start, count, progress.cache, length)
+    return progress._replace(cache=cache)
 
 
 @functools.partial(jax.jit, donate_argnames="progress")

@@ -26,6 +26,7 @@ from jaxwna16.generation.decoding import (
     round_up,
 )
 from jaxwna16.generation.pieces import choose_piece
+from jaxwna16.generation.rope_border import Border
 from jaxwna16.models.causal_lm import CausalLM
 from jaxwna16.models.wrapped.media_tokens import list_media_faults
 from jaxwna16.programs import Compilation, foresee, is_spread, refuse_fork
@@ -147,8 +148,10 @@ def generate_tokens(
         model, prompts, options, max_new_tokens, logprobs, prefill_chunk
     )
     ready = time.perf_counter()
+    slots = round_up(max(map(len, prompts))) + round_up(max_new_tokens)
+    border = Border(model, prompts, slots, prefill_chunk)
     progress, kept, waited = _finish_rows(
-        model, progress, options, max_new_tokens, stream, compilation
+        model, progress, options, max_new_tokens, stream, compilation, border
     )
     finished = time.perf_counter()
     compilation.wait()
@@ -229,6 +232,7 @@ def _finish_rows(
     max_new_tokens: int,
     stream: Stream | None,
     compilation: Compilation,
+    border: Border,
 ) -> tuple[Progress, dict[int, int], float]:
     """Generate until all rows are done.
 
@@ -251,6 +255,7 @@ def _finish_rows(
         if done.all() or step >= max_new_tokens:
             return progress, kept, waited
         until = max_new_tokens if stream is None else min(step + steps, max_new_tokens)
+        until, progress = border.cut(step, until), border.cross(model, progress, done)
         began = time.perf_counter()
         if step == 1:
             compilation.wait("decode")

@@ -108,26 +108,29 @@ class CausalLM(nnx.Module):
         )
         linears.check_all_used(self)
 
-    def __call__(self, tokens: ArrayLike) -> Array:
+    def __call__(self, tokens: ArrayLike, lengths: Array | None = None) -> Array:
         """Logits for each token; one outside the vocabulary gives NaN.
 
         Args:
           tokens: integers [B, S], at least one; an array of JAX or NumPy, or lists.
+          lengths: int32 [B], how many tokens of each row are no padding at its end; None is all.
 
         Raises:
           InputError: if they are something else; if the model has no head; or in a process that is
             a fork of one with a checkpoint.
         """
-        return self.logits(self.hidden_states(tokens))
+        return self.logits(self.hidden_states(tokens, lengths))
 
-    def hidden_states(self, tokens: ArrayLike) -> Array:
+    def hidden_states(self, tokens: ArrayLike, lengths: Array | None = None) -> Array:
         """The normalised stream [B, S, hidden] of each token in the model's dtype.
 
         A token's depends on the tokens before it alone. So rows of several lengths can be filled up
-        at their ends with any token. A model that embeds texts takes the stream of the last token.
+        at their ends with any token; where rope depends on the length of a row (dynamic, longrope),
+        `lengths` must tell what is filled up. A model that embeds texts takes the stream of the
+        last token.
 
         Args:
-          tokens: as of a call.
+          tokens, lengths: as of a call.
 
         Raises:
           InputError: if they are something else; or in a process that is a fork of one with a
@@ -136,7 +139,8 @@ class CausalLM(nnx.Module):
         refuse_fork()
         tokens = _read_tokens(tokens, self.config.vocab_size)
         batch, steps = tokens.shape
-        start, count = jnp.zeros(batch, jnp.int32), jnp.full(batch, steps, jnp.int32)
+        start = jnp.zeros(batch, jnp.int32)
+        count = jnp.full(batch, steps, jnp.int32) if lengths is None else lengths
         hidden, _ = self.model(tokens, start, count, None)
         return hidden
 
@@ -144,7 +148,9 @@ class CausalLM(nnx.Module):
         """An empty cache for `slots` tokens of each row, in the model's dtype."""
         return self.model.make_cache(batch, slots)
 
-    def hidden(self, tokens: Array, start: Array, count: Array, cache: Any) -> tuple[Array, Any]:
+    def hidden(
+        self, tokens: Array, start: Array, count: Array, cache: Any, length: Array | None = None
+    ) -> tuple[Array, Any]:
         """Run the layers over a piece of each row. Pieces after each other are one long piece.
 
         Args:
@@ -153,12 +159,14 @@ class CausalLM(nnx.Module):
           start: int32 [B], how many tokens of each row came before the piece.
           count: int32 [B], how many tokens of each row are in it, from 0 to S.
           cache: of the tokens before. Its slots must suffice for start + count.
+          length: int32 [B], tokens of each row, of which the piece is a part, where rope depends on
+            it (Phi-3's longrope); None is start + count.
 
         Returns:
           The normalised stream [B, S, hidden] in the model's dtype, and the cache with the piece
           added.
         """
-        return self.model(tokens, start, count, cache)
+        return self.model(tokens, start, count, cache, length)
 
     def logits(self, hidden: Array) -> Array:
         """Float32 logits [..., V] of the normalised stream [..., hidden].

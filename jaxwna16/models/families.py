@@ -19,6 +19,7 @@ from jaxwna16.models.config.config_reader import ConfigReader
 from jaxwna16.models.config.fused import ListFused, fuse_nothing
 from jaxwna16.models.config.language_config import LanguageConfig
 from jaxwna16.models.gemma import config as gemma_config
+from jaxwna16.models.glm4 import config as glm4_config
 from jaxwna16.models.llama import config as llama_config
 from jaxwna16.models.llama import names as llama_names
 from jaxwna16.models.llama.relatives import PARTS, RELATIVES
@@ -65,6 +66,7 @@ FAMILIES = (
         read=llama_config.LlamaConfig.from_dict,
         model="jaxwna16.models.llama.definition:Llama",
         names=llama_names.NAMES,
+        list_fused=llama_names.list_fused,
     ),
     Family(
         model_types=tuple(qwen3_5_config.KINDS),
@@ -83,6 +85,12 @@ FAMILIES = (
         model="jaxwna16.models.gemma.definition:Gemma",
     ),
     Family(
+        model_types=tuple(glm4_config.KINDS),
+        read=glm4_config.Glm4Config.from_dict,
+        model="jaxwna16.models.glm4.definition:Glm4",
+        list_fused=glm4_config.list_fused,
+    ),
+    Family(
         model_types=("exaone4",),
         read=olmo2_config.Olmo2Config.from_dict,
         model="jaxwna16.models.olmo2.definition:Exaone4",
@@ -94,7 +102,7 @@ FAMILIES = (
     ),
 )
 TEXT_TYPES = tuple(name for family in FAMILIES for name in family.model_types)
-MODEL_TYPES = (*(name for name in TEXT_TYPES if name not in PARTS), *WRAPPERS)
+MODEL_TYPES = (*(name for name in TEXT_TYPES if name not in PARTS | glm4_config.PARTS), *WRAPPERS)
 
 
 def find_family(config: Mapping[str, Any]) -> Family:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from pallas_kernels.format.weights import check_weights
 
 
 def take_rows(
-    weights: Mapping[str, jax.Array], spec: QuantSpec, rows: jax.typing.ArrayLike
+    weights: Mapping[str, jax.Array], spec: QuantSpec, rows: jax.typing.ArrayLike | Sequence[int]
 ) -> dict[str, jax.Array]:
     """Take output features of a packed weight: all tiles, scales and zero points are per row.
 

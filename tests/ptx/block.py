@@ -48,8 +48,9 @@ class Block:
         self.number = number
         self.registers = Registers(self._program.registers, self.threads, early=self._early)
         warps = self._index // LANES
-        self.shared = Shared(self._shared_end, warps)
-        self.tensor_memory = TensorMemory(self.warps)
+        seen = np.zeros(self.warps, np.int32)
+        self.shared = Shared(self._shared_end, warps, seen)
+        self.tensor_memory = TensorMemory(seen)
         self.barriers = Barriers()
         self.copies: list[list[list[tuple]]] = [[[]] for _ in range(self.warps)]
         self.sums: list[list] = [[]]

@@ -141,13 +141,14 @@ class Shared:
       epoch: how many barriers the block has passed.
     """
 
-    def __init__(self, size: int, warps: np.ndarray):
-        """`size`: up to the last address; `warps`: of each thread."""
+    def __init__(self, size: int, warps: np.ndarray, seen: np.ndarray):
+        """`size`: up to the last address; `warps`: of each thread; `seen`: see `TensorMemory`."""
         self.size = size
         size += -size % _ROW
         self.data = np.zeros(size, np.uint8)
         self.epoch = 0
         self._tags = warps.astype(np.int64)
+        self._seen = seen
         self._writer = np.full(size, -1, np.int64)
         """epoch * 64 + warp of the last write; -1 before the first."""
         self._reader = np.full(size, -1, np.int64)
@@ -155,6 +156,8 @@ class Shared:
         self._arriving = np.zeros(size, np.bool_)
         self._unfenced = np.zeros(size, np.bool_)
         self._reading = np.zeros(size, np.int16)
+        self._product = np.zeros(size, np.int32)
+        """Number of the last product of `tcgen05` that reads it."""
 
     def read(self, addresses: np.ndarray, size: int, threads: np.ndarray | slice) -> np.ndarray:
         """uint8 [n, size]."""
@@ -219,6 +222,11 @@ class Shared:
         _rows(self._reading, size)[rows] -= 1
         _rows(self._reader, size)[rows] = 64 * self.epoch + 63
 
+    def hand_to_product(self, rows: np.ndarray, size: int, number: int) -> None:
+        """The same, but only for warps that have seen this product done."""
+        _rows(self._reading, size)[rows] -= 1
+        _rows(self._product, size)[rows] = number
+
     def is_busy(self) -> bool:
         """Whether a copy into it was never waited for."""
         return bool(self._arriving.any())
@@ -236,7 +244,8 @@ class Shared:
         memory = _rows(self.data, size)
         fine = ~_rows(self._arriving, size)[rows]
         check(fine, "shared memory is written before the wait for a copy")
-        fine = _rows(self._reading, size)[rows] == 0
+        done = _rows(self._product, size)[rows] <= self._seen[self._tags[threads]][:, None]
+        fine = done & (_rows(self._reading, size)[rows] == 0)
         check(fine, "shared memory is written while tensor cores read it")
         writer, reader = _rows(self._writer, size)[rows], _rows(self._reader, size)[rows]
         fine = (writer < start) | (writer == tags) | (memory[rows] == data)

@@ -8,9 +8,9 @@ in the background:
   Products are numbered by the commit that follows them, and every warp knows up to which number
   it, or a warp that it met at a barrier since, has seen them done;
 * between warps there must be a barrier, as for shared memory. A product needs none behind it: a
-  warp that has seen it done may touch its sums, whichever warp issued it. ("Canonical
-  synchronization patterns": the mbarrier of `tcgen05.commit` orders a product before what follows
-  the wait, in any thread.)
+  warp that has seen it done may touch its sums, and write over its factors in shared memory,
+  whichever warp issued it. ("Canonical synchronization patterns": the mbarrier of `tcgen05.commit`
+  orders a product before what follows the wait, in any thread.)
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from __future__ import annotations
 import numpy as np
 
 from tests.ptx.faults import Fault, check
-from tests.ptx.memory import Shared
 
 LANES, COLUMNS = 128, 512
 
@@ -26,7 +25,8 @@ LANES, COLUMNS = 128, 512
 class TensorMemory:
     """The tensor memory that one block sees."""
 
-    def __init__(self, warps: int):
+    def __init__(self, seen: np.ndarray):
+        """`seen`: int32 [warps], up to which number each warp has seen products done; kept here."""
         self._cells = np.zeros((LANES, COLUMNS), np.uint32)
         self._start = 0
         """64 times the epoch."""
@@ -38,10 +38,9 @@ class TensorMemory:
         """Sums -> number of their last product."""
         self._allocated = np.zeros(COLUMNS, np.bool_)
         self._may_allocate = True
-        self._seen = np.zeros(warps, np.int32)
+        self._seen = seen
         self._committed = 0
         self._phases: dict[tuple[int, int], int] = {}
-        self._reads: list[tuple[int, tuple]] = []
 
     def allocate(self, columns: int) -> int:
         """The first of so many columns. They come from the end, so that none begin at 0."""
@@ -92,7 +91,7 @@ class TensorMemory:
         at = self._find(lanes, columns)
         self._check_readable(at, warp)
         check(self._summed[at] <= self._seen[warp], "a product reads a sum that is not done")
-        self._used[at] = self._committed + 1
+        self._used[at] = self.number
         return self._cells[at]
 
     def read_sum(self, warp: int, lanes: np.ndarray, columns: np.ndarray) -> np.ndarray:
@@ -114,26 +113,22 @@ class TensorMemory:
         self._check_writable(at, warp)
         self._cells[at] = sums
         self._writer[at] = self._start + warp
-        self._summed[at] = self._shapes[shape] = self._committed + 1
+        self._summed[at] = self._shapes[shape] = self.number
 
-    def hold_shared(self, token: tuple) -> None:
-        """Shared memory that the product reads."""
-        self._reads.append((self._committed + 1, token))
+    @property
+    def number(self) -> int:
+        """That of the products since the last commit."""
+        return self._committed + 1
 
     def commit(self, address: int, phase: int) -> None:
         """Products so far are done when this phase of this mbarrier is complete."""
         self._committed += 1
         self._phases[address, phase] = self._committed
 
-    def see(self, warps: np.ndarray, address: int, phase: int, shared: Shared) -> None:
+    def see(self, warps: np.ndarray, address: int, phase: int) -> None:
         """These warps have seen it complete."""
         number = self._phases.get((address, phase), 0)
         self._seen[warps] = np.maximum(self._seen[warps], number)
-        done = self._seen.min()
-        for number, token in self._reads:
-            if number <= done:
-                shared.end_read(*token)
-        self._reads = [read for read in self._reads if read[0] > done]
 
     def pass_barrier(self) -> None:
         """Every warp knows what any has seen."""

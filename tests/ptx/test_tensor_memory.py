@@ -107,6 +107,7 @@ _LOAD = (
 )
 _ZEROS = "mov.b32 r30, 0; tcgen05.st.sync.aligned.32x32b.x16.b32 [r44], {" + "r30, " * 15 + "r30}; "
 _CLEARED = f"{_ZEROS} tcgen05.wait::st.sync.aligned; "
+_OTHER_FACTOR = "st.shared.b32 [r51], 0;"
 _AGAIN = (
     f"@p2 tcgen05.mma.cta_group::1.kind::f16 [r42], {_FACTORS}, p3; " * 2
     + f"{_COMMIT} mov.b32 r43, 1; {_WAIT.replace('again', 'once')}"
@@ -123,10 +124,17 @@ _AGAIN = (
         (f"{_WAIT} {_CLEARED} bar.sync 0; {_AGAIN} {_LOAD}", None),
         (f"{_WAIT} {_CLEARED} {_AGAIN} {_LOAD}", "another warp wrote since the last barrier"),
         (f"bar.sync 0; {_CLEARED} {_WAIT} {_LOAD}", "before the product that uses it is done"),
+        (f"{_WAIT} {_OTHER_FACTOR} {_LOAD}", None),
+        (f"{_WAIT_IN_ONE_WARP} {_OTHER_FACTOR} {_LOAD}", "written while tensor cores read it"),
+        (f"{_WAIT_IN_ONE_WARP} bar.sync 0; {_OTHER_FACTOR} {_LOAD}", None),
+        (
+            f"{_WAIT} {_OTHER_FACTOR} fence.proxy.async.shared::cta; {_AGAIN} {_LOAD}",
+            "tensor cores read what was written since the last barrier",
+        ),
     ],
 )
 def test_a_product_is_before_all_that_follows_the_wait_for_it(middle, what):
-    """Its mbarrier takes the place of a barrier of the block, for its sums and for them alone."""
+    """Its mbarrier takes the place of a barrier, for its sums and factors and for them alone."""
 
     def change(text: str) -> str:
         before, after = text.split(_COMMIT)

@@ -16,6 +16,7 @@ from flax import nnx
 
 from jaxwna16.errors import InputError, ModelError
 from jaxwna16.evaluation.lm_eval.batches import BatchSize, next_power
+from jaxwna16.models.causal_lm import CausalLM
 from jaxwna16.programs import trace_counts
 
 Scored = tuple[float, bool]
@@ -128,7 +129,10 @@ def _score(
       likely token there, int32 [B].
     """
     trace_counts["loglikelihood"] += 1
-    logits = nnx.merge(graphdef, state)(tokens).astype(jnp.float32)
+    model = nnx.merge(graphdef, state)
+    # what is padding matters where rope depends on the length of a row
+    told = (lasts + 1,) if isinstance(model, CausalLM) else ()
+    logits = model(tokens, *told).astype(jnp.float32)
     normalizers = jax.nn.logsumexp(logits, axis=-1)
     best = jnp.argmax(logits, axis=-1)
     inner = jnp.take_along_axis(logits[:, :-1], tokens[:, 1:, None], axis=-1)[..., 0]

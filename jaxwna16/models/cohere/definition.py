@@ -22,6 +22,7 @@ from jaxwna16.models.parts.decoder_layer import Layer
 from jaxwna16.models.parts.layers import MLP, LayerNorm, Linears
 from jaxwna16.models.parts.piece import Following, Piece, Stream
 from pallas_kernels.formulas.norms import Onto
+from pallas_kernels.formulas.rotation import Rotation
 
 
 class DecoderLayer(Layer):
@@ -52,7 +53,7 @@ class DecoderLayer(Layer):
 class CohereDecoder(Decoder):
     """The decoder of Command R and its successors."""
 
-    make_layer, make_norm = DecoderLayer, LayerNorm
+    make_layer, make_norm, rope_dtype = DecoderLayer, LayerNorm, jnp.float32
 
     def list_windows(self) -> tuple[int | None, ...]:
         return self.config.windows
@@ -60,15 +61,22 @@ class CohereDecoder(Decoder):
     def list_ropes(self) -> list[RopeConfig | None]:
         return [self.config.rope if has_rope else None for has_rope in self.config.rotated]
 
-    def make_tables(
-        self, rope: RopeConfig, positions: jax.Array, dtype: jax.typing.DTypeLike
-    ) -> tuple[jax.Array, jax.Array]:
-        """Cosines and sines as numbers of `dtype`, but in float32."""
-        cos, sin = super().make_tables(rope, positions, jnp.float32)
+    def make_rotation(
+        self,
+        rope: RopeConfig,
+        positions: jax.Array,
+        dtype: jax.typing.DTypeLike,
+        lengths: jax.Array,
+    ) -> Rotation:
+        """Cosines and sines are numbers of `dtype`, but in float32."""
+        rotation = super().make_rotation(rope, positions, dtype, lengths)
         digits = jnp.finfo(dtype)
         # of two casts after each other XLA would leave out both
-        cos, sin = (lax.reduce_precision(table, digits.nexp, digits.nmant) for table in (cos, sin))
-        return cos, sin
+        cos, sin = (
+            lax.reduce_precision(table, digits.nexp, digits.nmant)
+            for table in (rotation.cos, rotation.sin)
+        )
+        return rotation._replace(cos=cos, sin=sin)
 
 
 class Cohere(CausalLM):

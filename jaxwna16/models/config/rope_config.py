@@ -18,12 +18,19 @@ _NEEDED = {
     "dynamic": ("factor",),
     "yarn": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    "longrope": ("factor",),
 }
 """`rope_type` -> the keys that it must have."""
-ROPE_TYPES = tuple(_NEEDED)
+ROPE_TYPES = tuple(kind for kind in _NEEDED if kind != "longrope")
+_LONGROPE = ("longrope", "su", "yarn")
+"""What it is called in files of families that have it: older names of Phi-3's stand for it, too."""
 _OPTIONAL = ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
 _ORIGINAL = "original_max_position_embeddings"
-_OWN = {"yarn": (*_OPTIONAL, "truncate", _ORIGINAL), "llama3": (_ORIGINAL,)}
+_OWN = {
+    "yarn": (*_OPTIONAL, "truncate", _ORIGINAL),
+    "llama3": (_ORIGINAL,),
+    "longrope": ("short_factor", "long_factor", "attention_factor", _ORIGINAL),
+}
 """`rope_type` -> the keys that it may have beside those."""
 _ALWAYS = ("rope_type", "type", "rope_theta", "partial_rotary_factor")
 _BETA = "llama_4_scaling_beta"
@@ -42,8 +49,11 @@ class RopeConfig:
       theta: `rope_theta`, the base of the frequencies.
       original_max_positions: P in the formulas of `jaxwna16.models.parts.rope`; for "dynamic"
         always the model's max_position_embeddings.
-      attention_factor: multiplies cos and sin (yarn); None: 0.1 ln(factor) + 1, or by the mscales.
+      attention_factor: multiplies cos and sin (yarn, longrope); None is by the factor or, of yarn,
+        by the mscales.
       query_beta: `llama_4_scaling_beta`; 0 where queries are not scaled by their position.
+      short_factors, long_factors: what divides each frequency (longrope), in rows of up to P tokens
+        and in longer ones.
     """
 
     rope_type: str
@@ -59,6 +69,8 @@ class RopeConfig:
     mscale_all_dim: float | None = None
     truncate: bool = True
     query_beta: float = 0.0
+    short_factors: tuple[float, ...] = ()
+    long_factors: tuple[float, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,14 +81,20 @@ class RopeRule:
       unread: keys of the parameters that change nothing in a text.
       aliases: names of "default" in older files.
       absent: the parameters where config.json has none.
+      rotates_parts: whether a part of a head may be rotated, where all of it is if config.json is
+        silent.
       scales_queries: whether queries are scaled by their position, see `query_scales`.
+      longrope: of a family that has longrope, no other scaling, and may rotate a part of a head: of
+        `original_max_position_embeddings` beside the parameters.
       stretches: whether an `alpha` may stretch the base, see `read_stretched`.
     """
 
     unread: tuple[str, ...] = ()
     aliases: tuple[str, ...] = ()
     absent: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    rotates_parts: bool = False
     scales_queries: bool = False
+    longrope: int | None = None
     stretches: bool = False
 
 
@@ -84,14 +102,21 @@ PLAIN = RopeRule()
 
 
 def read_rotary_dim(
-    reader: ConfigReader, head_dim: int, default: float, key: str | None = None
+    reader: ConfigReader,
+    head_dim: int,
+    default: float,
+    key: str | None = None,
+    rule: RopeRule = PLAIN,
 ) -> int:
     """How many features of a head are rotated: head_dim times `partial_rotary_factor`.
 
     Args:
-      default: the factor of the family; one that rotates whole heads knows no other.
+      default: the factor of the family.
       key: what the family's files call the number itself, if they state it.
+      rule: of the family. One that states no part of a head knows no other factor than 1.
     """
+    may_be_part = rule.rotates_parts or rule.longrope is not None
+    is_whole = default == 1.0 and key is None and not may_be_part
     given = reader.config.get("partial_rotary_factor")
     _, values = _find_rope(reader)
     if isinstance(values, Mapping) and values.get("partial_rotary_factor") is not None:
@@ -103,7 +128,7 @@ def read_rotary_dim(
             factor = count / head_dim
         elif not is_positive(given) or int(head_dim * given) != count:
             reader.refuse("partial_rotary_factor", given, f"{key} = {count} of {head_dim}")
-    if default == 1.0 and key is None:
+    if is_whole:
         if factor != 1.0:
             reader.refuse("partial_rotary_factor", factor, "1.0")
         return head_dim
@@ -115,7 +140,11 @@ def read_rotary_dim(
 
 
 def read_rope(
-    reader: ConfigReader, max_positions: int, theta: float, rule: RopeRule = PLAIN
+    reader: ConfigReader,
+    max_positions: int,
+    theta: float,
+    rule: RopeRule = PLAIN,
+    rotated: int = 0,
 ) -> RopeConfig:
     """Rope parameters: `rope_parameters`, or `rope_theta` beside `rope_scaling` with `type`.
 
@@ -124,8 +153,10 @@ def read_rope(
     Args:
       theta: `rope_theta` of the family where it is absent.
       rule: of the family.
+      rotated: features of a head that are rotated; read for longrope.
     """
     config, noted = reader.config, len(reader.reasons)
+    lists: dict[str, tuple[float, ...]] = {}
     where, given = _find_rope(reader)
     if not isinstance(given, Mapping) or any(isinstance(v, Mapping) for v in given.values()):
         reader.refuse(where, given, "one flat set of parameters for all layers")
@@ -135,17 +166,22 @@ def read_rope(
     rope_type = values.get("rope_type", values.get("type", "default"))
     theta = values.get("rope_theta", config.get("rope_theta", theta))
     original = max_positions
+    known = ROPE_TYPES if rule.longrope is None else ("default", *_LONGROPE)
     if rope_type in rule.aliases:
         rope_type = "default"
+    if rope_type not in known:
+        reader.refuse(f"{where}.rope_type", rope_type, f"one of {', '.join(known)}")
+        rope_type = "default"
+    else:
+        rope_type = rope_type if rule.longrope is None or rope_type == "default" else "longrope"
+        _refuse_unread(reader, where, values, rope_type, rule)
     if rope_type in ("llama3", "yarn") or rule.scales_queries:
         original = values.get(_ORIGINAL, original)
         original = config.get(_ORIGINAL, original)
-    if rope_type not in ROPE_TYPES:
-        reader.refuse(f"{where}.rope_type", rope_type, f"one of {', '.join(ROPE_TYPES)}")
-        rope_type = "default"
-    else:
-        _refuse_unread(reader, where, values, rope_type, rule)
-    if rope_type == "yarn" and is_positive(original, *_POSITIONS):
+    if rope_type == "longrope":
+        original = reader.count(_ORIGINAL, rule.longrope, least=2)
+        lists = _read_factors(reader, where, values, rotated)
+    if rope_type in ("yarn", "longrope") and is_positive(original, *_POSITIONS):
         values.setdefault("factor", max_positions / original)
     if not is_positive(theta, most=_MAX_THETA) or theta <= 1:
         key = f"{where}.rope_theta" if "rope_theta" in values else "rope_theta"
@@ -175,6 +211,7 @@ def read_rope(
         original_max_positions=original,
         truncate=truncate is True,  # null is off, as in transformers
         query_beta=_read_beta(reader, where, values) if rule.scales_queries else 0.0,
+        **lists,
         **{key: values[key] for key in (*_OPTIONAL, *_NEEDED[rope_type]) if key in values},
     )
 
@@ -207,6 +244,22 @@ def replace_rope(reader: ConfigReader, part: Any, section: str = "", **others: A
     """
     config = {**reader.given, _OLD: None, _NEW: part, **others}
     return ConfigReader(Section(config, reader.section + section))
+
+
+def _read_factors(
+    reader: ConfigReader, where: str, values: Mapping[str, Any], rotated: int
+) -> dict[str, tuple[float, ...]]:
+    """The factors of longrope, one for each frequency."""
+    lists: dict[str, tuple[float, ...]] = {}
+    for name in ("short", "long"):
+        given = values.get(f"{name}_factor")
+        is_list = isinstance(given, list) and len(given) == rotated // 2
+        if not is_list or not all(is_positive(value, *_FACTORS) for value in given):
+            expected = "{} positive numbers from {:g} to {:g}".format(rotated // 2, *_FACTORS)
+            reader.refuse(f"{where}.{name}_factor", given, expected)
+            given = [1.0] * (rotated // 2)
+        lists[f"{name}_factors"] = tuple(map(float, given))
+    return lists
 
 
 def read_rotated(reader: ConfigReader, layers: int) -> tuple[bool, ...]:

@@ -56,16 +56,17 @@ def read_stated(
         reader.refuse("is_causal", False, "only causal attention")
     sizes = _read_sizes(reader, states_kv_heads, head_dim)
     head_dim, positions = sizes["head_dim"], sizes["max_position_embeddings"]
+    rotated = read_rotary_dim(reader, head_dim, partial_rotary_factor, rotary_key, rope)
     stretched = read_stretched(reader, positions, rope_theta, head_dim) if rope.stretches else None
     return sizes | {
         "model_type": reader.config["model_type"],
         "vocab_size": reader.count("vocab_size"),
         "intermediate_size": reader.count("intermediate_size"),
-        "rotary_dim": read_rotary_dim(reader, head_dim, partial_rotary_factor, rotary_key),
+        "rotary_dim": rotated,
         "rms_norm_eps": reader.number("rms_norm_eps", rms_norm_eps),
         "tie_word_embeddings": reader.flag("tie_word_embeddings", tied),
         "activation": read_activation(reader, activations),
-        "rope": stretched or read_rope(reader, positions, rope_theta, rope),
+        "rope": stretched or read_rope(reader, positions, rope_theta, rope, rotated),
         "dtype": read_saved_dtype(reader),
         "eos_token_ids": read_eos(reader),
     }

@@ -1,5 +1,11 @@
 """How files call what the definition has."""
 
+from __future__ import annotations
+
+from jaxwna16.models.config.fused import Fused
+from jaxwna16.models.llama.config import LlamaConfig
+from jaxwna16.models.llama.relatives import RELATIVES
+
 NAMES = {
     # of models that were saved without their head: Qwen3-Embedding, as a `Qwen3Model`
     r"^(?=(embed_tokens|layers|norm)\.)": "model.",
@@ -17,3 +23,8 @@ NAMES = {
     r"(?<=\.self_attn\.)query_layernorm(?=\.|$)": "q_norm",
     r"(?<=\.self_attn\.)key_layernorm(?=\.|$)": "k_norm",
 }
+
+
+def list_fused(config: LlamaConfig) -> tuple[Fused, ...]:
+    """What a relative's files have as one module, see `Fused`."""
+    return tuple(fuse(config) for fuse in RELATIVES[config.model_type].fused)

@@ -6,9 +6,11 @@ What a row does not state, its models do not have. docs/models.md shows how one 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
+from jaxwna16.models.config.fused import Fused, fuse_gate_and_up, fuse_heads
+from jaxwna16.models.config.language_config import LanguageConfig
 from jaxwna16.models.config.moe_config import (
     DeepseekExperts,
     ErnieExperts,
@@ -61,6 +63,7 @@ class Relative:
         silent.
       has_multipliers: whether config.json states multipliers, see `read_multipliers`.
       prediction_key: what says how many do.
+      fused: what files have as one module and the definition as several, of the configuration.
       required: keys of config.json, and the one value of each that the definition serves.
       is_part: whether such a model only stands inside of a whole (`jaxwna16.models.wrapped`).
     """
@@ -87,10 +90,14 @@ class Relative:
     has_prediction_layers: bool = False
     prediction_key: str = "num_nextn_predict_layers"
     has_multipliers: bool = False
+    fused: tuple[Callable[[LanguageConfig], Fused], ...] = ()
     required: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     is_part: bool = False
 
 
+_GLM4_EXPERTS = DeepseekExperts(
+    experts=128, top_k=8, inner=1408, shared=1, first=1, renormalize=True
+)
 _QWEN2_VL = Relative(
     qkv_bias=True,
     rms_norm_eps=1e-5,
@@ -154,6 +161,13 @@ RELATIVES = {
         states_kv_heads=False,
         rms_norm_eps=1e-5,
         required=_HUNYUAN,
+    ),
+    "phi3": Relative(
+        states_kv_heads=False,
+        rms_norm_eps=1e-5,
+        windows=WindowRule(size=None),
+        rope=RopeRule(longrope=4096),
+        fused=(fuse_heads, fuse_gate_and_up),
     ),
     "mixtral": Relative(
         rms_norm_eps=1e-5,
@@ -226,9 +240,7 @@ RELATIVES = {
         rms_norm_eps=1e-5,
         partial_rotary_factor=0.5,
         windows=UNREAD,
-        experts=DeepseekExperts(
-            experts=128, top_k=8, inner=1408, shared=1, first=1, renormalize=True
-        ),
+        experts=_GLM4_EXPERTS,
         has_prediction_layers=True,
     ),
     "granite": Relative(
@@ -305,6 +317,34 @@ RELATIVES = {
         rope=RopeRule(unread=MROPE),
         windows=UNREAD,
         experts=SoftmaxExperts(experts=60, top_k=4, inner=1408, renormalize=True),
+        is_part=True,
+    ),
+    "qwen2_5_omni_text": Relative(
+        qkv_bias=True,
+        rope_theta=1e6,
+        rope=RopeRule(unread=("mrope_section",)),
+        windows=WindowRule(size=32768, has_switch=True, slides=slide_from, max_window_layers=28),
+        is_part=True,
+    ),
+    "qwen3_omni_moe_text": Relative(
+        qkv_bias=_ATTENTION_BIAS,
+        out_bias=_ATTENTION_BIAS,
+        qk_norm=True,
+        rope_theta=1e6,
+        rope=RopeRule(unread=(*MROPE, "interleaved")),
+        windows=UNREAD,
+        experts=SoftmaxExperts(experts=128, top_k=8, inner=768, norm_topk_prob=True),
+        is_part=True,
+    ),
+    "glm4v_moe_text": Relative(
+        qkv_bias=("attention_bias", True),
+        rms_norm_eps=1e-5,
+        partial_rotary_factor=0.5,
+        rope=RopeRule(unread=("mrope_section",)),
+        windows=UNREAD,
+        experts=_GLM4_EXPERTS,
+        has_prediction_layers=True,
+        required={"use_qk_norm": False},
         is_part=True,
     ),
 }

@@ -12,7 +12,7 @@ from flax import nnx
 from jaxwna16.models.config.rope_config import RopeConfig
 from jaxwna16.models.parts.layers import Embedding, Linears
 from jaxwna16.models.parts.piece import Following, Piece, Stream, find_positions
-from jaxwna16.models.parts.rope import query_scales, rotation_tables
+from jaxwna16.models.parts.rope import make_rotation
 from pallas_kernels.formulas.rotation import Rotation
 from pallas_kernels.tiles.ahead import choose_ahead
 from pallas_kernels.tiles.device import find_device
@@ -71,26 +71,33 @@ class Decoder(nnx.Module):
         """Per layer, the rope that turns its heads, or None where nothing does."""
         return [self.config.rope] * len(self.layers)
 
-    def make_tables(self, rope: RopeConfig, positions: Array, dtype: Any) -> tuple[Array, Array]:
-        """Cosines and sines of positions [B, S], for a stream of `dtype`."""
-        return rotation_tables(rope, self.config.rotary_dim, positions, self.rope_dtype or dtype)
+    def make_rotation(
+        self, rope: RopeConfig, positions: Array, dtype: Any, lengths: Array
+    ) -> Rotation:
+        """Of tokens at positions [B, S], in a stream of `dtype`; of rows of `lengths` [B] tokens."""
+        size, tables = self.config.rotary_dim, self.rope_dtype
+        return make_rotation(rope, size, positions, dtype, tables, lengths)
 
     def make_cache(self, batch: int, slots: int) -> Cache:
         """An empty cache for `slots` tokens of each row."""
         return tuple(layer.make_cache(batch, slots) for layer in self.layers)
 
     def __call__(
-        self, tokens: Array, start: Array, count: Array, cache: Cache | None
+        self,
+        tokens: Array,
+        start: Array,
+        count: Array,
+        cache: Cache | None,
+        length: Array | None = None,
     ) -> tuple[Array, Cache]:
         """As `CausalLM.hidden`; without a cache, a piece that is whole rows."""
         positions = find_positions(start, count, tokens.shape[1])
         x = self.embed_tokens(tokens)
         ropes = self.list_ropes()
+        length = start + count if length is None else length
         # one each: layers that share a rope share its tables, too
         rotations = {
-            rope: Rotation(
-                *self.make_tables(rope, positions, x.dtype), query_scales(rope, positions, x.dtype)
-            )
+            rope: self.make_rotation(rope, positions, x.dtype, length)
             for rope in dict.fromkeys(ropes)
             if rope is not None
         }

@@ -46,5 +46,21 @@ WRAPPERS = {
     "mistral3": Wrapper(
         texts=("mistral", "ministral3"), names=_LLAVA, tokens={"image": 10}, is_tied=True
     ),
+    "qwen2_5_omni": dataclasses.replace(_OMNI, path=_WHOLE),
+    "qwen2_5_omni_thinker": _OMNI,
+    "qwen3_omni_moe": dataclasses.replace(_OMNI_MOE, path=_WHOLE),
+    "qwen3_omni_moe_thinker": _OMNI_MOE,
+    "internvl": Wrapper(
+        texts=("qwen2", "qwen3", "qwen3_moe", "llama", "mistral"),
+        names=_LLAVA,
+        tokens={"image": 151667},
+        is_tied=True,
+    ),
+    "glm4v": dataclasses.replace(
+        _GLM4V_MOE, texts=("glm4v_text",), tokens={"image": 151343, "video": 151344}
+    ),
+    "glm4v_moe": _GLM4V_MOE,
+    "llava": dataclasses.replace(_ONE_IMAGE, asks_text=True),
+    "llava_next": _ONE_IMAGE,
 }
 """`model_type` -> its row."""

@@ -27,6 +27,7 @@ from tests.awq_gptq import (
 )
 from tests.checkpoints import assert_same_bits
 from tests.folders import prefix_names, write_folder
+from tests.jaxwna16.models.family_rows import BASES
 from tests.jaxwna16.models.hf_models import (
     forward,
     list_tensors,
@@ -81,8 +82,8 @@ class Case(NamedTuple):
     kind: str
 
 
-def _write(folder: Path, kind: str, *, bias: float | None = None) -> Case:
-    reference = make_reference("llama", num_hidden_layers=1)
+def _write(folder: Path, kind: str, *, bias: float | None = None, model: str = "llama") -> Case:
+    reference = make_reference(model, num_hidden_layers=1)
     tensors = {}
     for i, (name, tensor) in enumerate(list_tensors(reference)):
         module = name.removesuffix(".weight")
@@ -125,6 +126,30 @@ def test_logits_are_those_of_the_dequantized_weights(case):
     assert relative_error(found, reference_logits(case.reference, tokens)) < 1e-4
     # a packed head is multiplied packed
     assert isinstance(model.lm_head, jaxwna16.QuantDense) == (case.kind == "auto-round")
+
+
+@pytest.mark.parametrize("kind", ["awq", "gptq"])
+def test_projections_that_are_one_in_the_files_are_those_of_transformers(kind, tmp_path):
+    """Phi-3's: AWQ packs zero points along N, GPTQ orders features of all parts alike."""
+    case = _write(tmp_path / "c", kind, model=BASES["phi3"])
+    model = jaxwna16.load_model(case.folder, dtype="float32")
+    attention = vars(model.model.layers[0])["self_attn"]
+    assert (attention.v_proj.perm is not None) == (kind == "gptq")
+    tokens = random_tokens(2, 16)
+    found = forward(model, jnp.asarray(tokens))
+    assert relative_error(found, reference_logits(case.reference, tokens)) < 1e-4
+
+
+def test_biases_of_zeros_of_such_projections_are_left_out(tmp_path):
+    folder, reference, _ = _write(tmp_path / "c", "gptq, symmetric", bias=0.0, model=BASES["phi3"])
+    model = jaxwna16.load_model(folder, dtype="float32")
+    tokens = random_tokens(1, 9)
+    found = forward(model, jnp.asarray(tokens))
+    assert relative_error(found, reference_logits(reference, tokens)) < 1e-4
+    with pytest.raises(ModelError, match=r"q_proj\.bias: expected nothing, found float16"):
+        jaxwna16.load_model(
+            _write(tmp_path / "d", "gptq, symmetric", bias=0.5, model=BASES["phi3"]).folder
+        )
 
 
 def test_dequantizing_gives_the_floats_of_the_tools_formula(case, tmp_path):

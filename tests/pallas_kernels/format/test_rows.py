@@ -44,4 +44,4 @@ def test_any_rows_in_any_order_are_a_weight_of_their_own(weights, rows):
 
 def test_arrays_of_another_weight_are_refused(weights):
     with pytest.raises(SpecError, match="packed has shape"):
-        take_rows(weights, dataclasses.replace(SPEC, out_features=200), [0])
+        take_rows(weights, dataclasses.replace(SPEC, out_features=200), np.array([0]))

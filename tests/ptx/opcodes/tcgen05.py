@@ -184,7 +184,7 @@ def multiply_add(block: Block, instruction: Instruction, active) -> None:
         before = block.tensor_memory.read_sum(warp, *sums)
     block.tensor_memory.add(warp, *sums, add(a @ b.T, before))
     for one in (*tokens, token):
-        block.tensor_memory.hold_shared(one)
+        block.shared.hand_to_product(*one, block.tensor_memory.number)
 
 
 def _find_region(block: Block, address: Address, active, shape: Shape, columns: int):
@@ -281,6 +281,6 @@ def wait_for_phase(block: Block, instruction: Instruction, active) -> np.ndarray
     if not block.barriers.is_complete(address, int(wanted[0])):
         return np.isin(np.arange(block.threads), threads)
     phase = block.barriers.find(address).phase - 1
-    block.tensor_memory.see(warps, address, phase, block.shared)
+    block.tensor_memory.see(warps, address, phase)
     block.write(target, np.ones(block.threads, BOOL), active)
     return None

@@ -64,8 +64,13 @@ ODD: tuple[Any, ...] = (
 )
 """What a file can hold that nobody expects there."""
 
+TWO_ROPES = ("olmo3", "gemma3_text")
+"""Those whose layers with windows have a rope of their own."""
+
 
 def _make_config(model_type: str, changes: dict[str, Any], rope: dict[str, Any]) -> dict[str, Any]:
+    if rope and model_type in TWO_ROPES:
+        rope = {"full_attention": rope, "sliding_attention": {"rope_type": "default"}}
     if rope and _find_row(model_type).rope.scales_queries:
         rope = {**rope, "llama_4_scaling_beta": 0.1}
     text = SIZES | ({"rope_parameters": rope} if rope else {}) | changes

@@ -33,6 +33,21 @@ def scaled_queries(beta: float) -> dict:
     return rope("yarn", factor=16.0, **mscales, **original)
 
 
+def longrope(original: int, **parameters) -> dict:
+    """A configuration change that asks for longrope on three quarters of heads of 16 features."""
+    return {
+        "original_max_position_embeddings": original,
+        "rope_parameters": {
+            "rope_type": "longrope",
+            "rope_theta": 10000.0,
+            "partial_rotary_factor": 0.75,
+            "short_factor": [1.0, 1.1, 1.3, 1.5, 2.0, 3.0],
+            "long_factor": [1.5, 2.0, 3.0, 5.0, 9.0, 20.0],
+            **parameters,
+        },
+    }
+
+
 ROWS: dict[str, Row] = {
     "llama": Row(
         variants={
@@ -74,6 +89,19 @@ ROWS: dict[str, Row] = {
         variants={"window of 5": {"sliding_window": 5}, "no window": {"sliding_window": None}},
         group_size=-1,
         symmetric=True,
+    ),
+    "phi3": Row(
+        variants={
+            "longrope within its length": longrope(32),
+            "longrope past its length": longrope(16),
+            "longrope with its own factor, window of 5": {
+                **longrope(64, attention_factor=1.7),
+                "sliding_window": 5,
+            },
+            "all of a head rotated": {},
+        },
+        group_size=32,
+        bfloat16=longrope(16),
     ),
     "qwen2": Row(
         variants={

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from tests.jaxwna16.models.family_rows.llama import EXPERTS, scaled_queries
+from tests.jaxwna16.models.family_rows.llama import DEEPSEEK, EXPERTS, scaled_queries
 from tests.jaxwna16.models.family_rows.row import Changes, Row, rope
 
 USUAL = ("re:.*visual.*", "re:.*vision_tower.*", "re:.*multi_modal_projector.*")
@@ -76,6 +76,48 @@ def mrope(rope_type: str = "default", **parameters: Any) -> dict[str, Any]:
 
 
 INTERLEAVED = mrope(mrope_interleaved=True)
+GLM_VISION = {
+    "depth": 1,
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_heads": 2,
+    "out_hidden_size": 64,
+    "image_size": 8,
+    "patch_size": 4,
+}
+CLIP = {
+    "model_type": "clip_vision_model",
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 8,
+    "patch_size": 4,
+    "projection_dim": 16,
+}
+INTERN_VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": [8, 8],
+    "patch_size": [4, 4],
+}
+AUDIO = {
+    "d_model": 32,
+    "encoder_layers": 1,
+    "encoder_attention_heads": 2,
+    "encoder_ffn_dim": 32,
+    "num_mel_bins": 8,
+    "output_dim": 64,
+}
+
+
+def put_into_thinker(vision: Changes) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """Makes the configuration of a thinker, which also hears."""
+    nest = put_beside(vision)
+    return lambda text: {**nest(text), "audio_config": AUDIO}
+
 
 ROWS: dict[str, Row] = {
     "qwen2_vl": Row(
@@ -129,5 +171,61 @@ ROWS: dict[str, Row] = {
         is_repeated=True,
         ignore=USUAL,
         nest=put_beside(PIXTRAL, "ministral3", image="image_token_index"),
+    ),
+    "qwen2_5_omni_thinker": Row(
+        variants={"": mrope()},
+        is_repeated=True,
+        ignore=("re:.*visual.*", "re:.*audio_tower.*"),
+        nest=put_into_thinker(QWEN2_5_VISION),
+    ),
+    "qwen3_omni_moe_thinker": Row(
+        variants={
+            "": {**INTERLEAVED, **EXPERTS, "num_experts_per_tok": 3, "norm_topk_prob": False},
+            "renormalised by default, dense layers": {
+                **INTERLEAVED,
+                **EXPERTS,
+                "num_experts_per_tok": 2,
+                "mlp_only_layers": [0],
+            },
+        },
+        is_repeated=True,
+        ignore=("re:.*visual.*", "re:.*audio_tower.*"),
+        nest=put_into_thinker(QWEN3_VISION),
+    ),
+    "internvl": Row(
+        variants={"": {"head_dim": 16}},
+        is_repeated=True,
+        ignore=USUAL,
+        nest=put_beside(INTERN_VISION, "qwen3"),
+    ),
+    "glm4v": Row(
+        variants={
+            "": rope("default", mrope_section=[2, 1, 1], partial_rotary_factor=0.5),
+            "whole heads, tied": {**mrope(), "tie_word_embeddings": True},
+        },
+        group_size=32,
+        is_repeated=True,
+        ignore=USUAL,
+        nest=put_beside(GLM_VISION),
+    ),
+    "glm4v_moe": Row(
+        variants={
+            "": {**DEEPSEEK, **rope("default", mrope_section=[2, 1, 1], partial_rotary_factor=0.5)}
+        },
+        is_repeated=True,
+        ignore=USUAL,
+        nest=put_beside(GLM_VISION),
+    ),
+    "llava": Row(
+        variants={"": {}},
+        is_repeated=True,
+        ignore=USUAL,
+        nest=put_beside(CLIP, "llama", image="image_token_index"),
+    ),
+    "llava_next": Row(
+        variants={"": {"sliding_window": 5}},
+        is_repeated=True,
+        ignore=USUAL,
+        nest=put_beside(CLIP, "mistral", image="image_token_index"),
     ),
 }

@@ -25,6 +25,7 @@ from jaxwna16.models.filling import dividing
 from jaxwna16.models.filling.fit import fit_model
 from jaxwna16.models.filling.params import list_leaves
 from jaxwna16.models.qwen3_5 import names as qwen3_5_names
+from jaxwna16.models.qwen3_5.config import Qwen35Config
 from loaders.files.folder import SINGLE
 from loaders.modules.repack import encode, pack
 from loaders.open import open_plan
@@ -233,6 +234,7 @@ def test_parts_that_files_have_by_themselves_need_no_dividing(folder, tmp_path):
     """As tools that split projections save them: floats of the same model, cut by definition."""
     jaxwna16.dequantize_checkpoint(folder, tmp_path / "floats", dtype="float32")
     whole = jaxwna16.load_model(tmp_path / "floats")
+    assert isinstance(whole.config, Qwen35Config)
     tensors = read_files(tmp_path / "floats")
     kinds = qwen3_5_names.list_fused(whole.config)
     for kind in kinds:

@@ -91,12 +91,14 @@ def test_windows_that_the_row_does_not_state_are_refused(planted, changes):
 
 
 def test_biases_and_norms_follow_the_family():
-    keys = {"attention_bias": True, "mlp_bias": True, "use_qk_norm": True}
+    keys = {"attention_bias": True, "mlp_bias": True}
     experts = {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2}
     facts = {
         model_type: (config.qkv_bias, config.out_bias, config.mlp_bias, config.qk_norm)
         for model_type in RELATIVES
-        for config in [parse(model_type=model_type, **keys, **experts)]
+        # the text model of GLM-4.5V has no such norms, whatever is said
+        for own in [{"use_qk_norm": model_type != "glm4v_moe_text"}]
+        for config in [parse(model_type=model_type, **keys, **own, **experts)]
     }
     assert facts == {
         "llama": (True, True, True, False),
@@ -105,6 +107,7 @@ def test_biases_and_norms_follow_the_family():
         "qwen3": (True, True, False, True),
         "smollm3": (True, True, True, False),
         "seed_oss": (True, False, True, False),
+        "phi3": (False, False, False, False),
         "mixtral": (False, False, False, False),
         "qwen2_moe": (True, False, False, False),
         "qwen3_moe": (True, True, False, True),
@@ -123,6 +126,9 @@ def test_biases_and_norms_follow_the_family():
         "qwen2_5_vl_text": (True, False, False, False),
         "qwen3_vl_text": (True, True, False, True),
         "qwen3_vl_moe_text": (True, True, False, True),
+        "qwen2_5_omni_text": (True, False, False, False),
+        "qwen3_omni_moe_text": (True, True, False, True),
+        "glm4v_moe_text": (True, False, False, False),
     }
 
 
@@ -168,6 +174,53 @@ def test_yarn_that_is_told_null_does_not_truncate():
 
 def test_a_configuration_is_hashable():
     assert hash(parse()) == hash(parse())
+
+
+FACTORS = {"short_factor": [1.0] * 6, "long_factor": [2.0] * 6}
+
+
+def parse_phi3(rope_type: str = "longrope", **changes) -> LlamaConfig:
+    scaling = {"type": rope_type, **FACTORS, **changes.pop("scaling", {})}
+    facts = {"model_type": "phi3", "partial_rotary_factor": 0.75, "rope_scaling": scaling}
+    return parse(**{**facts, **changes})
+
+
+def test_longrope_has_the_names_and_the_length_that_published_files_give_it():
+    """The length stands beside the factors, and is 4096 where it is absent, as in transformers."""
+    config = parse_phi3(original_max_position_embeddings=32)
+    assert config.rotary_dim == 12
+    assert config.rope.original_max_positions == 32
+    assert config.rope.factor == 4.0
+    assert config.rope.long_factors == (2.0,) * 6
+    assert config.max_length == 128
+    for name in ("su", "yarn"):
+        assert parse_phi3(name, original_max_position_embeddings=32) == config
+    assert parse_phi3(scaling={"original_max_position_embeddings": 8}).rope == parse_phi3().rope
+    assert parse_phi3().rope.original_max_positions == 4096
+    assert attention_factor(parse_phi3().rope) == 1.0  # no longer than it was
+
+
+@pytest.mark.parametrize(
+    ("facts", "reason"),
+    [
+        ({"rope_type": "linear"}, "rope_scaling.rope_type: expected one of default, longrope"),
+        ({"scaling": {"short_factor": [1.0]}}, "rope_scaling.short_factor: expected 6 positive"),
+        ({"scaling": {"long_factor": [0.0] * 6}}, "rope_scaling.long_factor: expected 6 positive"),
+        ({"scaling": {"long_factor": None}}, "rope_scaling.long_factor: expected 6 positive"),
+        ({"original_max_position_embeddings": 1}, "original_max_position_embeddings: expected"),
+        ({"partial_rotary_factor": 2.0}, "partial_rotary_factor: expected an even part"),
+        ({"layer_types": ["full_attention"] * 2}, "layer_types: expected none"),
+    ],
+)
+def test_a_longrope_that_cannot_be_served_is_refused_by_name(facts, reason):
+    with pytest.raises(ModelError) as raised:
+        parse_phi3(**facts)
+    assert raised.value.reasons[0].startswith(reason)
+
+
+def test_other_families_have_no_longrope():
+    with pytest.raises(ModelError, match="rope_type: expected one of default, linear"):
+        parse(rope_scaling={"type": "longrope", **FACTORS})
 
 
 @pytest.mark.parametrize("family", [f for f in FAMILIES if "dynamic" not in f])

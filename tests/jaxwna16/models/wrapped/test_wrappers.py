@@ -144,6 +144,11 @@ SPELLINGS = {
     "qwen2_5_vl": ("model.", "model.language_model."),
     "qwen3_vl": ("model.language_model.",),
     "mistral3": ("language_model.model.", "model.language_model."),
+    "internvl": ("language_model.model.", "model.language_model."),
+    "llava_next": ("language_model.model.", "model.language_model."),
+    "glm4v_moe": ("model.language_model.",),
+    "qwen3_omni_moe": ("thinker.model.", "thinker.model.language_model."),
+    "qwen3_omni_moe_thinker": ("model.", "thinker.model.", "model.language_model."),
 }
 """What the names of layers begin with in published files, and as transformers 5 saves them."""
 
@@ -154,7 +159,9 @@ def test_every_spelling_of_a_name_has_its_place(outer):
     for prefix in SPELLINGS[outer]:
         assert rename(f"{prefix}layers.3.mlp.up_proj", names) == "model.layers.3.mlp.up_proj"
         assert rename(f"{prefix}norm.weight", names) == "model.norm.weight"
-    head = "language_model.lm_head" if outer == "mistral3" else "lm_head"
+    prefix = SPELLINGS[outer][0]
+    head = f"{prefix.removesuffix('model.')}lm_head" if "language_model.m" in prefix else "lm_head"
+    head = "thinker.lm_head" if prefix.startswith("thinker") else head
     assert rename(head, names) == rename("lm_head", names) == "lm_head"
 
 
