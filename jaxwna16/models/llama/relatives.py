@@ -32,7 +32,7 @@ Rule = bool | tuple[str, bool]
 """A fact of a family, or the key of `config.json` that states it and its default."""
 _ATTENTION_BIAS = ("attention_bias", False)
 _USE_BIAS = ("use_bias", False)
-_HUNYUAN = {"mlp_bias": False, "use_cla": False, "use_qk_norm": True}
+_HUNYUAN = {"use_cla": False, "use_qk_norm": True}
 """What files of Hunyuan state and transformers' class does not have."""
 
 
