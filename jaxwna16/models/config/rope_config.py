@@ -252,7 +252,7 @@ def _read_factors(
     """The factors of longrope, one for each frequency."""
     lists: dict[str, tuple[float, ...]] = {}
     for name in ("short", "long"):
-        given = values.get(f"{name}_factor")
+        given: Any = values.get(f"{name}_factor")
         is_list = isinstance(given, list) and len(given) == rotated // 2
         if not is_list or not all(is_positive(value, *_FACTORS) for value in given):
             expected = "{} positive numbers from {:g} to {:g}".format(rotated // 2, *_FACTORS)

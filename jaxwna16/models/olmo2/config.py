@@ -125,7 +125,7 @@ def _divide(config: Mapping[str, Any]) -> tuple[ConfigReader, tuple[ConfigReader
         # transformers then takes 500000 for the sliding layers, others take this
         expected = f"500000, or rope_parameters with a {_THETA} for sliding_attention"
         whole.refuse(_THETA, theta, expected)
-    others = {}
+    others: dict[str, Any] = {}
     if whole.reasons:  # what they refuse is not refused once more
         full, sliding, others = {}, {}, {_THETA: None}
     reader = replace_rope(whole, full, **others)
