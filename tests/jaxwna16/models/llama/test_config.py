@@ -98,7 +98,9 @@ def test_biases_and_norms_follow_the_family():
         for model_type in RELATIVES
         # the text model of GLM-4.5V has no such norms, whatever is said
         for own in [{"use_qk_norm": model_type != "glm4v_moe_text"}]
-        for config in [parse(model_type=model_type, **keys, **own, **experts)]
+        # and what a family cannot have is not asked for
+        for asked in [{**keys, **own, **experts, **RELATIVES[model_type].required}]
+        for config in [parse(model_type=model_type, **asked)]
     }
     assert facts == {
         "llama": (True, True, True, False),
