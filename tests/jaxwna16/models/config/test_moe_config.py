@@ -28,7 +28,10 @@ def read(model_type: str = "qwen3_moe", **changes):
 @pytest.mark.parametrize("family", SPARSE)
 def test_which_layers_are_sparse_is_what_transformers_builds(family):
     reference = make_reference(family)
-    theirs = tuple(hasattr(layer.mlp, "experts") for layer in reference.model.layers)
+    theirs = tuple(
+        hasattr(layer, "block_sparse_moe") or hasattr(layer.mlp, "experts")
+        for layer in reference.model.layers
+    )
     moe = LlamaConfig.from_dict(reference.config.to_dict()).moe
     assert moe is not None
     assert moe.sparse == theirs
