@@ -237,6 +237,7 @@ class DeepseekExperts:
             shared_intermediate_size=inner * reader.count("n_shared_experts", self.shared),
             shared_gate=False,
             wide_router=True,
+            keeps_router=True,
             correction_bias=True,
             routing=self._read_routing(reader),
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
@@ -108,9 +108,7 @@ def fit_model(plan: Plan, *, dtype: Any, backend: str | None) -> Fit:
     fused = find_fused(plan, kinds)
     specs = divide_specs(plan.specs, fused)
     reordered = _list_reordered(plan, fused)
-    has_head = config.tie_word_embeddings or not _are_headless(
-        rename(part, names) for part in parts
-    )
+    has_head = config.tie_word_embeddings or not _are_headless(parts, names)
     options = {"dtype": dtype, "backend": backend, "has_head": has_head}
     model = _make_abstract(family, config, specs, reordered, **options)
     places = list_leaves(model)
@@ -167,12 +165,13 @@ def _list_reordered(plan: Plan, fused: Mapping[str, Fused]) -> set[str]:
     return set(divide_specs(moved, fused))
 
 
-def _are_headless(parts: Iterable[str]) -> bool:
+def _are_headless(parts: Collection[str], names: Names) -> bool:
     """Whether these are modules and tensors of a model that was saved without its head.
 
-    Then `model.` stands before none of the names. Otherwise a missing head is a fault.
+    Then nothing stands before the names of its layers. Otherwise a missing head is a fault.
     """
-    return not any(re.match(r"(model|lm_head)(\.|$)", part) for part in parts)
+    is_bare = any(re.match(r"(embed_tokens|layers|norm)(\.|$)", part) for part in parts)
+    return is_bare and not any(rename(part, names).startswith("lm_head") for part in parts)
 
 
 def _list_kept(

@@ -92,11 +92,12 @@ def test_rotated_keys_round_as_those_of_transformers(model_type, monkeypatch):
     reference = make_reference(BASES[model_type], num_hidden_layers=1, **types)
     names = find_family(reference.config.to_dict()).names
     layers = {rename(path, names): module for path, module in reference.named_modules()}
-    weight = layers["model.layers.0.self_attn.k_proj"].weight
+    attention = layers["model.layers.0.self_attn"]
     with torch.no_grad():
-        weight.copy_(torch.eye(*weight.shape))
+        keys = find_keys(attention)
+        keys.copy_(torch.eye(*keys.shape))
     model = convert(reference, dtype=jnp.bfloat16)
-    module, turned = sys.modules[type(layers["model.layers.0.self_attn"]).__module__], []
+    module, turned = sys.modules[type(attention).__module__], []
     rotate = module.apply_rotary_pos_emb
 
     def record(*arguments, **options):
@@ -116,3 +117,12 @@ def test_rotated_keys_round_as_those_of_transformers(model_type, monkeypatch):
     _, cache = run(model, jnp.asarray(tokens), start, count, model.make_cache(1, LENGTH))
     steps = count_steps(cache[0].k, turned[0][0])
     assert (steps > 0).mean() <= FLIPS
+
+
+def find_keys(attention: torch.nn.Module) -> torch.Tensor:
+    """The weight that projects keys, which may be rows of a larger one (Phi-3)."""
+    if hasattr(attention, "k_proj"):
+        return attention.k_proj.weight
+    config, size = attention.config, attention.head_dim
+    queries, keys = config.num_attention_heads * size, config.num_key_value_heads * size
+    return attention.qkv_proj.weight[queries : queries + keys]

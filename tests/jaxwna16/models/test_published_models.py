@@ -26,8 +26,8 @@ DENSE = (
     "smollm3-3b",
     "phi-4",
 )
-LARGE = ("minimax-m2.7", "qwen3-coder-next")
-"""Those with so many tensors (140,000 modules) that their headers alone take a minute."""
+LARGE = ("minimax-m2.7", "qwen3-coder-next", "qwen3-vl-30b-a3b")
+"""Those whose many tensors (up to 140,000 modules) take long, and which have the plan of another."""
 BLOCK = 4
 """Layers of one block of the hybrid pattern."""
 _MLP, _ATTENTION, _DELTA = 3, 5, 2
