@@ -112,8 +112,8 @@ def describe_unsupported(config: Mapping[str, Any], reads: Mapping[str, Read]) -
     if isinstance(model_type, str) and model_type in LACKING:
         return [f"{model_type} is not WNA16 as published: {LACKING[model_type]}"]
     section, text = _find_text(config)
-    if text.get("model_type") in reads and section:
-        inner, key = text["model_type"], f"{section}model_type"
+    inner, key = text.get("model_type"), f"{section}model_type"
+    if section and isinstance(inner, str) and inner in reads:
         return [f"{key}: {inner} is supported, but not as a part of {model_type!r}"]
     found = find_nearest(text, reads)
     if found is None:

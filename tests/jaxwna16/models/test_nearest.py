@@ -67,6 +67,12 @@ def test_a_supported_model_inside_of_an_unknown_one_is_named():
     assert reason == "text_config.model_type: qwen3 is supported, but not as a part of 'some_vl'"
 
 
+@pytest.mark.parametrize("inner", [[], {}, 3, None])
+def test_a_section_whose_model_type_is_no_name_is_compared_by_its_keys(inner):
+    near, *_ = find_reasons("some_vl", text_config={"model_type": inner, **SMALL})
+    assert near.startswith("the nearest supported model_type is ")
+
+
 def test_a_model_that_differs_in_its_code_alone_is_said_to():
     near, beyond, _ = find_reasons("llamalike")
     assert "asks for" in near and "the difference is in its code" in beyond

@@ -27,7 +27,7 @@ DENSE = (
     "phi-4",
 )
 LARGE = ("minimax-m2.7", "qwen3-coder-next", "qwen3-vl-30b-a3b")
-"""Those whose many tensors (up to 140,000 modules) take long, and which have the plan of another."""
+"""Those whose many tensors (up to 140,000 modules) take long, or are those of another."""
 BLOCK = 4
 """Layers of one block of the hybrid pattern."""
 _MLP, _ATTENTION, _DELTA = 3, 5, 2
