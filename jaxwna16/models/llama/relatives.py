@@ -32,8 +32,6 @@ Rule = bool | tuple[str, bool]
 """A fact of a family, or the key of `config.json` that states it and its default."""
 _ATTENTION_BIAS = ("attention_bias", False)
 _USE_BIAS = ("use_bias", False)
-_HUNYUAN = {"use_cla": False, "use_qk_norm": True}
-"""What files of Hunyuan state and transformers' class does not have."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -106,6 +104,37 @@ _QWEN2_VL = Relative(
     windows=WindowRule(size=4096, has_switch=True, slides=slide_from, max_window_layers=80),
     is_part=True,
 )
+_ERNIE = Relative(paired=True, wide_rope=True, rms_norm_eps=1e-5, rope_theta=5e5, tied=True)
+_HUNYUAN = Relative(
+    qkv_bias=_ATTENTION_BIAS,
+    out_bias=_ATTENTION_BIAS,
+    qk_norm=True,
+    norms_last=True,
+    rope=RopeRule(stretches=True),
+    states_kv_heads=False,
+    rms_norm_eps=1e-5,
+    # what its files state, and transformers' class does not have
+    required={"use_cla": False, "use_qk_norm": True},
+)
+_GRANITE = Relative(
+    qkv_bias=_ATTENTION_BIAS,
+    out_bias=_ATTENTION_BIAS,
+    states_kv_heads=False,
+    windows=UNREAD,
+    has_multipliers=True,
+)
+_MIXTRAL_EXPERTS = SoftmaxExperts(
+    experts=8, top_k=2, inner_key="intermediate_size", has_steps=False, renormalize=True
+)
+_QWEN3_VL = Relative(
+    qkv_bias=_ATTENTION_BIAS,
+    out_bias=_ATTENTION_BIAS,
+    qk_norm=True,
+    rope_theta=500000.0,
+    rope=RopeRule(unread=MROPE),
+    windows=UNREAD,
+    is_part=True,
+)
 RELATIVES = {
     "llama": Relative(
         qkv_bias=_ATTENTION_BIAS,
@@ -141,27 +170,14 @@ RELATIVES = {
         mlp_bias=("mlp_bias", False),
         head_dim=128,
     ),
-    "ernie4_5": Relative(
+    "ernie4_5": dataclasses.replace(
+        _ERNIE,
         qkv_bias=_USE_BIAS,
         out_bias=_USE_BIAS,
         mlp_bias=_USE_BIAS,
-        paired=True,
-        wide_rope=True,
         head_dim=128,
-        rms_norm_eps=1e-5,
-        rope_theta=5e5,
-        tied=True,
     ),
-    "hunyuan_v1_dense": Relative(
-        qkv_bias=_ATTENTION_BIAS,
-        out_bias=_ATTENTION_BIAS,
-        qk_norm=True,
-        norms_last=True,
-        rope=RopeRule(stretches=True),
-        states_kv_heads=False,
-        rms_norm_eps=1e-5,
-        required=_HUNYUAN,
-    ),
+    "hunyuan_v1_dense": _HUNYUAN,
     "phi3": Relative(
         states_kv_heads=False,
         rms_norm_eps=1e-5,
@@ -173,9 +189,7 @@ RELATIVES = {
         rms_norm_eps=1e-5,
         rope_theta=1e6,
         windows=WindowRule(size=None),
-        experts=SoftmaxExperts(
-            experts=8, top_k=2, inner_key="intermediate_size", has_steps=False, renormalize=True
-        ),
+        experts=_MIXTRAL_EXPERTS,
     ),
     "qwen2_moe": Relative(
         qkv_bias=("qkv_bias", True),
@@ -208,26 +222,16 @@ RELATIVES = {
         windows=WindowRule(size=4096, slides=slide_from, max_window_layers=62),
         experts=DeepseekExperts(inner=1408),
     ),
-    "ernie4_5_moe": Relative(
-        paired=True,
-        wide_rope=True,
-        rms_norm_eps=1e-5,
-        rope_theta=5e5,
-        tied=True,
+    "ernie4_5_moe": dataclasses.replace(
+        _ERNIE,
         experts=ErnieExperts(experts=64, top_k=6, inner=1536, shared=2, first=1),
         required={"use_bias": False},  # the head would have one, too, and experts none
     ),
-    "hunyuan_v1_moe": Relative(
-        qkv_bias=_ATTENTION_BIAS,
-        out_bias=_ATTENTION_BIAS,
-        qk_norm=True,
-        norms_last=True,
-        rope=RopeRule(stretches=True),
-        states_kv_heads=False,
-        rms_norm_eps=1e-5,
+    "hunyuan_v1_moe": dataclasses.replace(
+        _HUNYUAN,
         experts=HunyuanExperts(experts=1, top_k=1),
-        required=_HUNYUAN
-        | {
+        required={
+            **_HUNYUAN.required,
             "moe_layer_num_skipped": 0,
             "norm_topk_prob": True,
             "num_shared_expert": 1,
@@ -243,14 +247,7 @@ RELATIVES = {
         experts=_GLM4_EXPERTS,
         has_prediction_layers=True,
     ),
-    "granite": Relative(
-        qkv_bias=_ATTENTION_BIAS,
-        out_bias=_ATTENTION_BIAS,
-        mlp_bias=("mlp_bias", False),
-        states_kv_heads=False,
-        windows=UNREAD,
-        has_multipliers=True,
-    ),
+    "granite": dataclasses.replace(_GRANITE, mlp_bias=("mlp_bias", False)),
     "minimax_m2": Relative(
         qk_norm=True,
         norms_across=True,
@@ -267,16 +264,7 @@ RELATIVES = {
             "use_routing_bias": True,
         },
     ),
-    "granitemoe": Relative(
-        qkv_bias=_ATTENTION_BIAS,
-        out_bias=_ATTENTION_BIAS,
-        states_kv_heads=False,
-        windows=UNREAD,
-        has_multipliers=True,
-        experts=SoftmaxExperts(
-            experts=8, top_k=2, inner_key="intermediate_size", has_steps=False, renormalize=True
-        ),
-    ),
+    "granitemoe": dataclasses.replace(_GRANITE, experts=_MIXTRAL_EXPERTS),
     "ministral3": Relative(
         rms_norm_eps=1e-5,
         head_dim=128,
@@ -299,25 +287,10 @@ RELATIVES = {
     ),
     "qwen2_vl_text": _QWEN2_VL,
     "qwen2_5_vl_text": _QWEN2_VL,
-    "qwen3_vl_text": Relative(
-        qkv_bias=_ATTENTION_BIAS,
-        out_bias=_ATTENTION_BIAS,
-        qk_norm=True,
-        head_dim=128,
-        rope_theta=500000.0,
-        rope=RopeRule(unread=MROPE),
-        windows=UNREAD,
-        is_part=True,
-    ),
-    "qwen3_vl_moe_text": Relative(
-        qkv_bias=_ATTENTION_BIAS,
-        out_bias=_ATTENTION_BIAS,
-        qk_norm=True,
-        rope_theta=500000.0,
-        rope=RopeRule(unread=MROPE),
-        windows=UNREAD,
+    "qwen3_vl_text": dataclasses.replace(_QWEN3_VL, head_dim=128),
+    "qwen3_vl_moe_text": dataclasses.replace(
+        _QWEN3_VL,
         experts=SoftmaxExperts(experts=60, top_k=4, inner=1408, renormalize=True),
-        is_part=True,
     ),
     "qwen2_5_omni_text": Relative(
         qkv_bias=True,

@@ -33,12 +33,11 @@ from jaxwna16.generation.tokens import generate_tokens
 from jaxwna16.models.causal_lm import CausalLM
 from jaxwna16.models.families import MODEL_TYPES, find_family
 from jaxwna16.models.parts import decoder
-from pallas_kernels import QuantSpec
-from tests.checkpoints import make_args
 from tests.jaxwna16.models.family_rows import MODELS, ROWS, name_model
-from tests.jaxwna16.models.hf_checkpoints import Folders, load_reference, write_folders
+from tests.jaxwna16.models.hf_checkpoints import load_reference, write_row
 from tests.jaxwna16.models.hf_models import (
     choose_experts,
+    generate_reference,
     make_reference,
     random_tokens,
     record_routers,
@@ -76,26 +75,13 @@ def main() -> int:
         describe_reference(reference, console)
         return 1
     with tempfile.TemporaryDirectory() as folder:
-        folders = write(name, reference, Path(folder))
+        folders = write_row(reference, ROWS[args.model_type], Path(folder))
         try:
             model = jaxwna16.load_model(folders.packed, dtype="float32")
         except Wna16Error as error:
             console.print(str(error), markup=False)
             return 1
         return compare(model, load_reference(folders), ROWS[args.model_type].length, console)
-
-
-def write(name: str, reference, folder: Path) -> Folders:
-    """The folders of a small model, packed as its row says."""
-    row = ROWS[MODELS[name][0]]
-    spec = QuantSpec(
-        bits=row.bits,
-        group_size=row.group_size,
-        symmetric=row.symmetric,
-        in_features=128,
-        out_features=128,
-    )
-    return write_folders(reference, folder, make_args(spec, row.scale_dtype), ignore=row.ignore)
 
 
 def describe_reference(reference, console: Console) -> None:
@@ -145,7 +131,8 @@ def measure(model: CausalLM, reference, length: int) -> Iterator[tuple[str, floa
     yield from measure_choices(model, reference, tokens)
     prompt, new = tokens[:1, :piece], length - piece
     ours = generate_tokens(model, prompt.tolist(), max_new_tokens=new).tokens[0]
-    yield f"greedy tokens that differ, of {new}", count_other(reference, prompt, ours), 0
+    theirs = generate_reference(reference, prompt, length)[0, piece:]
+    yield f"greedy tokens that differ, of {new}", float((theirs != ours).sum()), 0
 
 
 def measure_layers(
@@ -178,19 +165,6 @@ def measure_choices(
         ids, weights = choose_experts(model, layer, routed.hidden)
         yield f"other experts in layer {layer}", float((ids != routed.ids).sum()), 0
         yield f"weights of experts in layer {layer}", relative_error(weights, routed.weights), CLOSE
-
-
-def count_other(reference, prompt: np.ndarray, tokens: list[int]) -> float:
-    """How many of these tokens transformers does not generate after the prompt."""
-    inputs = torch.from_numpy(prompt).long()
-    with torch.no_grad():
-        whole = reference.generate(
-            inputs,
-            attention_mask=torch.ones_like(inputs),
-            max_new_tokens=len(tokens),
-            do_sample=False,
-        )
-    return float((whole[0, prompt.shape[1] :].numpy() != np.asarray(tokens)).sum())
 
 
 if __name__ == "__main__":

@@ -17,7 +17,9 @@ from compressed_tensors.quantization import (
 )
 from safetensors.torch import load_file, save_file
 
-from tests.checkpoints import compress, decompress, make_scheme
+from pallas_kernels import QuantSpec
+from tests.checkpoints import compress, decompress, make_args, make_scheme
+from tests.jaxwna16.models.family_rows import Row
 
 transformers.utils.logging.disable_progress_bar()
 
@@ -122,6 +124,18 @@ def _pack_parallel(name: str, floats: dict, args: QuantizationArgs) -> dict:
             packed |= {f"{path}.{role}": tensor.contiguous() for role, tensor in roles.items()}
             weight.copy_(decompress(roles, args).float())
     return packed
+
+
+def write_row(reference, row: Row, folder: Path) -> Folders:
+    """`write_folders` of a small model, packed as the row of its family says."""
+    spec = QuantSpec(
+        bits=row.bits,
+        group_size=row.group_size,
+        symmetric=row.symmetric,
+        in_features=128,
+        out_features=128,
+    )
+    return write_folders(reference, folder, make_args(spec, row.scale_dtype), ignore=row.ignore)
 
 
 def is_down(path: str) -> bool:

@@ -170,6 +170,19 @@ def reference_logits(reference, tokens: np.ndarray) -> np.ndarray:
         return reference(torch.from_numpy(tokens).long()).logits.float().numpy()
 
 
+def generate_reference(reference, prompt: np.ndarray, length: int) -> np.ndarray:
+    """Rows of this length: a prompt [B, S], and what transformers finds likeliest after it."""
+    tokens = torch.from_numpy(prompt).long()
+    with torch.no_grad():
+        whole = reference.generate(
+            tokens,
+            attention_mask=torch.ones_like(tokens),  # a token like the padding's is none
+            max_new_tokens=length - prompt.shape[1],
+            do_sample=False,
+        )
+    return whole.numpy().astype(np.int32)
+
+
 def random_tokens(*shape: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, SMALL["vocab_size"], shape).astype(np.int32)
 

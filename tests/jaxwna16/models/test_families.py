@@ -26,14 +26,13 @@ from jaxwna16.generation.tokens import generate_tokens
 from jaxwna16.models.families import FAMILIES, MODEL_TYPES, find_family, parse_config
 from jaxwna16.models.filling.renaming import rename
 from jaxwna16.models.wrapped.table import WRAPPERS
-from pallas_kernels import QuantSpec
-from tests.checkpoints import make_args
 from tests.jaxwna16.models.family_rows import BASES, MODELS, ROWS, SMALL, Row
-from tests.jaxwna16.models.hf_checkpoints import load_reference, write_folders
+from tests.jaxwna16.models.hf_checkpoints import load_reference, write_row
 from tests.jaxwna16.models.hf_models import (
     cast_weights,
     convert,
     forward,
+    generate_reference,
     is_beside,
     list_leaves,
     make_reference,
@@ -86,15 +85,8 @@ def load(tmp_path_factory) -> Callable[[str, str], Case]:
 
     @functools.lru_cache(maxsize=1)
     def write(model_type: str):
-        row = ROWS[model_type]
-        facts = {"in_features": 128, "out_features": 128, "symmetric": row.symmetric}
-        spec = QuantSpec(bits=row.bits, group_size=row.group_size, **facts)
-        folders = write_folders(
-            make_reference(BASES[model_type]),
-            tmp_path_factory.mktemp(model_type),
-            make_args(spec, row.scale_dtype),
-            ignore=row.ignore,
-        )
+        folder = tmp_path_factory.mktemp(model_type)
+        folders = write_row(make_reference(BASES[model_type]), ROWS[model_type], folder)
         return folders, load_reference(folders)
 
     @functools.lru_cache(maxsize=1)
@@ -109,19 +101,6 @@ def load(tmp_path_factory) -> Callable[[str, str], Case]:
 @pytest.fixture(scope="module")
 def case(request, load) -> Case:
     return load(*request.param)
-
-
-def generate_reference(reference, prompt: np.ndarray, length: int) -> np.ndarray:
-    """Rows of this length: a prompt [B, S], and what transformers finds likeliest after it."""
-    tokens = torch.from_numpy(prompt).long()
-    with torch.no_grad():
-        whole = reference.generate(
-            tokens,
-            attention_mask=torch.ones_like(tokens),  # a token like the padding's is none
-            max_new_tokens=length - prompt.shape[1],
-            do_sample=False,
-        )
-    return whole.numpy().astype(np.int32)
 
 
 @pytest.mark.parametrize("case", list_cases(*AT_ONCE, *PLAIN), indirect=True, scope="module")
