@@ -1,4 +1,4 @@
-"""`Wrapper`: how a model says where its text model is, and `Section`: that model's configuration.
+"""`Wrapper`: how a model says where its text model is, and what that model inherits.
 
 A model that sees or hears is a text model, with towers and what joins them. Its config.json has a
 section for the text model, whose `model_type` is that of a family of ours, and the names of its
