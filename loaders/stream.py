@@ -57,7 +57,7 @@ def load_params(
       progress: told of the bytes read.
 
     Raises:
-      CheckpointError: listing every tensor with scales that are not finite and above zero, or with
+      CheckpointError: listing every tensor with scales that are zero or not finite, or with
         values too large for `dtype`; or if a file ends early; or, before any weight is read, if the
         arrays cannot fit into memory, or if experts are reordered.
     """
@@ -127,7 +127,7 @@ def check_values(module: QuantizedModule, arrays: dict[str, np.ndarray]) -> list
     """Faults in the numbers of one module, except the order of an expert's (`check_order`)."""
     transposed = module.encoding.words in TRANSPOSED
     info = module.tensors["weight_scale"]
-    faults = _check_scale(arrays["weight_scale"], info, signed=transposed)
+    faults = _check_scale(arrays["weight_scale"], info)
     groups = arrays.get("weight_g_idx")
     if transposed and "weight_zero_point" in arrays:
         faults += check_zero_points(arrays["weight_zero_point"], module)
@@ -140,20 +140,20 @@ def check_values(module: QuantizedModule, arrays: dict[str, np.ndarray]) -> list
     return faults + _check_groups(groups, module)
 
 
-def _check_scale(scale: np.ndarray, info: TensorInfo, *, signed: bool) -> list[Fault]:
-    """Scales that are NaN, infinite, zero, or negative where they may not be.
+def _check_scale(scale: np.ndarray, info: TensorInfo) -> list[Fault]:
+    """Scales that are NaN, infinite or zero.
 
-    AutoRound, which writes AutoAWQ's and GPTQ's formats as well, gives about half of the groups of
-    symmetric weights a negative scale, so that their largest weight uses the longer side.
+    Negative ones are right: AutoRound, in each format that it writes, gives one to about half of
+    the groups of symmetric weights, so that their largest weight uses the longer side.
     """
     with np.errstate(invalid="ignore"):  # comparing a bfloat16 NaN warns
-        bad = ~(np.isfinite(scale) & ((scale != 0) if signed else (scale > 0)))
+        bad = ~(np.isfinite(scale) & (scale != 0))
     if not bad.any():
         return []
     first = tuple(int(i) for i in np.argwhere(bad)[0])
     what = (
-        f"{int(bad.sum())} of {scale.size} scales are not finite and "
-        f"{'other than' if signed else 'above'} 0, the first at {list(first)}: {scale[first]}"
+        f"{int(bad.sum())} of {scale.size} scales are zero or not finite, "
+        f"the first at {list(first)}: {scale[first]}"
     )
     return [Fault(what, info.file.name, info.name, _AGAIN)]
 

@@ -110,7 +110,7 @@ def test_progress_is_told_every_byte_and_name(tmp_path):
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float32])
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(np.nan, "nan"), (np.inf, "inf"), (-np.inf, "-inf"), (-0.5, "-0.5"), (0, "0")],
+    [(np.nan, "nan"), (np.inf, "inf"), (-np.inf, "-inf"), (0, "0")],
 )
 def test_scale_that_is_no_scale_is_counted_and_the_first_is_shown(tmp_path, value, text, dtype):
     scale = np.full((9, 2), 0.5, dtype)
@@ -119,7 +119,7 @@ def test_scale_that_is_no_scale_is_counted_and_the_first_is_shown(tmp_path, valu
         _load(tmp_path / "c", [_make_tensors(**{f"{PATH}.weight_scale": scale})])
     [fault] = caught.value.faults
     assert (fault.file, fault.tensor) == ("model.safetensors", f"{PATH}.weight_scale")
-    assert fault.what.startswith("2 of 18 scales are not finite and above 0, the first at [3, 1]: ")
+    assert fault.what.startswith("2 of 18 scales are zero or not finite, the first at [3, 1]: ")
     assert fault.what.rpartition(": ")[2].startswith(text)
 
 

@@ -20,6 +20,8 @@ from tests.jaxwna16.models.family_rows import BASES, MODELS, ROWS, Row
 BATCH, STEPS, SLOTS = 2, 88, 200
 """No size of a small model is one of the last two, and a chunk of the delta rule is shorter."""
 DISTINCT = [model_type for model_type, row in ROWS.items() if not row.is_repeated]
+ALWAYS = ("cohere2", "gemma2", "llama", "minimax_m2", "ministral3", "qwen3_5_moe")
+"""All kinds of attention: windows, softcaps, scales, norms, gates, and delta nets."""
 
 
 def _make_abstract(row: Row, model_type: str) -> CausalLM:
@@ -50,7 +52,10 @@ def _trace(model: CausalLM):
     yield jax.jit(CausalLM.__call__).trace(model, tokens), STEPS
 
 
-@pytest.mark.parametrize("model_type", DISTINCT)
+@pytest.mark.parametrize(
+    "model_type",
+    [pytest.param(n, marks=[] if n in ALWAYS else [pytest.mark.thorough]) for n in DISTINCT],
+)
 def test_no_array_has_a_number_for_each_query_and_slot(model_type):
     gpu = AbstractMesh((1,), ("x",), abstract_device=AbstractDevice("NVIDIA H100", 132, "cuda"))
     with jax.sharding.use_abstract_mesh(gpu), warnings.catch_warnings():

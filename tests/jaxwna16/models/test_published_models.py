@@ -26,8 +26,10 @@ DENSE = (
     "smollm3-3b",
     "phi-4",
 )
-LARGE = ("minimax-m2.7", "qwen3-coder-next", "qwen3-vl-30b-a3b")
-"""Those whose many tensors (up to 140,000 modules) take long, or are those of another."""
+LARGE = ("minimax-m2.7", "qwen3-coder-next", "qwen3-vl-30b-a3b", "qwen3.5-122b-a10b")
+"""Those whose many tensors (up to 140,000 modules) take long."""
+ALIKE = ("mistral-small-3.2-24b", "smollm3-3b", "qwen3-vl-30b-a3b")
+"""Those whose layers are another's."""
 BLOCK = 4
 """Layers of one block of the hybrid pattern."""
 _MLP, _ATTENTION, _DELTA = 3, 5, 2
@@ -70,7 +72,7 @@ def inspect(folder: Path, capsys) -> dict:
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=[pytest.mark.thorough] if name in LARGE else []) for name in NAMES],
+    [pytest.param(name, marks=[pytest.mark.thorough] if name in LARGE + ALIKE else []) for name in NAMES],
 )
 def test_a_model_of_full_size_is_planned_and_inspected_from_headers(name, tmp_path, capsys):
     folder = write_headers(tmp_path / "c", read_published(name))
@@ -84,7 +86,10 @@ def test_a_model_of_full_size_is_planned_and_inspected_from_headers(name, tmp_pa
     describe_decode(folder)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.thorough] if name in ALIKE else []) for name in NAMES],
+)
 def test_the_decode_step_of_a_block_has_the_kernels_when_lowered_for_a_gpu(name, block, capsys):
     folder = block(name)
     report = inspect(folder, capsys)

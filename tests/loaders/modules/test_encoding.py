@@ -23,7 +23,14 @@ from pallas_kernels.format.dequantize import dequantize
 from pallas_kernels.format.layout import codes_from_words
 from pallas_kernels.format.spec import QuantSpec
 from pallas_kernels.matmul import quant_matmul
-from tests.checkpoints import assert_same_bits, compress, decompress, make_weight, to_numpy
+from tests.checkpoints import (
+    assert_same_bits,
+    compress,
+    decompress,
+    make_weight,
+    to_numpy,
+)
+from tests.checkpoints import write_folder as write_modules
 from tests.folders import (
     describe_linears,
     make_config,
@@ -65,6 +72,22 @@ def test_zero_points_that_an_old_version_left_out_are_zero_and_said_to_be(tmp_pa
     [warning] = [text for text in plan.warnings if "zero point" in text]
     assert warning.startswith("zero_points_of_zero: no zero points")
     assert not np.any(load_params(plan)["zero_points_of_zero"]["zero_point"])
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_negative_scales_are_read_as_they_are(tmp_path, bits, symmetric):
+    """AutoRound writes them, with compressed-tensors' own packing."""
+    args = _make_args(bits, 32, symmetric, torch.float16)
+    tensors = compress(make_weight((24, 96)), args)
+    flipped = torch.arange(tensors["weight_scale"].numel()) % 2 * 2 - 1
+    tensors["weight_scale"] *= flipped.reshape(tensors["weight_scale"].shape)
+    plan = make_plan(write_modules(tmp_path / "c", {"m": (tensors, args)}))
+    leaves = load_params(plan)["m"]
+    found, expected = dequantize(leaves, plan.specs["m"]), to_numpy(decompress(tensors, args))
+    assert_same_bits(found, expected)
+    x = jnp.eye(96, dtype=jnp.float16)
+    np.testing.assert_array_equal(quant_matmul(x, leaves, plan.specs["m"]).T, expected)
 
 
 def _make_args(bits: int, group_size: int | None, symmetric: bool, scale_dtype: torch.dtype):

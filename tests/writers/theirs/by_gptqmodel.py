@@ -13,7 +13,7 @@ import torch
 from gptqmodel import BACKEND, GPTQModel
 from gptqmodel.nn_modules.qlinear import BaseQuantLinear
 from gptqmodel.quantization.config import GPTQConfig, RTNConfig
-from worker import load_rows, save_logits
+from worker import load_model, load_rows, save_logits
 
 VERSIONS = ("gptqmodel",)
 CAN_FORK = False  # its threads start with its import
@@ -34,17 +34,17 @@ def write(order: dict[str, Any]) -> None:
     model.quantize([{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in rows])
     model.save(order["folder"])
     model = GPTQModel.load(order["folder"], device="cpu", backend=BACKEND.TORCH)
-    save_logits(order, dequantize(model.model))
+    save_logits(order, dequantize(model.model, order))
 
 
-def dequantize(model: torch.nn.Module) -> torch.nn.Module:
-    """The same model in float32, with plain linears in place of packed ones."""
-    packed = [(n, m) for n, m in model.named_modules() if isinstance(m, BaseQuantLinear)]
-    for name, module in packed:
-        weight = module.dequantize_weight().T.float()
-        linear = torch.nn.Linear(*reversed(weight.shape), bias=module.bias is not None)
-        linear.weight.data = weight.contiguous()
-        if module.bias is not None:
-            linear.bias.data = module.bias.float()
-        model.set_submodule(name, linear)
-    return model
+def dequantize(model: torch.nn.Module, order: dict[str, Any]) -> torch.nn.Module:
+    """The source's model in float32, with the weights of packed linears in place of its own.
+
+    GPTQModel casts all that it loads to 16 bits, also the frequencies of the rotation.
+    """
+    plain = load_model(order).float()
+    for name, module in model.named_modules():
+        if isinstance(module, BaseQuantLinear):
+            weight = module.dequantize_weight().T.float()
+            plain.get_submodule(name).weight.data = weight.contiguous()
+    return plain
