@@ -21,12 +21,13 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 # Most of the time goes into machine code that runs once. So it is left plain, which is a quarter
 # less work (`make thorough` lets it be optimized), and it is not split for several threads: there
-# is a worker for each core. XLA's older emitters need a third of the newer ones' time; jax 0.11
-# takes them away.
-FLAGS = ["--xla_backend_optimization_level=0", "--xla_cpu_parallel_codegen_split_count=1"]
-if version("jaxlib").startswith("0.10."):
-    FLAGS.append("--xla_cpu_use_fusion_emitters=false")
-os.environ.setdefault("XLA_FLAGS", " ".join(FLAGS))
+# is a worker for each core. XLA's older emitters, which jax 0.12 has no longer, need a third of the
+# newer ones' time.
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
+    + " --xla_cpu_use_fusion_emitters=false" * version("jaxlib").startswith("0.10."),
+)
 
 import jax
 

@@ -72,7 +72,10 @@ def inspect(folder: Path, capsys) -> dict:
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=[pytest.mark.thorough] if name in LARGE + ALIKE else []) for name in NAMES],
+    [
+        pytest.param(name, marks=[pytest.mark.thorough] if name in LARGE + ALIKE else [])
+        for name in NAMES
+    ],
 )
 def test_a_model_of_full_size_is_planned_and_inspected_from_headers(name, tmp_path, capsys):
     folder = write_headers(tmp_path / "c", read_published(name))
