@@ -54,6 +54,18 @@ SETTINGS = [
 ]
 
 
+_WHOLE = ("SmolLM2", "llama", "mixtral")
+_TWO = [Setting(NEAREST, False, False), Setting(CALIBRATED, True, False)]
+
+
+def list_settings(model: str) -> list[Setting]:
+    """All of them for a few models, dense and of experts; for the others, one of each method.
+
+    The settings decide what is written for a weight, and the model what its weights are called.
+    """
+    return SETTINGS if model in _WHOLE else _TWO
+
+
 class WriterError(Exception):
     """A writer does not start."""
 

@@ -3,6 +3,7 @@
     python -m tests.writers.run                            all; writes a part of docs/reliability.md
     python -m tests.writers.run --model mixtral olmo2      these models alone, and writes nothing
     python -m tests.writers.run --writer AutoRound         this writer alone, and writes nothing
+    python -m tests.writers.run --every-setting            for all models, three hours
     python -m tests.writers.run --keep FOLDER              the checkpoints stay there
 
 `make test-writers` makes the environments of the writers first. The exit code is 1 if a folder that
@@ -28,7 +29,15 @@ import jax
 
 from tests.fuzz.run import REPORT, keep_part
 from tests.writers.check import Outcome, check
-from tests.writers.orders import SETTINGS, WRITERS, Setting, Writer, WriterError, report
+from tests.writers.orders import (
+    SETTINGS,
+    WRITERS,
+    Setting,
+    Writer,
+    WriterError,
+    list_settings,
+    report,
+)
 from tests.writers.sources import NAMES, Source, write_source
 from tests.writers.table import MARK, Key, describe
 
@@ -40,29 +49,33 @@ def main() -> int:
     )
     parser.add_argument("--model", nargs="+", choices=NAMES, default=NAMES)
     parser.add_argument("--writer", nargs="+", choices=WRITERS, default=tuple(WRITERS))
+    parser.add_argument("--every-setting", action="store_true")
     parser.add_argument("--keep", type=Path, metavar="FOLDER")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary) if args.keep is None else args.keep
-        part, faulty = run(root, args.model, args.writer, is_kept=args.keep is not None)
+        chosen = {
+            model: SETTINGS if args.every_setting else list_settings(model) for model in args.model
+        }
+        part, faulty = run(root, chosen, args.writer, is_kept=args.keep is not None)
     if not faulty and len(args.model) == len(NAMES) and len(args.writer) == len(WRITERS):
         REPORT.write_text(keep_part(REPORT.read_text("utf-8"), MARK, part), encoding="utf-8")
     print(part)
     return 1 if faulty else 0
 
 
-def run(root: Path, models, writers, *, is_kept: bool) -> tuple[str, int]:
+def run(root: Path, chosen: dict[str, list[Setting]], writers, *, is_kept: bool) -> tuple[str, int]:
     """This part of the report, and how many folders were faulty."""
     start = time.perf_counter()
     root.mkdir(parents=True, exist_ok=True)
     outcomes: dict[Key, dict[Setting, Outcome]] = {}
     hands = {name: start_writer(name, root / f"{name}.log") for name in writers}
-    for model in models:
+    for model, settings in chosen.items():
         source = write_source(model, root)
         for name, writer in hands.items():
             outcomes[Key(model, name)] = {
                 setting: try_setting(writer, name, source, setting, is_kept=is_kept)
-                for setting in SETTINGS
+                for setting in settings
             }
         if not is_kept:
             shutil.rmtree(root / model)

@@ -29,6 +29,7 @@ def describe(
     outcomes: Outcomes, versions: Mapping[str, Mapping[str, str]], date: str, minutes: float
 ) -> str:
     """The whole part."""
+    few = min(len(found) for found in outcomes.values())
     used = [f"| {writer} | {_list_versions(facts)} |" for writer, facts in versions.items()]
     methods = [
         f"| {writer} | {METHODS[writer][NEAREST]} | {METHODS[writer][CALIBRATED]} |"
@@ -36,7 +37,7 @@ def describe(
     ]
     lines = [
         *_INTRODUCTION.format(
-            date=date, minutes=minutes, close=CLOSE, settings=len(SETTINGS)
+            date=date, minutes=minutes, close=CLOSE, settings=len(SETTINGS), few=few
         ).splitlines(),
         *used,
         "",
@@ -75,23 +76,28 @@ def _describe_row(key: Key, found: Mapping[Setting, Outcome]) -> str:
 
 def _list_errors(outcomes: Outcomes) -> Iterator[str]:
     """Who failed with what, as one line for each message."""
-    alike: dict[tuple[str, str], dict[str, list[Setting]]] = defaultdict(dict)
+    alike: dict[tuple[str, str], dict[Key, list[Setting]]] = defaultdict(dict)
     for key, found in outcomes.items():
         for setting, outcome in found.items():
             if outcome.writer_error or outcome.our_error:
                 whose = f"{key.writer} fails" if outcome.writer_error else "jaxwna16 fails"
                 text = shorten(outcome.writer_error or f"{key.writer}: {outcome.our_error}")
-                alike[whose, text].setdefault(key.model, []).append(setting)
+                alike[whose, text].setdefault(key, []).append(setting)
     if not alike:
         yield "None."
     for (whose, text), where in sorted(alike.items()):
-        places = (f"{model} ({name_settings(settings)})" for model, settings in where.items())
+        places = (
+            f"{key.model} ({name_settings(settings, list(outcomes[key]))})"
+            for key, settings in where.items()
+        )
         yield f"- {whose} at {'; '.join(places)}: `{text}`"
 
 
-def name_settings(settings: list[Setting]) -> str:
-    """Those of `SETTINGS` in a few words: "all", "calibrated", "W4A16 channel, nearest"."""
-    alike, words = list(SETTINGS), []
+def name_settings(settings: list[Setting], tried: list[Setting]) -> str:
+    """Those of the ones that were tried, in a few words: "all", "calibrated", "W4A16 channel"."""
+    if len(settings) == len(tried):
+        return "all"
+    alike, words = tried, []
     for field, word in _WORDS.items():
         values = {getattr(setting, field) for setting in settings}
         if len(values) == 1:
@@ -99,8 +105,8 @@ def name_settings(settings: list[Setting]) -> str:
             alike = [setting for setting in alike if getattr(setting, field) == value]
             words.append(word[value])
     if len(alike) == len(settings):
-        return " ".join(words) or "all"
-    return f"{len(settings)} of {len(SETTINGS)}, such as {settings[0]}"
+        return " ".join(words)
+    return f"{len(settings)} of {len(tried)}, such as {settings[0]}"
 
 
 _WORDS = {
@@ -156,8 +162,10 @@ Made by `make test-writers` on {date}, in {minutes:.0f} minutes; not edited by h
 
 Names and settings of checkpoints change with the releases of the tools that write them. So these
 tools, each the newest that a package index has, quantize the first layers of SmolLM2 and a small
-random model of each `model_type` here, in {settings} ways: round to nearest and calibrated, W4A16
-and W4A16_ASYM, in groups and by channel. Each folder must load, pass `jaxwna16 verify --oracle`
+random model of each `model_type` here, in up to {settings} ways: round to nearest and calibrated,
+W4A16 and W4A16_ASYM, in groups and by channel. A few models are written in all of them, the others
+in {few}, one of each method: the settings decide what is written for a weight, and the model what
+its weights are called. Each folder must load, pass `jaxwna16 verify --oracle`
 (every weight is bit for bit what compressed-tensors makes of it), and give the logits of the
 writer's own model. These are transformers', computed in the writer's process: its weights
 dequantized by the writer, in float32. They differ by less than {close:.0e} of the largest.

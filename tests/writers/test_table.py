@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tests.writers.check import Outcome
-from tests.writers.orders import SETTINGS
+from tests.writers.orders import CALIBRATED, NEAREST, SETTINGS, list_settings
 from tests.writers.sources import NAMES
 from tests.writers.table import Key, describe, fold, name_settings, shorten
 
@@ -39,9 +39,20 @@ def test_failures_of_a_writer_are_no_faults_of_ours_and_are_counted_apart():
 
 
 def test_settings_that_share_a_property_are_named_by_it():
-    assert name_settings([s for s in SETTINGS if s.channel]) == "channel"
-    assert name_settings([s for s in SETTINGS if s.symmetric and not s.channel]) == "W4A16 groups"
-    assert name_settings([SETTINGS[0], SETTINGS[-1]]).startswith("2 of 8, such as W4A16_ASYM")
+    groups = [s for s in SETTINGS if s.symmetric and not s.channel]
+    assert name_settings([s for s in SETTINGS if s.channel], SETTINGS) == "channel"
+    assert name_settings(groups, SETTINGS) == "W4A16 groups"
+    assert name_settings([SETTINGS[0], SETTINGS[-1]], SETTINGS).startswith(
+        "2 of 8, such as W4A16_ASYM"
+    )
+    two = list_settings("olmo2")
+    assert name_settings(two, two) == "all"
+    assert name_settings(two[:1], two) == "W4A16_ASYM groups nearest"
+
+
+def test_settings_of_every_model_hold_both_methods():
+    assert {s.method for s in list_settings("olmo2")} == {NEAREST, CALIBRATED}
+    assert list_settings("mixtral") == SETTINGS
 
 
 def test_a_message_is_one_short_line_without_paths():

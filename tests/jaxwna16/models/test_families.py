@@ -140,6 +140,24 @@ def test_generated_tokens_are_those_of_transformers(case):
     assert len(set(expected)) > 3  # no loop of a few tokens
 
 
+@pytest.mark.thorough
+@pytest.mark.parametrize("model_type", ROWS)
+def test_logits_of_1_7_64_and_257_tokens_are_those_of_transformers(model_type, tmp_path):
+    """At once, in pieces, and the longest also one by one: past windows and original lengths."""
+    reference = make_reference(BASES[model_type], max_position_embeddings=512)
+    folders = write_row(reference, ROWS[model_type], tmp_path)
+    reference = load_reference(folders)
+    model = jaxwna16.load_model(folders.packed, dtype="float32")
+    for length in (1, 7, 64, 257):
+        tokens = random_tokens(2, length, seed=length)
+        expected = reference_logits(reference, tokens)
+        assert relative_error(forward(model, jnp.asarray(tokens)), expected) < CLOSE
+        pieces = run_padded(model, tokens, np.array([length, length]), 48)
+        assert relative_error(pieces, expected) < CLOSE
+    stream = run_pieces(model, tokens, [1] * length)
+    assert relative_error(run_logits(model, stream), expected) < CLOSE
+
+
 @pytest.mark.parametrize("name", EXTRAS)
 def test_logits_of_a_variant_are_those_of_transformers(name):
     reference = make_reference(name)
