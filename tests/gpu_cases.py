@@ -132,6 +132,18 @@ class Between:
 AnyCase = Case | Grouping | Between | Decode
 
 
+_CORE_SMALL = (
+    "add and norm, Llama-3.1-8B, batch 1",
+    "add and norm, 8 MiB ahead, Llama-3.1-8B, batch 1",
+    "add experts and norm, Qwen3-30B-A3B, batch 1",
+    "attention of 2048 tokens, Llama-3.1-8B",
+    "attention of 2048 tokens, gemma-4, wide heads",
+    "routing, DeepSeek-V3",
+    "routing, the most experts",
+    "delta rule, Qwen3.6-27B, batch 1",
+)
+
+
 def list_core() -> list[AnyCase]:
     """Some of the budgeted cases, and of the other schedules and GPUs."""
     return [
@@ -145,7 +157,7 @@ def list_core() -> list[AnyCase]:
         Case("sm_90a", 16, 4, "bfloat16", 16),
         Case("sm_89", 256, 4, "bfloat16", 80, experts=FIRST, scale_dtype="float32"),
         Grouping("sm_90a", 512, 4096, 8),
-        *(Between("sm_90a", name) for name in list_small()),
+        *(Between("sm_90a", name) for name in _CORE_SMALL),
         *list_core_attention(),
     ]
 

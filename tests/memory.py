@@ -26,9 +26,11 @@ _STEP_MB = 120
 
 _PEAKS = "peaks_mb"
 _M_MMAP_THRESHOLD = -3  # malloc.h
-_peaks: list[tuple[int, int]] = []
+_peaks: list[tuple[int, int, str]] = []
 _resident_mb = LIMIT_MB // 2
 _kept_mb = 0
+_highest: tuple[int, str] = 0, ""
+"""The peak so far, and the test that raised it."""
 
 if sys.platform == "linux":
     # Arrays from 1 MB on go back when they are freed; glibc's own bound rises to 32 MB as they are
@@ -58,8 +60,10 @@ def pytest_collection_finish() -> None:
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> Iterator[None]:
     """Give memory back after the last test of each file, and within large ones."""
-    global _resident_mb, _kept_mb
+    global _resident_mb, _kept_mb, _highest
     outcome = yield
+    if (peak := read_peak() >> 20) > _highest[0]:
+        _highest = peak, item.nodeid.partition("[")[0]
     is_last = nextitem is None or nextitem.path != item.path
     if is_last or _read_resident_mb() > _resident_mb + _STEP_MB:
         _give_back()
@@ -80,12 +84,13 @@ def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """Hand the peaks of this process and of the largest that it started to the controller."""
-    mine = read_peak() >> 20, read_started_peak() >> 20
+    mine = read_peak() >> 20, read_started_peak() >> 20, _highest[1]
     if hasattr(session.config, "workeroutput"):
         session.config.workeroutput[_PEAKS] = mine
     elif not session.config.pluginmanager.hasplugin("dsession"):
         _peaks.append(mine)
-    if session.config.getoption("--hold-memory") and max(map(max, _peaks), default=0) > LIMIT_MB:
+    worst = max((max(own, started) for own, started, _ in _peaks), default=0)
+    if session.config.getoption("--hold-memory") and worst > LIMIT_MB:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
@@ -98,10 +103,11 @@ def pytest_testnodedown(node, error) -> None:
 
 def pytest_terminal_summary(terminalreporter) -> None:
     """Print the peak of every worker, and of the largest process that its tests started."""
-    for worker, (own, started) in enumerate(_peaks):
+    for worker, (own, started, where) in enumerate(_peaks):
         mark = f" (the limit is {LIMIT_MB} MB)" if max(own, started) > LIMIT_MB else ""
         terminalreporter.write_line(
-            f"peak memory of worker {worker}: {own} MB; of processes it started: {started} MB{mark}"
+            f"peak memory of worker {worker}: {own} MB{mark}, in {where}; "
+            f"of processes it started: {started} MB"
         )
 
 

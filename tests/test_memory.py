@@ -45,8 +45,8 @@ def test_a_worker_or_what_it_started_above_the_limit_fails_the_run(
     monkeypatch, peak, fails, held, own
 ):
     """As on the controller, to which the workers have said their peaks."""
-    monkeypatch.setattr(memory, "_peaks", [(1, 1)])
-    said = {"peaks_mb": (peak, 1) if own else (1, peak)}
+    monkeypatch.setattr(memory, "_peaks", [(1, 1, "")])
+    said = {"peaks_mb": (peak, 1, "") if own else (1, peak, "")}
     memory.pytest_testnodedown(SimpleNamespace(workeroutput=said), None)
     plugins = SimpleNamespace(hasplugin=lambda name: name == "dsession")
     config = SimpleNamespace(getoption=lambda name: held, pluginmanager=plugins)

@@ -39,6 +39,4 @@ def list_core() -> list[Program]:
     return [
         Program("Llama-3.1-8B", "sm_90a", "decode", 1, 3, _SMALL),
         Program("Qwen3-30B-A3B", "sm_90a", "decode", 16, 3, _SMALL),
-        Program("Qwen3.6-27B, all packed", "sm_90a", "decode", 1, 4, _SMALL),
-        Program("Llama-3.1-8B", "sm_90a", "prefill", 512, 2, _SMALL),
     ]

@@ -37,11 +37,11 @@ ALIKE = (
 )
 """They have experts, or a tower, and the attention of another row."""
 FLIPS = 4e-3
-"""The share of results that may be a step away where they hang on a sigmoid, a cosine or a sum of
-inexact terms. Of these, the last bits of float32 differ between torch and XLA; a result is then
-rounded to the other side where it was within some 2^-24 of the middle of two steps 2^-8 or 2^-11
-apart: one in 8,000 for 16-bit floats of 11 digits, of which several follow each other. A wrong
-order of rounding moves one in four."""
+"""The share of results that may be a step away where they hang on a sigmoid, a cosine, an inverse
+root or a sum of inexact terms. Of these, the last bits of float32 differ between torch and XLA; a
+result is then rounded to the other side where it was within some 2^-24 of the middle of two steps
+2^-8 or 2^-11 apart: one in 8,000 for 16-bit floats of 11 digits, of which several follow each
+other. A wrong order of rounding moves one in four."""
 
 
 def list_norms(reference, model: CausalLM) -> Iterator[tuple[str, Any, Any]]:
@@ -74,8 +74,8 @@ def test_norms_round_as_those_of_transformers(model_type, dtype):
         with torch.no_grad():
             expected = theirs(*(part.theirs for part in inputs))
         steps = count_steps(run(ours, *(part.ours for part in inputs)), expected)
-        assert (steps > 0).mean() <= (FLIPS if is_gated else 0), path
-        assert steps.max() <= 1, path
+        assert (steps > 0).mean() <= FLIPS, path
+        assert steps.max() <= 2, path  # one, times a weight: steps there may be half as large
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,8 @@ LARGE = ("minimax-m2.7", "qwen3-coder-next", "qwen3-vl-30b-a3b", "qwen3.5-122b-a
 """Those whose many tensors (up to 140,000 modules) take long."""
 ALIKE = ("mistral-small-3.2-24b", "smollm3-3b", "qwen3-vl-30b-a3b")
 """Those whose layers are another's."""
+LOWERED = ("qwen3-30b-a3b", "qwen3-coder-next", "phi-4")
+"""One of each kind of block: of experts, hybrid with shared ones, and dense."""
 BLOCK = 4
 """Layers of one block of the hybrid pattern."""
 _MLP, _ATTENTION, _DELTA = 3, 5, 2
@@ -91,7 +93,7 @@ def test_a_model_of_full_size_is_planned_and_inspected_from_headers(name, tmp_pa
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=[pytest.mark.thorough] if name in ALIKE else []) for name in NAMES],
+    [pytest.param(name, marks=[] if name in LOWERED else [pytest.mark.thorough]) for name in NAMES],
 )
 def test_the_decode_step_of_a_block_has_the_kernels_when_lowered_for_a_gpu(name, block, capsys):
     folder = block(name)

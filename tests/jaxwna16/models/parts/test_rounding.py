@@ -31,10 +31,12 @@ float32 differs between torch and XLA, which rounds one in some thousands to the
 sigmoid in 16 bits would move one in three."""
 
 
-def assert_nearly_same(ours: jax.Array, theirs: torch.Tensor) -> None:
+def assert_nearly_same(ours: jax.Array, theirs: torch.Tensor, most: int = 1) -> None:
+    """`most` steps apart: 1 of what rounds once, 2 of its product, whose steps may be half as
+    large."""
     steps = count_steps(ours, theirs)
     assert (steps > 0).mean() <= FLIPS
-    assert steps.max() <= 1
+    assert steps.max() <= most
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -70,14 +72,14 @@ def test_silu_is_rounded_and_then_its_product_with_up(dtype):
     """That of two packed layers rounds once, see `gated`; no module of transformers is its like."""
     gate, up = draw_normal((64, 64), dtype), draw_normal((64, 64), dtype, seed=1)
     ours = gated(gate.ours, lambda x: x, lambda _: up.ours)
-    assert_nearly_same(ours, torch.nn.functional.silu(gate.theirs) * up.theirs)
+    assert_nearly_same(ours, torch.nn.functional.silu(gate.theirs) * up.theirs, most=2)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_gelu_is_rounded_and_then_its_product_with_up(dtype):
     gate, up = draw_normal((64, 64), dtype), draw_normal((64, 64), dtype, seed=1)
     ours = gated(gate.ours, lambda x: x, lambda _: up.ours, "gelu_tanh")
-    assert_nearly_same(ours, ACT2FN["gelu_pytorch_tanh"](gate.theirs) * up.theirs)
+    assert_nearly_same(ours, ACT2FN["gelu_pytorch_tanh"](gate.theirs) * up.theirs, most=2)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -99,7 +101,8 @@ def test_a_multiplier_of_the_embedding_is_rounded_first_by_gemma_and_not_by_gran
 def test_gates_of_qwen_are_rounded_sigmoids(dtype):
     gate, x = draw_normal((64, 64), dtype), draw_normal((64, 64), dtype, seed=1)
     assert_nearly_same(round_sigmoid(gate.ours), gate.theirs.sigmoid())
-    assert_nearly_same(x.ours * round_sigmoid(gate.ours), x.theirs * torch.sigmoid(gate.theirs))
+    expected = x.theirs * torch.sigmoid(gate.theirs)
+    assert_nearly_same(x.ours * round_sigmoid(gate.ours), expected, most=2)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
