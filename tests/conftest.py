@@ -1,6 +1,7 @@
 """Every test runs under JAX's strict rules: nothing is promoted, neither in dtype nor in rank.
 
-Cases marked `thorough` run with `--thorough` only (`make thorough`): the rest of large grids. With
+Cases marked `thorough` run with `--thorough` only (`make thorough`): the rest of large grids.
+`--at-most 3` runs that many cases of each test, as the gate does on a second Python. With
 `--without-torch`, tests that need PyTorch or what comes with it are left out, where those are not
 installed; otherwise they fail.
 """
@@ -45,6 +46,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--thorough", action="store_true", help="every case of every grid, not a part of each"
     )
     parser.addoption(
+        "--at-most",
+        type=int,
+        metavar="N",
+        help="N cases of each test function, the first and the last among them",
+    )
+    parser.addoption(
         "--without-torch",
         action="store_true",
         help=f"leave out tests that need {', '.join(ORACLES)}, where these are not installed",
@@ -56,11 +63,28 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         left_out = [item for item in items if item.get_closest_marker("thorough")]
         items[:] = [item for item in items if item not in left_out]
         config.hook.pytest_deselected(items=left_out)
+    if (most := config.getoption("--at-most")) is not None:
+        chosen = choose_cases(items, most)
+        config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+        items[:] = [item for item in items if item in chosen]
     # Real models need most memory, which a worker has most of at its start. Then come models, whose
     # files take longest: begun last, they would keep one worker busy alone.
     items.sort(
         key=lambda item: (item.path.parent != config.rootpath / "tests", -len(item.path.parts))
     )
+
+
+def choose_cases(items: list[pytest.Item], most: int) -> set[pytest.Item]:
+    """So many of each function's, evenly spread; their order in `items` is that of the grids."""
+    cases: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    return {
+        found[round(i * (len(found) - 1) / max(1, count - 1))]
+        for found in cases.values()
+        for count in [min(most, len(found))]
+        for i in range(count)
+    }
 
 
 @pytest.hookimpl(wrapper=True)

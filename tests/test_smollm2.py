@@ -109,6 +109,7 @@ def theirs(packed, tokens, prompt) -> Reference:
     return Reference(logits, greedy[0, len(prompt) :].tolist())
 
 
+@pytest.mark.thorough
 def test_logits_in_bfloat16_keep_the_derived_tolerance(layers, packed, tokens, theirs):
     """docs/numerics.md: 17 roundings a layer, each 0.72 * 2^-8 / sqrt(3) of its value (rms)."""
     model = jaxwna16.load_model(packed, dtype="bfloat16")

@@ -111,6 +111,7 @@ def test_experts_that_are_the_dense_ffn_give_the_dense_models_logits(tmp_path, t
     assert np.abs(ours - expected).max() <= 1e-5 * np.abs(expected).max()
 
 
+@pytest.mark.thorough
 def test_perplexity_of_perturbed_experts_agrees_to_four_digits(perturbed, tokens):
     reference = transformers.MixtralForCausalLM.from_pretrained(perturbed, dtype="float32")
     logits = run_transformers(reference, tokens)

@@ -13,7 +13,7 @@ os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 import torch
 from auto_round import AutoRound
 from transformers import AutoTokenizer
-from worker import load_model, load_rows, save_logits
+from worker import copy_plain, load_model, load_rows, save_logits
 
 VERSIONS = ("auto-round",)
 CAN_FORK = True
@@ -38,7 +38,7 @@ def write(order: dict[str, Any]) -> None:
         device_map="cpu",
     )
     quantized, _ = tuner.quantize()
-    save_logits(order, dequantize(quantized))
+    save_logits(order, copy_plain(order, dequantize(quantized)))
     tuner.save_quantized(order["folder"], format="llm_compressor" if to_nearest else "auto_round")
 
 

@@ -13,7 +13,7 @@ import torch
 from gptqmodel import BACKEND, GPTQModel
 from gptqmodel.nn_modules.qlinear import BaseQuantLinear
 from gptqmodel.quantization.config import GPTQConfig, RTNConfig
-from worker import load_model, load_rows, save_logits
+from worker import copy_plain, load_rows, save_logits
 
 VERSIONS = ("gptqmodel",)
 CAN_FORK = False  # its threads start with its import
@@ -38,11 +38,8 @@ def write(order: dict[str, Any]) -> None:
 
 
 def dequantize(model: torch.nn.Module, order: dict[str, Any]) -> torch.nn.Module:
-    """The source's model in float32, with the weights of packed linears in place of its own.
-
-    GPTQModel casts all that it loads to 16 bits, also the frequencies of the rotation.
-    """
-    plain = load_model(order).float()
+    """The plain model, with the weights of packed linears."""
+    plain = copy_plain(order, model)
     for name, module in model.named_modules():
         if isinstance(module, BaseQuantLinear):
             weight = module.dequantize_weight().T.float()
