@@ -3,7 +3,6 @@
 # pyright: reportMissingImports=false
 from __future__ import annotations
 
-import copy
 import os
 from typing import Any
 
@@ -13,7 +12,7 @@ os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 import torch
 from auto_round import AutoRound
 from transformers import AutoTokenizer
-from worker import copy_plain, load_model, load_rows, save_logits
+from worker import load_model, load_rows, replace_weights, save_logits
 
 VERSIONS = ("auto-round",)
 CAN_FORK = True
@@ -38,24 +37,23 @@ def write(order: dict[str, Any]) -> None:
         device_map="cpu",
     )
     quantized, _ = tuner.quantize()
-    save_logits(order, copy_plain(order, dequantize(quantized)))
+    save_logits(order, replace_weights(order, dequantize(quantized)))
     tuner.save_quantized(order["folder"], format="llm_compressor" if to_nearest else "auto_round")
 
 
-def dequantize(model: torch.nn.Module) -> torch.nn.Module:
-    """A copy in float32. Its weights are rounded once, to the dtype of their scales in the file.
+def dequantize(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """What was quantized, by name, rounded once: to the dtype of the scales in the file.
 
-    AutoRound holds them in the dtype of the model, whose rounding is undone here: a weight is a
-    whole multiple of its scale.
+    AutoRound holds it in 16 bits, whose rounding is undone here: a weight is a whole multiple of
+    its scale. Of all else it writes the source's own tensors.
     """
-    model = copy.deepcopy(model).float()
-    for module in model.modules():
+    weights = {}
+    for name, module in model.named_modules():
         scale = getattr(module, "scale", None)
         weight = getattr(module, "weight", None)
         if not isinstance(scale, torch.Tensor) or not isinstance(weight, torch.Tensor):
             continue
-        scale = scale.half().reshape(len(weight), -1, 1)
-        with torch.no_grad():
-            steps = (weight.reshape(len(weight), scale.shape[1], -1) / scale.float()).round()
-            weight.copy_((steps * scale.float()).half().float().reshape(weight.shape))
-    return model
+        scale = scale.half().float().reshape(len(weight), -1, 1)
+        steps = (weight.detach().float().reshape(len(weight), scale.shape[1], -1) / scale).round()
+        weights[f"{name}.weight"] = (steps * scale).half().float().reshape(weight.shape)
+    return weights

@@ -13,7 +13,7 @@ import torch
 from gptqmodel import BACKEND, GPTQModel
 from gptqmodel.nn_modules.qlinear import BaseQuantLinear
 from gptqmodel.quantization.config import GPTQConfig, RTNConfig
-from worker import copy_plain, load_rows, save_logits
+from worker import load_rows, replace_weights, save_logits
 
 VERSIONS = ("gptqmodel",)
 CAN_FORK = False  # its threads start with its import
@@ -38,10 +38,10 @@ def write(order: dict[str, Any]) -> None:
 
 
 def dequantize(model: torch.nn.Module, order: dict[str, Any]) -> torch.nn.Module:
-    """The plain model, with the weights of packed linears."""
-    plain = copy_plain(order, model)
-    for name, module in model.named_modules():
-        if isinstance(module, BaseQuantLinear):
-            weight = module.dequantize_weight().T.float()
-            plain.get_submodule(name).weight.data = weight.contiguous()
-    return plain
+    """A model in float32 with all that was read, and the weights that packed linears stand for."""
+    weights = {
+        f"{name}.weight": module.dequantize_weight().T.contiguous()
+        for name, module in model.named_modules()
+        if isinstance(module, BaseQuantLinear)
+    }
+    return replace_weights(order, model.state_dict() | weights)

@@ -39,15 +39,15 @@ def load_rows(order: dict[str, Any]) -> torch.Tensor:
     return torch.from_numpy(np.load(order["calibration"])).long()
 
 
-def copy_plain(order: dict[str, Any], model: torch.nn.Module) -> torch.nn.Module:
-    """The source's model in float32, with all tensors that a writer's model has under their names.
+def replace_weights(order: dict[str, Any], weights: dict[str, torch.Tensor]) -> torch.nn.Module:
+    """The source's model in float32, with these of a writer's tensors in place of its own.
 
     Writers cast all of a model to 16 bits, also what files do not hold: the frequencies of the
     rotation.
     """
     plain = load_model(order).float()
     held = plain.state_dict()
-    found = {name: tensor for name, tensor in model.state_dict().items() if name in held}
+    found = {name: tensor for name, tensor in weights.items() if name in held}
     plain.load_state_dict(held | found)
     return plain
 
