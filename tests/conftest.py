@@ -1,7 +1,7 @@
 """Every test runs under JAX's strict rules: nothing is promoted, neither in dtype nor in rank.
 
 Cases marked `thorough` run with `--thorough` only (`make thorough`): the rest of large grids.
-`--at-most 3` runs that many cases of each test, as the gate does on a second Python. With
+`--at-most 1` runs that many cases of each test, as the gate does on a second Python. With
 `--without-torch`, tests that need PyTorch or what comes with it are left out, where those are not
 installed; otherwise they fail.
 """

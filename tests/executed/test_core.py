@@ -11,8 +11,11 @@ from tests.executed.compiled import compile_cases
 
 
 @pytest.fixture(scope="module")
-def launches():
-    return compile_cases("list_core")
+def launches(request):
+    """Of the cases that this session runs."""
+    here = [item for item in request.session.items if item.path == request.path]
+    calls = [item.callspec for item in here if hasattr(item, "callspec")]
+    return compile_cases("list_core", {call.params["case"] for call in calls})
 
 
 @pytest.mark.parametrize("case", list_core(), ids=lambda case: f"{case.arch} {name(case)}")
