@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 # with 2 cores it would start one thread, and then miss the second that it needs to load a model
@@ -13,6 +14,7 @@ import torch
 from gptqmodel import BACKEND, GPTQModel
 from gptqmodel.nn_modules.qlinear import BaseQuantLinear
 from gptqmodel.quantization.config import GPTQConfig, RTNConfig
+from safetensors.torch import load_file
 from worker import load_rows, replace_weights, save_logits
 
 VERSIONS = ("gptqmodel",)
@@ -33,15 +35,19 @@ def write(order: dict[str, Any]) -> None:
     rows = load_rows(order) if order["calibrated"] else []
     model.quantize([{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in rows])
     model.save(order["folder"])
-    model = GPTQModel.load(order["folder"], device="cpu", backend=BACKEND.TORCH)
-    save_logits(order, dequantize(model.model, order))
+    # float16 is the dtype of scales in its files; in another one it would round them
+    model = GPTQModel.load(
+        order["folder"], device="cpu", backend=BACKEND.TORCH, dtype=torch.float16
+    )
+    save_logits(order, replace_weights(order, dequantize(model.model, Path(order["folder"]))))
 
 
-def dequantize(model: torch.nn.Module, order: dict[str, Any]) -> torch.nn.Module:
-    """A model in float32 with all that was read, and the weights that packed linears stand for."""
-    weights = {
-        f"{name}.weight": module.dequantize_weight().T.contiguous()
-        for name, module in model.named_modules()
-        if isinstance(module, BaseQuantLinear)
-    }
-    return replace_weights(order, model.state_dict() | weights)
+def dequantize(model: torch.nn.Module, folder: Path) -> dict[str, torch.Tensor]:
+    """What its packed linears stand for, and all else as it is in the files, by name."""
+    weights = {}
+    for path in folder.glob("*.safetensors"):
+        weights |= load_file(path)
+    for name, module in model.named_modules():
+        if isinstance(module, BaseQuantLinear):
+            weights[f"{name}.weight"] = module.dequantize_weight().T.contiguous()
+    return weights
