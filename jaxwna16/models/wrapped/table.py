@@ -60,6 +60,9 @@ WRAPPERS = {
         _GLM4V_MOE, texts=("glm4v_text",), tokens={"image": 151343, "video": 151344}
     ),
     "glm4v_moe": _GLM4V_MOE,
+    "gemma3": Wrapper(
+        texts=("gemma3_text",), names=_LLAVA, tokens={"image": 262144}, is_tied=True
+    ),
     "llava": dataclasses.replace(_ONE_IMAGE, asks_text=True),
     "llava_next": _ONE_IMAGE,
 }
