@@ -110,10 +110,14 @@ class Gemma4Config(LanguageConfig):
     @property
     def left_out(self) -> tuple[tuple[str, str], ...]:
         parts = r"self_attn\.(k_proj|v_proj|k_norm|v_norm)(\.|$)"
-        return tuple(
-            (rf"layers\.{i}\.{parts}", f"layer {i} attends to the keys of layer {source}")
-            for i, source in enumerate(self.sources)
+        groups = {
+            source: "|".join(str(i) for i, found in enumerate(self.sources) if found == source)
+            for source in self.sources
             if source is not None
+        }
+        return tuple(
+            (rf"layers\.({layers})\.{parts}", f"these layers attend to the keys of layer {source}")
+            for source, layers in groups.items()
         )
 
     @classmethod
