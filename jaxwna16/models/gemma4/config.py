@@ -130,7 +130,7 @@ class Gemma4Config(LanguageConfig):
         kind = KINDS[config["model_type"]]
         whole = ConfigReader(config)
         full, sliding = _divide_rope(whole)
-        reader = replace_rope(whole, sliding, **{_LAYERS: None})
+        reader = replace_rope(whole, sliding, per_layer_config=None)
         stated = read_stated(
             reader,
             rms_norm_eps=1e-6,

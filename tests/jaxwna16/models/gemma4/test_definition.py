@@ -13,12 +13,14 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 import jaxwna16
+from jaxwna16.generation.tokens import generate_tokens
 from jaxwna16.models.families import find_family
 from jaxwna16.models.filling.params import fill_model
 from jaxwna16.models.gemma4 import definition
+from loaders.plan import make_plan
 from tests.checkpoints import assert_same_bits
 from tests.jaxwna16.models.family_rows import BASES, ROWS
-from tests.jaxwna16.models.hf_checkpoints import write_row
+from tests.jaxwna16.models.hf_checkpoints import Folders, load_reference, write_row
 from tests.jaxwna16.models.hf_models import (
     choose_experts,
     convert,
@@ -27,6 +29,7 @@ from tests.jaxwna16.models.hf_models import (
     nest_params,
     random_tokens,
     record_routers,
+    reference_logits,
     relative_error,
 )
 
@@ -156,6 +159,28 @@ def test_every_spelling_of_packed_experts_is_the_same_model(symmetric, tmp_path)
         found = jaxwna16.load_model(folder, dtype="float32")
         assert found.model.layers[0].experts.w13.packed is not None
         jax.tree.map(assert_same_bits, jax.tree.leaves(nnx.state(found)), expected)
+
+
+@pytest.mark.parametrize("model_type", ["gemma4_text", "gemma4"])
+def test_what_quantize_writes_has_the_logits_of_its_floats(model_type, tmp_path):
+    """Routers, embeddings and towers stay as they are."""
+    make_reference(BASES[model_type]).save_pretrained(tmp_path / "source")
+    folders = Folders(tmp_path / "packed", tmp_path / "floats")
+    jaxwna16.quantize_checkpoint(tmp_path / "source", folders.packed, group_size=32)
+    jaxwna16.dequantize_checkpoint(folders.packed, folders.floats)
+    model, tokens = jaxwna16.load_model(folders.packed, dtype="float32"), random_tokens(2, 24)
+    packed = set(make_plan(folders.packed).quantized)
+    kept = ("router", "vision", "embed", "lm_head")
+    assert packed and not any(part in path for path in packed for part in kept)
+    ours = forward(model, jnp.asarray(tokens))
+    if model_type == "gemma4":  # transformers does not read experts that are apart
+        floats = jaxwna16.load_model(folders.floats, dtype="float32")
+        expected = np.asarray(forward(floats, jnp.asarray(tokens)))
+    else:
+        expected = reference_logits(load_reference(folders), tokens)
+    assert relative_error(ours, expected) < 1e-4
+    written = generate_tokens(model, tokens[:1, :8].tolist(), max_new_tokens=4).tokens
+    assert written[0][0] == forward(model, jnp.asarray(tokens[:1, :8]))[0, -1].argmax()
 
 
 def test_keys_of_layers_that_share_are_left_out_and_listed(tmp_path):
