@@ -16,13 +16,16 @@ Described = Mapping[str, tuple[str, Sequence[int]]]
 _BYTES = {"I32": 4, "I64": 8, "BF16": 2}
 
 
-def describe_linear(path: str, n: int, k: int, group_size: int = 128) -> Described:
-    """A 4-bit asymmetric linear layer."""
+def describe_linear(
+    path: str, n: int, k: int, group_size: int = 128, symmetric: bool = False
+) -> Described:
+    """A 4-bit linear layer."""
+    zero_point = {f"{path}.weight_zero_point": ("I32", (n // 8, k // group_size))}
     return {
         f"{path}.weight_packed": ("I32", (n, k // 8)),
         f"{path}.weight_scale": ("BF16", (n, k // group_size)),
         f"{path}.weight_shape": ("I64", (2,)),
-        f"{path}.weight_zero_point": ("I32", (n // 8, k // group_size)),
+        **({} if symmetric else zero_point),
     }
 
 

@@ -19,6 +19,7 @@ from jaxwna16.models.config.config_reader import ConfigReader
 from jaxwna16.models.config.fused import ListFused, fuse_nothing
 from jaxwna16.models.config.language_config import LanguageConfig
 from jaxwna16.models.gemma import config as gemma_config
+from jaxwna16.models.gemma4 import config as gemma4_config
 from jaxwna16.models.glm4 import config as glm4_config
 from jaxwna16.models.llama import config as llama_config
 from jaxwna16.models.llama import names as llama_names
@@ -83,6 +84,12 @@ FAMILIES = (
         model_types=tuple(gemma_config.KINDS),
         read=gemma_config.GemmaConfig.from_dict,
         model="jaxwna16.models.gemma.definition:Gemma",
+    ),
+    Family(
+        model_types=tuple(gemma4_config.KINDS),
+        read=gemma4_config.Gemma4Config.from_dict,
+        model="jaxwna16.models.gemma4.definition:Gemma4",
+        names={r"(layers\.\d+)\.moe\.": r"\1."},
     ),
     Family(
         model_types=tuple(glm4_config.KINDS),

@@ -93,6 +93,11 @@ class LanguageConfig:
         return max(counts)
 
     @property
+    def left_out(self) -> tuple[tuple[str, str], ...]:
+        """What files may have of this model and no part of it reads: patterns, and the reason."""
+        return ()
+
+    @property
     def whole_prompts(self) -> bool:
         """Whether prompts must be run in one piece: dynamic rope turns all of it by its length."""
         return self.rope.rope_type == "dynamic"

@@ -15,13 +15,14 @@ _POSITIONS = (1, MAX_COUNT)
 _NEEDED = {
     "default": (),
     "linear": ("factor",),
+    "proportional": ("factor",),
     "dynamic": ("factor",),
     "yarn": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
     "longrope": ("factor",),
 }
 """`rope_type` -> the keys that it must have."""
-ROPE_TYPES = tuple(kind for kind in _NEEDED if kind != "longrope")
+ROPE_TYPES = tuple(kind for kind in _NEEDED if kind not in ("longrope", "proportional"))
 _LONGROPE = ("longrope", "su", "yarn")
 """What it is called in files of families that have it: older names of Phi-3's stand for it, too."""
 _OPTIONAL = ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
@@ -54,6 +55,8 @@ class RopeConfig:
       query_beta: `llama_4_scaling_beta`; 0 where queries are not scaled by their position.
       short_factors, long_factors: what divides each frequency (longrope), in rows of up to P tokens
         and in longer ones.
+      proportion: the share of pairs that turn at all (proportional).
+      span: features of a head that have a frequency, where not all layers have `rotary_dim`; or 0.
     """
 
     rope_type: str
@@ -71,6 +74,8 @@ class RopeConfig:
     query_beta: float = 0.0
     short_factors: tuple[float, ...] = ()
     long_factors: tuple[float, ...] = ()
+    proportion: float = 1.0
+    span: int = 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -87,6 +92,7 @@ class RopeRule:
       longrope: of a family that has longrope, no other scaling, and may rotate a part of a head: of
         `original_max_position_embeddings` beside the parameters.
       stretches: whether an `alpha` may stretch the base, see `read_stretched`.
+      proportional: whether a part of the pairs may have a frequency of zero (Gemma 4).
     """
 
     unread: tuple[str, ...] = ()
@@ -96,6 +102,7 @@ class RopeRule:
     scales_queries: bool = False
     longrope: int | None = None
     stretches: bool = False
+    proportional: bool = False
 
 
 PLAIN = RopeRule()
@@ -167,8 +174,11 @@ def read_rope(
     theta = values.get("rope_theta", config.get("rope_theta", theta))
     original = max_positions
     known = ROPE_TYPES if rule.longrope is None else ("default", *_LONGROPE)
+    known = (*known, "proportional") if rule.proportional else known
     if rope_type in rule.aliases:
         rope_type = "default"
+    if rope_type == "proportional":
+        values.setdefault("factor", 1.0)
     if rope_type not in known:
         reader.refuse(f"{where}.rope_type", rope_type, f"one of {', '.join(known)}")
         rope_type = "default"

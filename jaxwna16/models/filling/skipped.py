@@ -23,6 +23,7 @@ BESIDE = {
     "the vision tower": (
         *("visual", "vision_tower", "vision_model", "vision_encoder", "vision_language_adapter"),
         *("vision_embed_tokens", "embed_vision", "image_newline"),
+        *("vision_embedder",),
         *("multi_modal_projector", "mm_projector"),
     ),
     "the audio tower": (
@@ -54,6 +55,7 @@ def list_rules(config: LanguageConfig) -> list[Rule]:
         layers = "|".join(str(first + i) for i in range(count))
         reason = f"past the last of {first} layers: it {_PREDICTS}"
         rules.append(Rule(re.compile(rf"{_WITHIN}layers\.({layers})\."), reason))
+    rules += [Rule(re.compile(_WITHIN + names), reason) for names, reason in config.left_out]
     return rules
 
 

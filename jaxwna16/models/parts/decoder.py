@@ -75,8 +75,18 @@ class Decoder(nnx.Module):
         self, rope: RopeConfig, positions: Array, dtype: Any, lengths: Array
     ) -> Rotation:
         """Of tokens at positions [B, S] of rows of `lengths` [B], in a stream of `dtype`."""
-        size, tables = self.config.rotary_dim, self.rope_dtype
+        size, tables = rope.span or self.config.rotary_dim, self.rope_dtype
         return make_rotation(rope, size, positions, dtype, tables, lengths)
+
+    def list_beside(self, tokens: Array, x: Array) -> Sequence[Array | None]:
+        """Per layer, what it takes of tokens [B, S] beside the stream, of their embedding x."""
+        del tokens, x
+        return [None] * len(self.layers)
+
+    def find_before(self, layer: int, cache: Cache | None, so_far: Sequence[Any], x: Array) -> Any:
+        """What a layer is given of the tokens before, `so_far` what those before it gave back."""
+        del so_far, x
+        return None if cache is None else cache[layer]
 
     def make_cache(self, batch: int, slots: int) -> Cache:
         """An empty cache for `slots` tokens of each row."""
@@ -103,10 +113,12 @@ class Decoder(nnx.Module):
         }
         first = getattr(self.layers[0], "input_layernorm", None)
         stream = Stream(x, None if first is None else first(x))
-        caches = []
+        beside = self.list_beside(tokens, x)
+        caches: list[Any] = []
         for i, (window, rope) in enumerate(zip(self.list_windows(), ropes, strict=True)):
-            piece = Piece(None if rope is None else rotations[rope], start, count, window)
-            before = None if cache is None else cache[i]
+            rotation = None if rope is None else rotations[rope]
+            piece = Piece(rotation, start, count, window, beside[i])
+            before = self.find_before(i, cache, caches, x)
             following = self._find_following(i)
             stream, after = run_layer(self.layers[i], stream, piece, before, following)
             caches.append(after)

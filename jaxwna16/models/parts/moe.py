@@ -13,7 +13,7 @@ from jaxwna16.layers.moe import QuantMoE, weigh_shared
 from jaxwna16.models.config.moe_config import MoeConfig
 from jaxwna16.models.parts.layers import MLP, Dense, Linears, multiply
 from pallas_kernels.formulas.norms import Onto
-from pallas_kernels.moe import Options, float_moe
+from pallas_kernels.moe import Options, float_moe, quant_moe
 from pallas_kernels.step.residual import add_onto, run_experts_onto
 from pallas_kernels.step.routing import route
 
@@ -119,12 +119,20 @@ class FloatStack(nnx.Module):
 class FloatExperts(nnx.Module):
     """Experts that are floats in the model; called as `QuantMoE` is."""
 
-    def __init__(self, moe: MoeConfig, hidden: int, *, dtype, backend: str | None = None):
+    def __init__(
+        self,
+        moe: MoeConfig,
+        hidden: int,
+        *,
+        dtype,
+        backend: str | None = None,
+        activation: str = "silu",
+    ):
         inner = moe.intermediate_size
         self.backend = backend
         self.w13 = FloatStack(moe.experts, 2 * inner, hidden, dtype=dtype)
         self.w2 = FloatStack(moe.experts, hidden, inner, dtype=dtype)
-        self.routing, self.backend = moe.routing, backend
+        self.routing, self.backend, self.activation = moe.routing, backend, activation
 
     def __call__(
         self,
@@ -145,21 +153,44 @@ class FloatExperts(nnx.Module):
             weights,
             self.w13.weight[...],
             self.w2.weight[...],
+            activation=self.activation,
             shared=weigh_shared(shared, shared_gate),
         )
 
 
-def make_experts(moe: MoeConfig, hidden: int, linears: Linears, path: str) -> Any:
+def run_chosen(experts: Any, x: Array, ids: Array, weights: Array) -> Array:
+    """The sum [..., H] of experts that were chosen elsewhere, ids and weights [..., top_k]."""
+    if type(experts) is not QuantMoE:
+        stacks = experts.w13.weight[...], experts.w2.weight[...]
+        return float_moe(x, ids, weights, *stacks, activation=experts.activation)
+    options, stacks = experts.options, (experts.w13.weights, experts.w2.weights)
+    return quant_moe(
+        x,
+        ids,
+        weights,
+        *stacks,
+        experts.spec13,
+        experts.spec2,
+        activation=options.activation,
+        backend=options.backend,
+    )
+
+
+def make_experts(
+    moe: MoeConfig, hidden: int, linears: Linears, path: str, activation: str = "silu"
+) -> Any:
     """`QuantMoE` where the specs name both products of the experts, else `FloatExperts`."""
     spec13 = linears.find_spec(f"{path}.w13", 2 * moe.intermediate_size, hidden)
     spec2 = linears.find_spec(f"{path}.w2", hidden, moe.intermediate_size)
     if spec13 is None or spec2 is None:
-        return FloatExperts(moe, hidden, dtype=linears.dtype, backend=linears.backend)
+        options = {"dtype": linears.dtype, "backend": linears.backend}
+        return FloatExperts(moe, hidden, activation=activation, **options)
     return QuantMoE(
         spec13,
         spec2,
         experts=moe.experts,
         dtype=linears.dtype,
         backend=linears.backend,
+        activation=activation,
         **dataclasses.asdict(moe.routing),
     )

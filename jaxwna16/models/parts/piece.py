@@ -17,7 +17,7 @@ Array = jax.Array
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=("rotation", "start", "lengths"),
+    data_fields=("rotation", "start", "lengths", "beside"),
     meta_fields=("window",),
 )
 @dataclasses.dataclass(frozen=True)
@@ -29,12 +29,15 @@ class Piece:
       start: int32 [B], how many tokens of each row come before.
       lengths: int32 [B], how many tokens of each row are no padding.
       window: how many tokens each attends to, itself included; None is all before it.
+      beside: what the layer takes of the tokens beside the stream [B, S, ...], where a family has
+        such.
     """
 
     rotation: Rotation | None
     start: Array
     lengths: Array
     window: int | None
+    beside: Array | None = None
 
 
 class Following(NamedTuple):

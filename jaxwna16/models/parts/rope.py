@@ -1,11 +1,12 @@
 """Rotary position embeddings and their scalings.
 
-The formulas are those of transformers' `modeling_rope_utils.py` (default, linear, dynamic NTK,
-llama3, yarn, longrope), computed in the same order and in float32, so that angles agree to the last
-bits:
+The formulas are those of transformers' `modeling_rope_utils.py` (default, linear, proportional,
+dynamic NTK, llama3, yarn, longrope), computed in the same order and in float32, so that angles
+agree to the last bits:
 
     default  f_i = theta^(-2i/d),  i = 0 .. d/2 - 1,  d = rotated features
     linear   f_i / factor
+    proportional  f_i / factor of the first pairs, 0 of the others
     dynamic  theta' = theta * (factor * L / P - (factor - 1))^(d / (d - 2)),  L = max(tokens, P)
     llama3   f_i, f_i / factor, or a blend of the two, by wavelength (Llama 3.1)
     yarn     a blend of f_i and f_i / factor by rotations over the original length; cos and sin are
@@ -99,6 +100,9 @@ def inverse_frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:
     plain = np.float32(1) / wavelengths
     if rope.rope_type == "linear":
         return plain / np.float32(rope.factor)
+    if rope.rope_type == "proportional":
+        turning = int(rope.proportion * head_dim // 2)
+        return np.where(np.arange(head_dim // 2) < turning, plain, 0) / np.float32(rope.factor)
     if rope.rope_type == "llama3":
         return _blend_llama3(rope, plain)
     if rope.rope_type == "yarn":

@@ -27,6 +27,12 @@ _QWEN2_VL = Wrapper(
 )
 _OMNI = Wrapper(texts=("qwen2_5_omni_text",), names=_THINKER, tokens={**_QWEN, "audio": 151646})
 _OMNI_MOE = dataclasses.replace(_OMNI, texts=("qwen3_omni_moe_text",))
+_GEMMA4 = Wrapper(
+    texts=("gemma4_text",),
+    names=_INSIDE,
+    tokens={"image": 258880, "video": 258884, "audio": 258881},
+    is_tied=True,
+)
 _WHOLE = ("thinker_config", "text_config")
 _GLM4V_MOE = Wrapper(
     texts=("glm4v_moe_text",),
@@ -60,6 +66,9 @@ WRAPPERS = {
         _GLM4V_MOE, texts=("glm4v_text",), tokens={"image": 151343, "video": 151344}
     ),
     "glm4v_moe": _GLM4V_MOE,
+    "gemma3": Wrapper(texts=("gemma3_text",), names=_LLAVA, tokens={"image": 262144}, is_tied=True),
+    "gemma4": _GEMMA4,
+    "gemma4_unified": dataclasses.replace(_GEMMA4, texts=("gemma4_unified_text",)),
     "llava": dataclasses.replace(_ONE_IMAGE, asks_text=True),
     "llava_next": _ONE_IMAGE,
 }

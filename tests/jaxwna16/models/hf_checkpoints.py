@@ -31,6 +31,8 @@ KEPT = (
     "block_sparse_moe.gate",
     "block_sparse_moe.router.layer",
     "shared_expert_gate",
+    "router.proj",
+    "embed_tokens_per_layer",
 )
 """Ends of the paths of what is not quantized; routers are never, by anyone."""
 

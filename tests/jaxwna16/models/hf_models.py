@@ -84,7 +84,9 @@ def make_reference(name: str, seed: int = 0, **changes):
             center = row.center(path) if tensor.ndim == 1 else None
             if center is not None:
                 tensor.copy_(center + 0.3 * torch.randn(tensor.shape))
-            elif path.endswith(("mlp.gate.weight", "block_sparse_moe.router.weight")):
+            elif path.endswith(
+                ("mlp.gate.weight", "router.proj.weight", "block_sparse_moe.router.weight")
+            ):
                 tensor.copy_(0.3 * torch.randn(tensor.shape))
             elif path.endswith("moe_statics.e_score_correction_bias"):
                 tensor.copy_(0.05 * torch.randn(tensor.shape))
@@ -95,7 +97,7 @@ def list_tensors(reference) -> Iterator[tuple[str, torch.Tensor]]:
     """What a checkpoint holds of a transformers model: no copy of tied weights, no frequencies."""
     yield from reference.named_parameters()
     for name, buffer in reference.named_buffers():
-        if name.endswith("e_score_correction_bias"):
+        if name.endswith(("e_score_correction_bias", "layer_scalar")):
             yield name, buffer
 
 
@@ -137,7 +139,7 @@ def list_leaves(reference) -> Iterator[tuple[str, np.ndarray]]:
 
 def is_beside(name: str) -> bool:
     """Whether a tensor of a transformers model is a tower's, or of what joins it to the text."""
-    parts = "visual|vision_tower|multi_modal_projector|audio_tower|image_newline"
+    parts = "visual|vision_tower|multi_modal_projector|audio_tower|image_newline|embed_vision"
     return re.match(rf"model\.({parts})(\.|$)", name) is not None
 
 
@@ -221,7 +223,7 @@ def record_routers(reference, tokens: np.ndarray) -> dict[int, Routed]:
     routers = {
         i: layer.block_sparse_moe.router
         if hasattr(layer, "block_sparse_moe")
-        else getattr(layer.mlp, "gate", None)
+        else getattr(layer, "router", None) or getattr(layer.mlp, "gate", None)
         for i, layer in enumerate(reference.model.layers)
     }
     hooks = [r.register_forward_hook(record(i)) for i, r in routers.items() if r is not None]
@@ -237,11 +239,13 @@ def choose_experts(
     """The experts that our router chooses for hidden [T, H], ascending, and their weights."""
     moe = model.config.moe
     assert moe is not None
-    gate = model.model.layers[layer].mlp.gate
-    logits = gate(jnp.asarray(hidden, model.dtype))
-    ids, weights = route(
-        logits, correction_bias=gate.read_bias(), **dataclasses.asdict(moe.routing)
-    )
+    block, x = model.model.layers[layer], jnp.asarray(hidden, model.dtype)
+    if hasattr(block, "router"):
+        ids, weights = block.router(x)
+    else:
+        gate = block.mlp.gate
+        options = dataclasses.asdict(moe.routing)
+        ids, weights = route(gate(x), correction_bias=gate.read_bias(), **options)
     order = np.argsort(ids, axis=-1)
     return np.take_along_axis(np.asarray(ids), order, -1), np.take_along_axis(
         np.asarray(weights), order, -1

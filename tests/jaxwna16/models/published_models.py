@@ -51,7 +51,8 @@ def write_headers(folder: Path, config: dict[str, Any]) -> Path:
 
 def _describe(config: dict[str, Any]) -> Iterator[Described]:
     quantization = config["quantization_config"]
-    group_size = quantization["config_groups"]["group_0"]["weights"]["group_size"]
+    weights = quantization["config_groups"]["group_0"]["weights"]
+    facts = weights["group_size"], weights["symmetric"]
     ignore = [
         re.compile(p.removeprefix("re:") if p.startswith("re:") else re.escape(p) + "$")
         for p in quantization["ignore"]
@@ -61,7 +62,7 @@ def _describe(config: dict[str, Any]) -> Iterator[Described]:
         for found, there in changes.items():
             path = path.replace(found, there)
         if is_linear and not any(pattern.match(path) for pattern in ignore):
-            yield describe_linear(path, *shape, group_size)
+            yield describe_linear(path, *shape, *facts)
         else:
             yield {f"{path}.weight" if is_linear else path: ("BF16", shape)}
 
@@ -77,7 +78,8 @@ def _list_weights(config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]
         for path, module in model.named_modules()
         if isinstance(module, torch.nn.Linear)
     }
-    biases = [pair for pair in model.named_buffers() if pair[0].endswith("_correction_bias")]
+    held = ("_correction_bias", "layer_scalar")
+    biases = [pair for pair in model.named_buffers() if pair[0].endswith(held)]
     # a head that is tied by the class alone is in the published files
     is_tied = config.get("tie_word_embeddings", False)
     for name, tensor in [*model.named_parameters(remove_duplicate=is_tied), *biases]:

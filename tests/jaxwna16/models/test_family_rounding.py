@@ -88,8 +88,10 @@ def test_norms_round_as_those_of_transformers(model_type, dtype):
 )
 def test_rotated_keys_round_as_those_of_transformers(model_type, monkeypatch):
     """Of one layer, whose projection only chooses features, so that it does not round."""
-    types = {"layer_types": ["full_attention"]} if "layer_types" in ROWS[model_type].sizes else {}
-    reference = make_reference(BASES[model_type], num_hidden_layers=1, **types)
+    facts = {**ROWS[model_type].sizes, **next(iter(ROWS[model_type].variants.values()))}
+    changes = {"layer_types": ["full_attention"], "num_kv_shared_layers": 0}
+    changes = {key: value for key, value in changes.items() if key in facts}
+    reference = make_reference(BASES[model_type], num_hidden_layers=1, **changes)
     names = find_family(reference.config.to_dict()).names
     layers = {rename(path, names): module for path, module in reference.named_modules()}
     attention = layers["model.layers.0.self_attn"]
@@ -101,8 +103,11 @@ def test_rotated_keys_round_as_those_of_transformers(model_type, monkeypatch):
     rotate = module.apply_rotary_pos_emb
 
     def record(*arguments, **options):
-        turned.append(rotate(*arguments, **options)[1])
-        return rotate(*arguments, **options)
+        found = rotate(*arguments, **options)
+        # Gemma 4 turns queries and then keys, heads behind tokens
+        keys = found[1] if isinstance(found, tuple) else found.transpose(1, 2)
+        turned.insert(0, keys)
+        return found
 
     if model.model.layers[0].self_attn.heads.norms_last:
         norm = layers["model.layers.0.self_attn.k_norm"]

@@ -25,13 +25,16 @@ DENSE = (
     "devstral-small-2-24b",
     "smollm3-3b",
     "phi-4",
+    "gemma-3-27b",
+    "gemma-4-31b",
 )
-LARGE = ("minimax-m2.7", "qwen3-coder-next", "qwen3-vl-30b-a3b", "qwen3.5-122b-a10b")
+_QWEN = ("qwen3-coder-next", "qwen3-vl-30b-a3b", "qwen3.5-122b-a10b")
+LARGE = ("minimax-m2.7", "gemma-4-26b-a4b", *_QWEN)
 """Those whose many tensors (up to 140,000 modules) take long."""
-ALIKE = ("mistral-small-3.2-24b", "smollm3-3b", "qwen3-vl-30b-a3b")
+ALIKE = ("mistral-small-3.2-24b", "smollm3-3b", "qwen3-vl-30b-a3b", "gemma-3-27b")
 """Those whose layers are another's."""
-LOWERED = ("qwen3-30b-a3b", "qwen3-coder-next", "phi-4")
-"""One of each kind of block: of experts, hybrid with shared ones, and dense."""
+LOWERED = ("qwen3-30b-a3b", "qwen3-coder-next", "phi-4", "gemma-4-26b-a4b")
+"""One of each kind of block: of experts, hybrid with shared ones, dense, and both in a layer."""
 BLOCK = 4
 """Layers of one block of the hybrid pattern."""
 _MLP, _ATTENTION, _DELTA = 3, 5, 2
@@ -42,6 +45,7 @@ KERNELS = {
     "qwen3.6-27b": 3 * (_DELTA + _MLP) + _ATTENTION + _MLP,
     "qwen3.5-122b-a10b": 3 * (_DELTA + _SPARSE + _SHARED) + _ATTENTION + _SPARSE + _SHARED,
     "qwen3-30b-a3b": 4 * (_ATTENTION + _SPARSE),
+    "gemma-4-26b-a4b": 4 * (_ATTENTION + _MLP + _SPARSE - 1),
     "minimax-m2.7": 4 * (_ATTENTION + _SPARSE),
     "qwen3-coder-next": 3 * (_DELTA + _PACKED) + _ATTENTION + 4 * (_SPARSE + _SHARED),
     "qwen3-vl-30b-a3b": 4 * (_ATTENTION + _SPARSE),
@@ -50,7 +54,7 @@ KERNELS = {
 """In a block: gate and up, down, and the end of it; of experts the router's choice, too, and of
 shared ones the two products; q/k/v, attention and its combine, o and the end of it. The products of
 delta nets are ignored by most of these checkpoints, as heads are: their rule and the end of it
-remain. Where they are packed, they are two more."""
+remain. Where they are packed, they are two more. Gemma 4's MLP and experts have one end."""
 _ROOT = Path(__file__).parents[3]
 _PLUGIN = Path(sys.prefix) / "gpu-check"
 

@@ -64,7 +64,8 @@ ODD: tuple[Any, ...] = (
 )
 """What a file can hold that nobody expects there."""
 
-TWO_ROPES = ("olmo3", "gemma3_text")
+GEMMA4 = ("gemma4_text", "gemma4_unified_text", "gemma4", "gemma4_unified")
+TWO_ROPES = ("olmo3", "gemma3_text", "gemma3", *GEMMA4)
 """Those whose layers with windows have a rope of their own."""
 
 
@@ -151,6 +152,8 @@ def test_every_family_takes_its_own_values(model_type):
 
 def _list_ropes(model_type: str) -> tuple[dict[str, Any], ...]:
     """The scalings that a model type has: all, or longrope alone."""
+    if model_type in GEMMA4:
+        return (*ROPES[:2], {"rope_type": "proportional", "factor": 2.0})
     if _find_row(model_type).rope.longrope is None:
         return ROPES
     return ({}, {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8})

@@ -10,6 +10,39 @@ def center_offset(name: str) -> float:
     return 0.0
 
 
+def center_gemma4(name: str) -> float:
+    """Weights of norms, scales and the number of each layer are around 1."""
+    return 1.0 if "norm" in name or "scal" in name else 0.0
+
+
+HEADS = {
+    "head_dim": 16,
+    "global_head_dim": 32,
+    "sliding_window": 5,
+    "layer_types": ["sliding_attention", "full_attention"],
+    "tie_word_embeddings": False,  # tied, it would find its last token likeliest
+}
+DENSE = {**HEADS, "num_global_key_value_heads": 1, "attention_k_eq_v": True}
+BESIDE = {
+    **DENSE,
+    "hidden_size_per_layer_input": 0,
+    "enable_moe_block": True,
+    "num_experts": 4,
+    "top_k_experts": 2,
+    "moe_intermediate_size": 32,
+}
+"""Experts beside the MLP."""
+SHARED = {
+    **HEADS,
+    "num_hidden_layers": 5,
+    "layer_types": ["sliding_attention", "full_attention"] * 2 + ["full_attention"],
+    "num_kv_shared_layers": 3,
+    "use_double_wide_mlp": True,
+    "hidden_size_per_layer_input": 32,
+    "vocab_size_per_layer_input": 128,
+}
+"""Layers that share keys, and embeddings of each layer."""
+
 ROWS: dict[str, Row] = {
     "gemma2": Row(
         variants={
@@ -63,5 +96,32 @@ ROWS: dict[str, Row] = {
         group_size=32,
         center=center_offset,
         is_repeated=True,
+    ),
+    "gemma4_text": Row(
+        variants={
+            "": SHARED,
+            "tied, biases, keys that are values, softcap, another rope": {
+                **DENSE,
+                "hidden_size_per_layer_input": 0,
+                "tie_word_embeddings": True,
+                "attention_bias": True,
+                "final_logit_softcapping": 2.0,
+                "rope_parameters": {
+                    "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 50.0},
+                    "sliding_attention": {"rope_type": "default", "rope_theta": 50.0},
+                },
+            },
+            "experts": BESIDE,
+        },
+        group_size=32,
+        symmetric=True,
+        center=center_gemma4,
+        bfloat16={},
+    ),
+    "gemma4_unified_text": Row(
+        variants={"": {**DENSE, "final_logit_softcapping": 2.0}},
+        group_size=32,
+        is_repeated=True,
+        center=center_gemma4,
     ),
 }

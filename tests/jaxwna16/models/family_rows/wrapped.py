@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from tests.jaxwna16.models.family_rows.gemma import BESIDE, DENSE, center_gemma4, center_offset
 from tests.jaxwna16.models.family_rows.llama import DEEPSEEK, EXPERTS, scaled_queries
 from tests.jaxwna16.models.family_rows.row import Changes, Row, rope
 
@@ -102,6 +103,24 @@ INTERN_VISION = {
     "num_attention_heads": 2,
     "image_size": [8, 8],
     "patch_size": [4, 4],
+}
+SIGLIP = {
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 8,
+    "patch_size": 4,
+}
+GEMMA4_VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "patch_size": 4,
+    "position_embedding_size": 16,
 }
 AUDIO = {
     "d_model": 32,
@@ -215,6 +234,32 @@ ROWS: dict[str, Row] = {
         is_repeated=True,
         ignore=USUAL,
         nest=put_beside(GLM_VISION),
+    ),
+    "gemma3": Row(
+        variants={
+            "": {"head_dim": 16, "sliding_window": 5, "sliding_window_pattern": 2},
+            "tied": {"head_dim": 16, "sliding_window": 5, "tie_word_embeddings": True},
+        },
+        group_size=32,
+        is_repeated=True,
+        ignore=USUAL,
+        nest=put_beside(SIGLIP, "gemma3_text", image="image_token_index"),
+        center=center_offset,
+    ),
+    "gemma4": Row(
+        variants={"": BESIDE},
+        group_size=32,
+        symmetric=True,
+        ignore=("re:.*vision_tower.*", "re:.*embed_vision.*"),
+        nest=put_beside(GEMMA4_VISION, "gemma4_text"),
+        center=center_gemma4,
+    ),
+    "gemma4_unified": Row(
+        variants={"": DENSE},
+        group_size=32,
+        is_repeated=True,
+        nest=put_beside({}, "gemma4_unified_text"),
+        center=center_gemma4,
     ),
     "llava": Row(
         variants={"": {}},
