@@ -202,6 +202,10 @@ def _read_count(config: Mapping[str, Any]) -> tuple[int | None, list[Fault]]:
         for name in _COUNTS
         if type(part.get(name)) is int and part[name] > 0
     }
+    for field, value in counts.items():
+        if value > MAX_EXPERTS:  # what is missing of them is counted and written
+            way_out = "correct config.json if it is wrong"
+            return None, [Fault(f"more than {MAX_EXPERTS} experts", "config.json", field, way_out)]
     if len(set(counts.values())) > 1:
         fields = ", ".join(f"{field} = {value}" for field, value in counts.items())
         return None, [Fault(f"contradict each other: {fields}", "config.json")]

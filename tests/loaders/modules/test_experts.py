@@ -106,6 +106,12 @@ def test_experts_beyond_the_number_of_the_config_are_refused(tmp_path):
     assert (path, what) == (PATH, "expected the 2 experts of config.json, found also 2-3")
 
 
+@pytest.mark.parametrize("count", [10_001, 10**4000])
+def test_more_experts_than_any_model_has_are_refused_and_not_counted(tmp_path, count):
+    [(path, what)] = _list_faults(_write(tmp_path, _make_experts(), num_experts=count))
+    assert (path, what) == ("num_experts", "more than 10000 experts")
+
+
 def test_numbers_of_experts_that_contradict_each_other_are_refused(tmp_path):
     config = {"num_experts": 3, "text_config": {"num_local_experts": 4}}
     [(_, what)] = _list_faults(_write(tmp_path, _make_experts(), **config))
