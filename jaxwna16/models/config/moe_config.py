@@ -214,6 +214,7 @@ class DeepseekExperts:
       shared: how many experts serve every token, as one MLP.
       first: how many layers are dense before the sparse ones.
       renormalize: of `norm_topk_prob`.
+      groups, top_groups, scaling: of `n_group`, `topk_group` and `routed_scaling_factor`.
     """
 
     experts: int | None = None
@@ -222,6 +223,9 @@ class DeepseekExperts:
     shared: int | None = None
     first: int = 0
     renormalize: bool = False
+    groups: int = 1
+    top_groups: int = 1
+    scaling: float = 1.0
 
     def read(self, reader: ConfigReader, layers: int) -> MoeConfig:
         reader.choose("topk_method", "noaux_tc", ("noaux_tc",))
@@ -243,7 +247,8 @@ class DeepseekExperts:
         )
 
     def _read_routing(self, reader: ConfigReader) -> Routing:
-        groups, top_groups = reader.count("n_group", 1), reader.count("topk_group", 1)
+        groups = reader.count("n_group", self.groups)
+        top_groups = reader.count("topk_group", self.top_groups)
         if top_groups > groups:
             reader.refuse("topk_group", top_groups, f"at most n_group = {groups}")
         return Routing(
@@ -254,7 +259,7 @@ class DeepseekExperts:
             groups=groups,
             top_groups=min(groups, top_groups),
             group_score="top2_sum",
-            scaling_factor=reader.number("routed_scaling_factor", 1.0),
+            scaling_factor=reader.number("routed_scaling_factor", self.scaling),
         )
 
 

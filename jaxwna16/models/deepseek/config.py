@@ -1,0 +1,156 @@
+"""`DeepseekConfig`: what `config.json` says about a model with latent attention, checked."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from jaxwna16.models.config.config_reader import ConfigReader, Section
+from jaxwna16.models.config.fused import Fused
+from jaxwna16.models.config.language_config import MAX_LAYERS, LanguageConfig
+from jaxwna16.models.config.moe_config import DeepseekExperts, ExpertRule, read_moe
+from jaxwna16.models.config.rope_config import RopeConfig
+from jaxwna16.models.config.stated import check_reasons, read_stated
+from pallas_kernels.step.latent_attention import BLOCK
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Kind:
+    """How a `model_type` differs from the others.
+
+    Numbers are what transformers' configuration class has where the key is absent.
+
+    Attributes:
+      experts: how it states experts, see `read_moe`.
+      q_lora_rank: of latents of queries; a null in config.json is none.
+      nope, rotated, value: features of a head: those of its key that are not rotated, those that
+        are, and those of its value.
+      rms_norm_eps: of the key of that name.
+      prediction_layers: how many stand past the last, if config.json is silent.
+    """
+
+    experts: ExpertRule
+    q_lora_rank: int = 1536
+    nope: int = 128
+    rotated: int = 64
+    value: int = 128
+    rms_norm_eps: float = 1e-6
+    prediction_layers: int = 0
+
+
+_V3 = Kind(
+    experts=DeepseekExperts(
+        experts=256,
+        top_k=8,
+        inner=2048,
+        shared=1,
+        first=3,
+        renormalize=True,
+        groups=8,
+        top_groups=4,
+        scaling=2.5,
+    ),
+    prediction_layers=1,
+)
+KINDS = {
+    "deepseek_v3": _V3,
+    "kimi_k2": _V3,
+}
+"""`model_type` -> its row."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DeepseekConfig(LanguageConfig):
+    """Everything the definition in `jaxwna16.models.deepseek.definition` needs to know; hashable.
+
+    `head_dim` is that of queries and keys, `rotary_dim` of its end, which is rotated.
+
+    Attributes:
+      q_lora_rank: of latents of queries; None where queries come from the stream.
+      kv_lora_rank: R, of the latents that are kept.
+      v_head_dim: features of a head's value.
+      attention_bias: whether what makes the latents, and the output, have biases.
+      paired: whether neighbouring features are rotated together, not halves.
+      wide_rope: whether cosines and sines are float32 in every model.
+    """
+
+    q_lora_rank: int | None
+    kv_lora_rank: int
+    v_head_dim: int
+    attention_bias: bool
+    paired: bool
+    wide_rope: bool
+
+    @property
+    def qk_nope_head_dim(self) -> int:
+        """Features of a head's key that are not rotated."""
+        return self.head_dim - self.rotary_dim
+
+    @property
+    def score_scale(self) -> float:
+        """Of the scores: 1 / sqrt(head_dim), times the square of yarn's `mscale_all_dim` scale."""
+        return self.head_dim**-0.5 * _scale_all(self.rope) ** 2
+
+    @property
+    def widest_features(self) -> int:
+        """As of other models, or those of attention: queries, and float32 scores of a block."""
+        latents = (self.q_lora_rank or 0) + self.kv_lora_rank + self.rotary_dim
+        each = self.head_dim + 2 * self.v_head_dim + 4 * BLOCK
+        return max(super().widest_features, self.num_attention_heads * each + latents)
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> DeepseekConfig:
+        """Read a `config.json`; absent keys take the defaults of transformers, but for sizes.
+
+        Raises:
+          ModelError: listing every key that is missing, malformed or asks for the unsupported.
+        """
+        reader = ConfigReader(config)
+        kind = KINDS[reader.config["model_type"]]
+        rotated = reader.count("qk_rope_head_dim", kind.rotated, least=2)
+        if rotated % 2:
+            reader.refuse("qk_rope_head_dim", rotated, "an even number")
+            rotated += 1
+        # transformers, too, takes it for `head_dim` whatever config.json says
+        inner = ConfigReader(Section({**config, "head_dim": rotated}, reader.section))
+        inner.reasons = reader.reasons
+        stated = read_stated(
+            inner, rms_norm_eps=kind.rms_norm_eps, rope_theta=1e4, states_kv_heads=False
+        )
+        heads = stated["num_attention_heads"]
+        if stated["num_key_value_heads"] != heads:
+            expected = f"num_attention_heads = {heads}: each head has a key of its own"
+            reader.refuse("num_key_value_heads", stated["num_key_value_heads"], expected)
+        has_latents = "q_lora_rank" in reader.config or "q_lora_rank" not in reader.given
+        layers = stated["num_hidden_layers"]
+        parsed = cls(
+            **stated | {"head_dim": reader.count("qk_nope_head_dim", kind.nope) + rotated},
+            q_lora_rank=reader.count("q_lora_rank", kind.q_lora_rank) if has_latents else None,
+            kv_lora_rank=reader.count("kv_lora_rank", 512),
+            v_head_dim=reader.count("v_head_dim", kind.value),
+            attention_bias=reader.flag("attention_bias"),
+            paired=reader.flag("rope_interleave", True),
+            wide_rope=False,
+            moe=read_moe(reader, kind.experts, layers),
+            prediction_layers=reader.count(
+                "num_nextn_predict_layers", kind.prediction_layers, least=0, most=MAX_LAYERS
+            ),
+        )
+        check_reasons(reader)
+        return parsed
+
+
+def list_fused(config: DeepseekConfig) -> tuple[Fused, ...]:
+    """W_k and W_v of each head are one module in the files."""
+    segments = (("k_b_proj", config.qk_nope_head_dim), ("v_b_proj", config.v_head_dim))
+    heads = config.num_attention_heads
+    return (Fused(name="self_attn.kv_b_proj", segments=segments, blocks=heads),)
+
+
+def _scale_all(rope: RopeConfig) -> float:
+    """What yarn multiplies queries and keys by in DeepSeek's code, each."""
+    if rope.rope_type != "yarn" or not rope.mscale_all_dim or rope.factor <= 1:
+        return 1.0
+    return 0.1 * rope.mscale_all_dim * math.log(rope.factor) + 1.0
