@@ -10,7 +10,12 @@ from typing import Any
 from jaxwna16.models.config.config_reader import ConfigReader, Section
 from jaxwna16.models.config.fused import Fused
 from jaxwna16.models.config.language_config import MAX_LAYERS, LanguageConfig
-from jaxwna16.models.config.moe_config import DeepseekExperts, ExpertRule, read_moe
+from jaxwna16.models.config.moe_config import (
+    DeepseekExperts,
+    DeepseekV2Experts,
+    ExpertRule,
+    read_moe,
+)
 from jaxwna16.models.config.rope_config import RopeConfig
 from jaxwna16.models.config.stated import check_reasons, read_stated
 from pallas_kernels.step.latent_attention import BLOCK
@@ -29,6 +34,8 @@ class Kind:
         are, and those of its value.
       rms_norm_eps: of the key of that name.
       prediction_layers: how many stand past the last, if config.json is silent.
+      states_pairs: whether `rope_interleave` is read; otherwise neighbours are rotated together.
+      wide_rope: see `DeepseekConfig`.
     """
 
     experts: ExpertRule
@@ -38,6 +45,8 @@ class Kind:
     value: int = 128
     rms_norm_eps: float = 1e-6
     prediction_layers: int = 0
+    states_pairs: bool = True
+    wide_rope: bool = False
 
 
 _V3 = Kind(
@@ -57,6 +66,28 @@ _V3 = Kind(
 KINDS = {
     "deepseek_v3": _V3,
     "kimi_k2": _V3,
+    "deepseek_v2": Kind(
+        experts=DeepseekV2Experts(experts=64, inner=1407, shared=2),
+        states_pairs=False,
+        wide_rope=True,
+    ),
+    "glm4_moe_lite": Kind(
+        experts=DeepseekExperts(
+            experts=64,
+            top_k=4,
+            inner=1536,
+            shared=1,
+            first=1,
+            renormalize=True,
+            scaling=1.8,
+            has_types=True,
+        ),
+        q_lora_rank=768,
+        nope=192,
+        value=256,
+        rms_norm_eps=1e-5,
+        prediction_layers=1,
+    ),
 }
 """`model_type` -> its row."""
 
@@ -125,14 +156,17 @@ class DeepseekConfig(LanguageConfig):
             reader.refuse("num_key_value_heads", stated["num_key_value_heads"], expected)
         has_latents = "q_lora_rank" in reader.config or "q_lora_rank" not in reader.given
         layers = stated["num_hidden_layers"]
+        reader.require("mlp_bias", False)
+        if not kind.states_pairs:
+            reader.require("rope_interleave", True)
         parsed = cls(
             **stated | {"head_dim": reader.count("qk_nope_head_dim", kind.nope) + rotated},
             q_lora_rank=reader.count("q_lora_rank", kind.q_lora_rank) if has_latents else None,
             kv_lora_rank=reader.count("kv_lora_rank", 512),
             v_head_dim=reader.count("v_head_dim", kind.value),
             attention_bias=reader.flag("attention_bias"),
-            paired=reader.flag("rope_interleave", True),
-            wide_rope=False,
+            paired=reader.flag("rope_interleave", True) if kind.states_pairs else True,
+            wide_rope=kind.wide_rope,
             moe=read_moe(reader, kind.experts, layers),
             prediction_layers=reader.count(
                 "num_nextn_predict_layers", kind.prediction_layers, least=0, most=MAX_LAYERS

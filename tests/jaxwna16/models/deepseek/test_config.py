@@ -72,3 +72,32 @@ def test_what_is_not_supported_is_refused_with_the_key(changes, reason):
     with pytest.raises(ModelError, match="this deepseek_v3 configuration") as raised:
         read(**changes)
     assert [text[: len(reason)] for text in raised.value.reasons] == [reason]
+
+
+def test_groups_of_deepseek_v2_count_where_its_method_is_limited_to_them():
+    groups = {"n_group": 4, "topk_group": 2, "num_experts_per_tok": 2}
+    among_all, limited = (
+        read("deepseek_v2", topk_method=method, **groups).moe.routing
+        for method in ("greedy", "group_limited_greedy")
+    )
+    assert (among_all.groups, among_all.top_groups) == (1, 1)
+    assert (limited.groups, limited.top_groups, limited.group_score) == (4, 2, "max")
+    assert not limited.renormalize
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes", "reason"),
+    [
+        ("deepseek_v2", {"norm_topk_prob": True}, "norm_topk_prob: expected False"),
+        ("deepseek_v2", {"topk_method": "noaux_tc"}, "topk_method: expected one of greedy"),
+        ("deepseek_v2", {"topk_method": "group_limited_greedy"}, "n_group: expected an integer"),
+        ("deepseek_v2", {"rope_interleave": False}, "rope_interleave: expected True"),
+        ("deepseek_v2", {"mlp_bias": True}, "mlp_bias: expected False"),
+        ("glm4_moe_lite", {"mlp_layer_types": ["dense"]}, "mlp_layer_types: expected 2 entries"),
+        ("glm4_moe_lite", {"mlp_layer_types": ["dense", 1]}, "mlp_layer_types: expected 2"),
+    ],
+)
+def test_what_relatives_do_not_support_is_refused_with_the_key(model_type, changes, reason):
+    with pytest.raises(ModelError, match=f"this {model_type} configuration") as raised:
+        read(model_type, **{"num_experts_per_tok": 2, **changes})
+    assert raised.value.reasons[0].startswith(reason)

@@ -14,6 +14,9 @@ LATENT = {
     "qk_rope_head_dim": 16,
     "v_head_dim": 16,
 }
+MSCALES = {"mscale": 0.7, "mscale_all_dim": 1.2}
+GROUPS_OF_32 = {"moe_intermediate_size": 64, "q_lora_rank": 32}
+SOFTMAX = {key: value for key, value in DEEPSEEK.items() if key != "norm_topk_prob"}
 
 ROWS: dict[str, Row] = {
     "deepseek_v3": Row(
@@ -25,8 +28,7 @@ ROWS: dict[str, Row] = {
                     "yarn",
                     factor=40.0,
                     original_max_position_embeddings=8,
-                    mscale=0.7,
-                    mscale_all_dim=1.2,
+                    **MSCALES,
                 ),
             },
             "queries without latents, biases, halves rotated, plain rope": {
@@ -42,5 +44,39 @@ ROWS: dict[str, Row] = {
         },
         sizes=LATENT,
         bfloat16={"num_experts_per_tok": 8},
+    ),
+    "deepseek_v2": Row(
+        needed={"num_experts_per_tok": 2},
+        variants={
+            "within groups": {
+                **SOFTMAX,
+                **GROUPS_OF_32,
+                "topk_method": "group_limited_greedy",
+                **rope("yarn", factor=8.0, original_max_position_embeddings=8, **MSCALES),
+            },
+            "among all, queries without latents, biases": {
+                **SOFTMAX,
+                "q_lora_rank": None,
+                "attention_bias": True,
+                "first_k_dense_replace": 0,
+            },
+        },
+        sizes=LATENT,
+        group_size=32,
+        is_repeated=True,
+        bfloat16={"num_experts_per_tok": 8},
+    ),
+    "glm4_moe_lite": Row(
+        variants={
+            "": {**DEEPSEEK, **GROUPS_OF_32, "num_hidden_layers": 3, "v_head_dim": 48},
+            "sparse before dense, halves rotated": {
+                **DEEPSEEK,
+                "mlp_layer_types": ["sparse", "dense"],
+                "rope_interleave": False,
+            },
+        },
+        sizes=LATENT,
+        group_size=32,
+        is_repeated=True,
     ),
 }
