@@ -151,16 +151,18 @@ class DeepseekConfig(LanguageConfig):
             inner, rms_norm_eps=kind.rms_norm_eps, rope_theta=1e4, states_kv_heads=False
         )
         heads = stated["num_attention_heads"]
-        if stated["num_key_value_heads"] != heads:
-            expected = f"num_attention_heads = {heads}: each head has a key of its own"
-            reader.refuse("num_key_value_heads", stated["num_key_value_heads"], expected)
         has_latents = "q_lora_rank" in reader.config or "q_lora_rank" not in reader.given
         layers = stated["num_hidden_layers"]
         reader.require("mlp_bias", False)
         if not kind.states_pairs:
             reader.require("rope_interleave", True)
         parsed = cls(
-            **stated | {"head_dim": reader.count("qk_nope_head_dim", kind.nope) + rotated},
+            **stated
+            | {
+                # each has a key and a value of its own, whatever `num_key_value_heads` says
+                "num_key_value_heads": heads,
+                "head_dim": reader.count("qk_nope_head_dim", kind.nope) + rotated,
+            },
             q_lora_rank=reader.count("q_lora_rank", kind.q_lora_rank) if has_latents else None,
             kv_lora_rank=reader.count("kv_lora_rank", 512),
             v_head_dim=reader.count("v_head_dim", kind.value),

@@ -13,6 +13,8 @@ _LLAVA = {
     r"^(model\.language_model|language_model\.model)\.": "model.",
 }
 """Published files have a whole causal model as a part, transformers 5 has the head outside."""
+_KIMI = {**_LLAVA, r"^model\.blocks\.(?=\d)": "model.layers."}
+"""transformers 5 saves the layers of Kimi K2.5 as those of its tower."""
 _THINKER = {r"^thinker\.": "", **_INSIDE}
 """A thinker alone, or beside what speaks."""
 _ANY = ("llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe")
@@ -60,6 +62,12 @@ WRAPPERS = {
         _GLM4V_MOE, texts=("glm4v_text",), tokens={"image": 151343, "video": 151344}
     ),
     "glm4v_moe": _GLM4V_MOE,
+    "kimi_k25": Wrapper(
+        texts=("deepseek_v3", "kimi_k2"),
+        names=_KIMI,
+        tokens={"image": 163605, "video": 163840, "media_placeholder": 163605},
+        is_tied=True,
+    ),
     "llava": dataclasses.replace(_ONE_IMAGE, asks_text=True),
     "llava_next": _ONE_IMAGE,
 }

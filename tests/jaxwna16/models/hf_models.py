@@ -137,7 +137,7 @@ def list_leaves(reference) -> Iterator[tuple[str, np.ndarray]]:
 
 def is_beside(name: str) -> bool:
     """Whether a tensor of a transformers model is a tower's, or of what joins it to the text."""
-    parts = "visual|vision_tower|multi_modal_projector|audio_tower|image_newline"
+    parts = "visual|vision_tower|mm_projector|multi_modal_projector|audio_tower|image_newline"
     return re.match(rf"model\.({parts})(\.|$)", name) is not None
 
 

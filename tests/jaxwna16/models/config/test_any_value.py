@@ -70,7 +70,7 @@ TWO_ROPES = ("olmo3", "gemma3_text")
 
 
 LATENT = (*deepseek_config.KINDS, "kimi_k25")
-"""Those with latent attention, whose heads have a key each, and whose rotated part is a whole."""
+"""Those with latent attention: the rotated part of a head is whole, and experts have 8 groups."""
 
 
 WRAPPED = tuple(WRAPPERS)[2:]
@@ -82,8 +82,8 @@ def _make_config(model_type: str, changes: dict[str, Any], rope: dict[str, Any])
         rope = {"full_attention": rope, "sliding_attention": {"rope_type": "default"}}
     if rope and _find_row(model_type).rope.scales_queries:
         rope = {**rope, "llama_4_scaling_beta": 0.1}
-    latent = {"num_key_value_heads": 4, "n_routed_experts": 32} if model_type in LATENT else {}
-    text = SIZES | latent | ({"rope_parameters": rope} if rope else {}) | changes
+    experts = {"n_routed_experts": 32} if model_type in LATENT else {}
+    text = SIZES | experts | ({"rope_parameters": rope} if rope else {}) | changes
     if model_type in WRAPPERS:
         for key in reversed(WRAPPERS[model_type].path):
             text = {key: text}

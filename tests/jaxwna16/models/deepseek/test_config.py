@@ -56,7 +56,6 @@ def test_layers_that_predict_are_left_out_as_config_json_says():
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"num_key_value_heads": 2}, "num_key_value_heads: expected num_attention_heads = 4"),
         ({"qk_rope_head_dim": 15}, "qk_rope_head_dim: expected an even number"),
         ({"qk_rope_head_dim": "64"}, "qk_rope_head_dim: expected an integer"),
         ({"kv_lora_rank": 0}, "kv_lora_rank: expected an integer"),

@@ -1,57 +1,27 @@
-"""Latent attention in a model: its cache, and what files may pack of it."""
+"""Latent attention in a model: its cache, its experts, and what files may pack of it."""
 
 from __future__ import annotations
-
-import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from compressed_tensors.quantization import QuantizationArgs
 
 import jaxwna16
 from jaxwna16.cli.rows import list_module_rows
-from jaxwna16.generation.tokens import generate_tokens
 from jaxwna16.layers.dense import QuantDense
 from loaders.open import open_plan
 from tests.jaxwna16.models.family_rows import BASES, MODELS, ROWS
 from tests.jaxwna16.models.family_rows.deepseek import LATENT
 from tests.jaxwna16.models.family_rows.deepseek import ROWS as OWN
-from tests.jaxwna16.models.hf_checkpoints import load_reference, write_folders, write_row
+from tests.jaxwna16.models.hf_checkpoints import write_row
 from tests.jaxwna16.models.hf_models import (
     choose_experts,
     convert,
-    generate_reference,
     make_reference,
     random_tokens,
     record_routers,
-    reference_logits,
-    relative_error,
-    run_logits,
-    run_pieces,
 )
-
-KIMI = (
-    "re:.*self_attn.*",
-    "re:.*shared_experts.*",
-    r"re:.*mlp\.(gate|up|gate_up|down)_proj.*",
-    "lm_head",
-)
-"""The ignore list of Kimi-K2-Thinking."""
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    """As Kimi K2 is published: int4 experts in symmetric groups of 32, all else plain."""
-    reference = make_reference(BASES["deepseek_v3"], rms_norm_eps=1e-5, moe_intermediate_size=64)
-    args = QuantizationArgs(num_bits=4, group_size=32, strategy="group", symmetric=True)
-    folders = write_folders(reference, tmp_path_factory.mktemp("kimi"), args, ignore=KIMI)
-    path = folders.packed / "config.json"
-    config = json.loads(path.read_text())
-    code = {"AutoConfig": "configuration_deepseek.DeepseekV3Config"}
-    path.write_text(json.dumps({**config, "model_type": "kimi_k2", "auto_map": code}))
-    return folders
 
 
 def test_the_cache_holds_a_latent_and_a_rotated_key_a_token_and_nothing_else():
@@ -64,17 +34,6 @@ def test_the_cache_holds_a_latent_and_a_rotated_key_a_token_and_nothing_else():
             (3, 40, LATENT["qk_rope_head_dim"]),
         ]
         assert {leaf.dtype for leaf in jax.tree.leaves(layer)} == {jnp.dtype("bfloat16")}
-
-
-def test_a_kimi_k2_whose_experts_alone_are_packed_is_that_of_transformers(folders):
-    reference = load_reference(folders)
-    model = jaxwna16.load_model(folders.packed, dtype="float32")
-    tokens = generate_reference(reference, random_tokens(2, 9), 24)
-    stream = run_pieces(model, tokens, [9, *[1] * 15])
-    logits = run_logits(model, stream)
-    assert relative_error(logits, reference_logits(reference, tokens)) < 1e-4
-    result = generate_tokens(model, tokens[:1, :9].tolist(), max_new_tokens=15)
-    assert result.tokens == [tokens[0, 9:].tolist()]
 
 
 @pytest.mark.parametrize("name", [name for name, (kind, _) in MODELS.items() if kind in OWN])

@@ -1,4 +1,4 @@
-"""DeepSeek and Kimi K2: latent attention."""
+"""DeepSeek and its relatives: latent attention."""
 
 from __future__ import annotations
 
