@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from jaxwna16.models.config.config_reader import ConfigReader, Section
+from jaxwna16.models.config.config_reader import MAX_COUNT, ConfigReader, Section
 from jaxwna16.models.config.fused import Fused
 from jaxwna16.models.config.language_config import MAX_LAYERS, LanguageConfig
 from jaxwna16.models.config.moe_config import (
@@ -36,6 +36,7 @@ class Kind:
       prediction_layers: how many stand past the last, if config.json is silent.
       states_pairs: whether `rope_interleave` is read; otherwise neighbours are rotated together.
       wide_rope: see `DeepseekConfig`.
+      index_topk: how many tokens an indexer keeps for a query; None of models without one.
     """
 
     experts: ExpertRule
@@ -47,22 +48,21 @@ class Kind:
     prediction_layers: int = 0
     states_pairs: bool = True
     wide_rope: bool = False
+    index_topk: int | None = None
 
 
-_V3 = Kind(
-    experts=DeepseekExperts(
-        experts=256,
-        top_k=8,
-        inner=2048,
-        shared=1,
-        first=3,
-        renormalize=True,
-        groups=8,
-        top_groups=4,
-        scaling=2.5,
-    ),
-    prediction_layers=1,
+_V3_EXPERTS = DeepseekExperts(
+    experts=256,
+    top_k=8,
+    inner=2048,
+    shared=1,
+    first=3,
+    renormalize=True,
+    groups=8,
+    top_groups=4,
+    scaling=2.5,
 )
+_V3 = Kind(experts=_V3_EXPERTS, prediction_layers=1)
 KINDS = {
     "deepseek_v3": _V3,
     "kimi_k2": _V3,
@@ -88,6 +88,22 @@ KINDS = {
         rms_norm_eps=1e-5,
         prediction_layers=1,
     ),
+    "deepseek_v32": Kind(
+        experts=dataclasses.replace(_V3_EXPERTS, has_types=True),
+        states_pairs=False,
+        prediction_layers=1,
+        index_topk=2048,
+    ),
+    "glm_moe_dsa": Kind(
+        experts=dataclasses.replace(_V3_EXPERTS, groups=1, top_groups=1, has_types=True),
+        q_lora_rank=2048,
+        nope=192,
+        value=256,
+        rms_norm_eps=1e-5,
+        states_pairs=False,
+        prediction_layers=1,
+        index_topk=2048,
+    ),
 }
 """`model_type` -> its row."""
 
@@ -105,6 +121,8 @@ class DeepseekConfig(LanguageConfig):
       attention_bias: whether what makes the latents, and the output, have biases.
       paired: whether neighbouring features are rotated together, not halves.
       wide_rope: whether cosines and sines are float32 in every model.
+      index_topk: of an indexer, which chooses so many tokens for each query. Up to that length it
+        keeps all, so that attention to all tokens is exact; longer rows are refused.
     """
 
     q_lora_rank: int | None
@@ -113,6 +131,28 @@ class DeepseekConfig(LanguageConfig):
     attention_bias: bool
     paired: bool
     wide_rope: bool
+    index_topk: int | None
+
+    @property
+    def max_length(self) -> int:
+        """Tokens of prompt and answer together: also no more than an indexer keeps."""
+        return min(super().max_length, self.index_topk or MAX_COUNT)
+
+    @property
+    def length_reason(self) -> str:
+        if self.index_topk is None:
+            return ""
+        return (
+            f"index_topk = {self.index_topk}: its indexer, which chooses so many tokens for each, "
+            "is not run, and up to that length it keeps all"
+        )
+
+    @property
+    def unused_modules(self) -> Mapping[str, str]:
+        if self.index_topk is None:
+            return {}
+        reason = f"it chooses tokens in rows of more than index_topk = {self.index_topk}"
+        return {r"self_attn\.indexer": f"an indexer: {reason}, and longer ones are refused"}
 
     @property
     def qk_nope_head_dim(self) -> int:
@@ -169,6 +209,9 @@ class DeepseekConfig(LanguageConfig):
             attention_bias=reader.flag("attention_bias"),
             paired=reader.flag("rope_interleave", True) if kind.states_pairs else True,
             wide_rope=kind.wide_rope,
+            index_topk=None
+            if kind.index_topk is None
+            else reader.count("index_topk", kind.index_topk),
             moe=read_moe(reader, kind.experts, layers),
             prediction_layers=reader.count(
                 "num_nextn_predict_layers", kind.prediction_layers, least=0, most=MAX_LAYERS

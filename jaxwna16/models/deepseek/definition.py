@@ -8,15 +8,22 @@ The first layers have one MLP, the others experts.
 
 from __future__ import annotations
 
+from typing import Any
+
+import jax
 import jax.numpy as jnp
 
+from jaxwna16.errors import InputError
 from jaxwna16.models.causal_lm import CausalLM
 from jaxwna16.models.deepseek.attention import LatentAttention
 from jaxwna16.models.deepseek.config import DeepseekConfig
-from jaxwna16.models.parts.decoder import Decoder
+from jaxwna16.models.parts.decoder import Cache, Decoder
 from jaxwna16.models.parts.decoder_layer import Layer
 from jaxwna16.models.parts.layers import MLP, Linears, RMSNorm
 from jaxwna16.models.parts.moe import SparseBlock
+from pallas_kernels.lowering import has_symbolic
+
+Array = jax.Array
 
 
 class DecoderLayer(Layer):
@@ -37,6 +44,20 @@ class DeepseekDecoder(Decoder):
     """The decoder of DeepSeek-V3 and its relatives."""
 
     make_layer, make_norm = DecoderLayer, RMSNorm
+
+    def __call__(self, tokens: Array, *arguments: Any) -> tuple[Array, Cache]:
+        """As `Decoder`.
+
+        Raises:
+          InputError: if a piece alone has more tokens than an indexer keeps.
+        """
+        limit = self.config.index_topk
+        if limit is not None and not has_symbolic(tokens.shape) and tokens.shape[1] > limit:
+            raise InputError(
+                f"tokens: expected at most {limit} in a row, got {tokens.shape[1]} "
+                f"({self.config.length_reason})"
+            )
+        return super().__call__(tokens, *arguments)
 
 
 class WideDeepseekDecoder(DeepseekDecoder):

@@ -54,7 +54,10 @@ def list_rules(config: LanguageConfig) -> list[Rule]:
         layers = "|".join(str(first + i) for i in range(count))
         reason = f"past the last of {first} layers: it {_PREDICTS}"
         rules.append(Rule(re.compile(rf"{_WITHIN}layers\.({layers})\."), reason))
-    return rules
+    return rules + [
+        Rule(re.compile(rf"{_WITHIN}layers\.\d+\.({pattern})(\.|$)"), reason)
+        for pattern, reason in config.unused_modules.items()
+    ]
 
 
 def find_skipped(rules: Iterable[Rule], names: Iterable[str]) -> dict[str, str]:

@@ -53,6 +53,15 @@ def test_layers_that_predict_are_left_out_as_config_json_says():
     assert read(num_nextn_predict_layers=0).prediction_layers == 0
 
 
+def test_an_indexer_limits_the_length_and_layers_are_dense_first():
+    config = read("deepseek_v32", max_position_embeddings=4096, first_k_dense_replace=1)
+    assert config.max_length == config.index_topk == 2048
+    assert config.moe.sparse == (False, True)
+    assert read("deepseek_v32", max_position_embeddings=64).max_length == 64
+    types = {"mlp_layer_types": ["sparse", "dense"]}
+    assert read("glm_moe_dsa", **types).moe.sparse == (True, False)
+
+
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [

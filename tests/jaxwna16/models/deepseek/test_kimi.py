@@ -107,7 +107,7 @@ def test_inspect_tells_what_is_packed_and_what_is_left_out(written, tmp_path, ca
     assert set(packed.values()) == {16}
     assert [row["reason"] for row in report["skipped"]] == ["the vision tower"]
     skipped = {row["tensors"].partition(".")[0] for row in report["plain"] if row["skipped"]}
-    assert skipped == {"vision_tower", "mm_projector"}
+    assert {"vision_tower", "mm_projector"} <= skipped
 
 
 def test_tokens_that_stand_for_what_the_tower_sees_are_refused(written, tmp_path):

@@ -17,6 +17,7 @@ LATENT = {
 MSCALES = {"mscale": 0.7, "mscale_all_dim": 1.2}
 GROUPS_OF_32 = {"moe_intermediate_size": 64, "q_lora_rank": 32}
 SOFTMAX = {key: value for key, value in DEEPSEEK.items() if key != "norm_topk_prob"}
+INDEXER = {"index_n_heads": 16, "index_head_dim": 32}
 
 ROWS: dict[str, Row] = {
     "deepseek_v3": Row(
@@ -75,6 +76,18 @@ ROWS: dict[str, Row] = {
                 "rope_interleave": False,
             },
         },
+        sizes=LATENT,
+        group_size=32,
+        is_repeated=True,
+    ),
+    "deepseek_v32": Row(
+        variants={"": {**DEEPSEEK, **GROUPS_OF_32, **INDEXER}},
+        sizes=LATENT,
+        group_size=32,
+        is_repeated=True,
+    ),
+    "glm_moe_dsa": Row(
+        variants={"": {**DEEPSEEK, **GROUPS_OF_32, **INDEXER, "index_skip_topk_offset": 1}},
         sizes=LATENT,
         group_size=32,
         is_repeated=True,
