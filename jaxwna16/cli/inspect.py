@@ -60,6 +60,7 @@ def _inspect(checkpoint: str, follow_links: bool) -> dict[str, Any]:
         spare_device_memory,
     )
     from jaxwna16.cli.faults import describe_error
+    from jaxwna16.models.config.language_config import describe_length
     from jaxwna16.models.filling.skipped import find_skipped, list_rules
     from loaders.converted.converted import ConvertedPlan
     from loaders.errors import CheckpointError
@@ -92,7 +93,11 @@ def _inspect(checkpoint: str, follow_links: bool) -> dict[str, Any]:
         "absent": rows.list_absent_rows(survey),
         "totals": _add_up(plan, quantized),
         "backends": [] if lack else list_backends(widths),
-        "warnings": [*plan.warnings, *ignored.word_near(left_out)],
+        "warnings": [
+            *plan.warnings,
+            *ignored.word_near(left_out),
+            *([] if model is None else describe_length(model)),
+        ],
     }
     if faults := [*survey.faults, *odd]:
         report["error"] = describe_error(CheckpointError(plan.folder, faults))

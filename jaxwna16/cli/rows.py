@@ -7,6 +7,8 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import jax.numpy as jnp
+
 from loaders.files.safetensors_file import TensorInfo
 from loaders.modules.experts import split_name
 from loaders.modules.modules import QuantizedModule
@@ -17,7 +19,7 @@ from pallas_kernels.backends import explain
 _SLICE = re.compile(r"\[[0-9]+\]$")
 _EXPERTS = re.compile(r"(^|\.)experts[.\[]")
 # jaxwna16.models.filling.expanded asks the model instead, which needs flax
-_EXPANDED = re.compile(r"(.*\.)?(embed_tokens|gate|shared_expert_gate)")
+_EXPANDED = re.compile(r"(.*\.)?(embed_tokens|gate|shared_expert_gate|self_attn\.kv_b_proj)")
 _FLOATS = "load_model holds them as floats"
 
 
@@ -65,7 +67,7 @@ def list_module_rows(
             "bias": bias,
             "experts": experts,
             "bytes": sum(module.nbytes for module in found),
-            **_choose_backend(expanded, found[0], dtype, lack),
+            **_choose_backend(expanded, found, dtype, lack),
             "skipped": reason,
         }
         for (
@@ -82,10 +84,13 @@ def list_module_rows(
 
 
 def _choose_backend(
-    expanded: bool, module: QuantizedModule, dtype: str, lack: str
+    expanded: bool, modules: list[QuantizedModule], dtype: str, lack: str
 ) -> dict[str, Any]:
+    module = modules[0]
     if lack or expanded:
-        return {"backend": None, "reason": lack or _FLOATS}
+        features = len(modules) * module.spec.out_features * module.spec.in_features
+        held = f"{_FLOATS} ({features * jnp.dtype(dtype).itemsize:,} bytes)"
+        return {"backend": None, "reason": lack or held}
     choice = explain(module.spec, dtype, scale_dtype=module.tensors["weight_scale"].dtype)
     return {"backend": choice.backend, "reason": choice.reason}
 

@@ -310,6 +310,8 @@ def _list_prompt_faults(
     prefill_chunk: int | None,
 ) -> Iterator[str]:
     vocab, limit = model.config.vocab_size, model.config.max_length
+    reason = model.config.length_reason
+    reason = f" ({reason})" if reason else ""
     if not _is_integer(max_new_tokens) or max_new_tokens < 1:
         yield f"max_new_tokens: expected an integer of at least 1, got {max_new_tokens!r}"
         max_new_tokens = 1
@@ -339,7 +341,7 @@ def _list_prompt_faults(
         if len(prompt) + max_new_tokens > limit:
             yield (
                 f"prompt {i}: {len(prompt)} tokens and max_new_tokens = {max_new_tokens} are more "
-                f"than the {limit} this model was made for"
+                f"than the {limit} this model was made for{reason}"
             )
 
 

@@ -18,6 +18,7 @@ from jaxwna16.models.cohere import config as cohere_config
 from jaxwna16.models.config.config_reader import ConfigReader
 from jaxwna16.models.config.fused import ListFused, fuse_nothing
 from jaxwna16.models.config.language_config import LanguageConfig
+from jaxwna16.models.deepseek import config as deepseek_config
 from jaxwna16.models.gemma import config as gemma_config
 from jaxwna16.models.gemma4 import config as gemma4_config
 from jaxwna16.models.glm4 import config as glm4_config
@@ -106,6 +107,12 @@ FAMILIES = (
         model_types=tuple(cohere_config.KINDS),
         read=cohere_config.CohereConfig.from_dict,
         model="jaxwna16.models.cohere.definition:Cohere",
+    ),
+    Family(
+        model_types=tuple(deepseek_config.KINDS),
+        read=deepseek_config.DeepseekConfig.from_dict,
+        model="jaxwna16.models.deepseek.definition:Deepseek",
+        list_fused=deepseek_config.list_fused,
     ),
 )
 TEXT_TYPES = tuple(name for family in FAMILIES for name in family.model_types)

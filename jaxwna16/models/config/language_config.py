@@ -82,6 +82,11 @@ class LanguageConfig:
         return self.max_position_embeddings
 
     @property
+    def length_reason(self) -> str:
+        """Why `max_length` is less than what rope reaches; empty where it is not."""
+        return ""
+
+    @property
     def widest_features(self) -> int:
         """Features that a layer computes of one token at a time, at most, beside its stream."""
         heads = 2 * (self.num_attention_heads + self.num_key_value_heads)
@@ -93,14 +98,20 @@ class LanguageConfig:
         return max(counts)
 
     @property
-    def left_out(self) -> tuple[tuple[str, str], ...]:
-        """What files may have of this model and no part of it reads: patterns, and the reason."""
-        return ()
+    def left_out(self) -> Mapping[str, str]:
+        """What files may have of layers and no part of the model reads: patterns -> the reason."""
+        return {}
 
     @property
     def whole_prompts(self) -> bool:
         """Whether prompts must be run in one piece: dynamic rope turns all of it by its length."""
         return self.rope.rope_type == "dynamic"
+
+
+def describe_length(config: LanguageConfig) -> list[str]:
+    """A warning about a model that reads less than its rope reaches."""
+    reason = config.length_reason
+    return [f"rows of at most {config.max_length} tokens are read: {reason}"] if reason else []
 
 
 def read_activation(reader: ConfigReader, activations: Activations) -> str:

@@ -214,6 +214,8 @@ class DeepseekExperts:
       shared: how many experts serve every token, as one MLP.
       first: how many layers are dense before the sparse ones.
       renormalize: of `norm_topk_prob`.
+      groups, top_groups, scaling: of `n_group`, `topk_group` and `routed_scaling_factor`.
+      has_types: whether `mlp_layer_types` may say of each layer which it is.
     """
 
     experts: int | None = None
@@ -222,15 +224,19 @@ class DeepseekExperts:
     shared: int | None = None
     first: int = 0
     renormalize: bool = False
+    groups: int = 1
+    top_groups: int = 1
+    scaling: float = 1.0
+    has_types: bool = False
 
     def read(self, reader: ConfigReader, layers: int) -> MoeConfig:
         reader.choose("topk_method", "noaux_tc", ("noaux_tc",))
         if reader.count("moe_layer_freq", 1) != 1:
             reader.refuse("moe_layer_freq", reader.config["moe_layer_freq"], "1")
         inner = reader.count(_INNER, self.inner)
-        first = reader.count("first_k_dense_replace", self.first, least=0)
+        sparse = _read_sparse_from(reader, layers, self.first)
         return MoeConfig(
-            sparse=tuple(i >= first for i in range(layers)),
+            sparse=_read_sparse_types(reader, layers, sparse) if self.has_types else sparse,
             experts=reader.count_either(("n_routed_experts", "num_local_experts"), self.experts),
             intermediate_size=inner,
             shared="shared_experts",
@@ -243,7 +249,8 @@ class DeepseekExperts:
         )
 
     def _read_routing(self, reader: ConfigReader) -> Routing:
-        groups, top_groups = reader.count("n_group", 1), reader.count("topk_group", 1)
+        groups = reader.count("n_group", self.groups)
+        top_groups = reader.count("topk_group", self.top_groups)
         if top_groups > groups:
             reader.refuse("topk_group", top_groups, f"at most n_group = {groups}")
         return Routing(
@@ -254,7 +261,49 @@ class DeepseekExperts:
             groups=groups,
             top_groups=min(groups, top_groups),
             group_score="top2_sum",
-            scaling_factor=reader.number("routed_scaling_factor", 1.0),
+            scaling_factor=reader.number("routed_scaling_factor", self.scaling),
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DeepseekV2Experts:
+    """Softmax over all experts, chosen among all or within the best groups: DeepSeek-V2.
+
+    A group is as good as its best expert. The weights of a token are not made to add up to 1.
+
+    Attributes:
+      experts, inner, shared: as in `DeepseekExperts`.
+    """
+
+    experts: int
+    inner: int
+    shared: int
+
+    def read(self, reader: ConfigReader, layers: int) -> MoeConfig:
+        method = reader.choose("topk_method", "greedy", ("greedy", "group_limited_greedy"))
+        reader.require("norm_topk_prob", False)
+        reader.require("moe_layer_freq", 1)
+        inner, groups, top_groups = reader.count(_INNER, self.inner), 1, 1
+        if method == "group_limited_greedy":
+            groups, top_groups = reader.count("n_group"), reader.count("topk_group")
+            if top_groups > groups:
+                reader.refuse("topk_group", top_groups, f"at most n_group = {groups}")
+        return MoeConfig(
+            sparse=_read_sparse_from(reader, layers, 0),
+            experts=reader.count_either(("n_routed_experts", "num_experts"), self.experts),
+            intermediate_size=inner,
+            shared="shared_experts",
+            shared_intermediate_size=inner * reader.count("n_shared_experts", self.shared),
+            wide_router=True,
+            keeps_router=True,
+            routing=Routing(
+                top_k=reader.count(_TOP_K),
+                scoring=_read_scoring(reader, {"softmax": "softmax"}),
+                renormalize=False,
+                groups=groups,
+                top_groups=min(groups, top_groups),
+                scaling_factor=reader.number("routed_scaling_factor", 1.0),
+            ),
         )
 
 
@@ -296,6 +345,26 @@ def _read_scoring(reader: ConfigReader, names: Mapping[str, str]) -> str:
     """
     default = next(iter(names))
     return names[reader.choose("scoring_func", default, tuple(names)) or default]
+
+
+def _read_sparse_from(reader: ConfigReader, layers: int, default: int) -> tuple[bool, ...]:
+    """All but the first `first_k_dense_replace` layers."""
+    first = reader.count("first_k_dense_replace", default, least=0)
+    return tuple(i >= first for i in range(layers))
+
+
+def _read_sparse_types(
+    reader: ConfigReader, layers: int, default: tuple[bool, ...]
+) -> tuple[bool, ...]:
+    """What `mlp_layer_types` says of each layer."""
+    types = reader.config.get("mlp_layer_types")
+    if types is None:
+        return default
+    kinds = ("dense", "sparse")
+    if not isinstance(types, list) or len(types) != layers or any(t not in kinds for t in types):
+        reader.refuse("mlp_layer_types", types, f"{layers} entries, each dense or sparse")
+        return default
+    return tuple(kind == "sparse" for kind in types)
 
 
 def _read_sparse_steps(reader: ConfigReader, layers: int) -> tuple[bool, ...]:

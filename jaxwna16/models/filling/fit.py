@@ -15,7 +15,7 @@ from flax import nnx
 from jaxwna16.dtypes import read_dtype
 from jaxwna16.models.causal_lm import CausalLM
 from jaxwna16.models.config.fused import Fused
-from jaxwna16.models.config.language_config import LanguageConfig
+from jaxwna16.models.config.language_config import LanguageConfig, describe_length
 from jaxwna16.models.families import Family, Names, find_family
 from jaxwna16.models.filling.dividing import (
     describe_divided,
@@ -132,6 +132,7 @@ def fit_model(plan: Plan, *, dtype: Any, backend: str | None) -> Fit:
         warnings=(
             *plan.warnings,
             *describe_expanded(plan, expanded),
+            *describe_length(config),
             *(() if has_head else (_NO_HEAD,)),
         ),
     )

@@ -55,8 +55,9 @@ def list_rules(config: LanguageConfig) -> list[Rule]:
         layers = "|".join(str(first + i) for i in range(count))
         reason = f"past the last of {first} layers: it {_PREDICTS}"
         rules.append(Rule(re.compile(rf"{_WITHIN}layers\.({layers})\."), reason))
-    rules += [Rule(re.compile(_WITHIN + names), reason) for names, reason in config.left_out]
-    return rules
+    return rules + [
+        Rule(re.compile(_WITHIN + pattern), reason) for pattern, reason in config.left_out.items()
+    ]
 
 
 def find_skipped(rules: Iterable[Rule], names: Iterable[str]) -> dict[str, str]:

@@ -108,17 +108,17 @@ class Gemma4Config(LanguageConfig):
         return max(super().widest_features, *heads, 3 * max(self.inner), 3 * beside)
 
     @property
-    def left_out(self) -> tuple[tuple[str, str], ...]:
+    def left_out(self) -> Mapping[str, str]:
         parts = r"self_attn\.(k_proj|v_proj|k_norm|v_norm)(\.|$)"
         groups = {
             source: "|".join(str(i) for i, found in enumerate(self.sources) if found == source)
             for source in self.sources
             if source is not None
         }
-        return tuple(
-            (rf"layers\.({layers})\.{parts}", f"these layers attend to the keys of layer {source}")
+        return {
+            rf"layers\.({layers})\.{parts}": f"these layers attend to the keys of layer {source}"
             for source, layers in groups.items()
-        )
+        }
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> Gemma4Config:

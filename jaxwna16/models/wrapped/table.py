@@ -13,6 +13,8 @@ _LLAVA = {
     r"^(model\.language_model|language_model\.model)\.": "model.",
 }
 """Published files have a whole causal model as a part, transformers 5 has the head outside."""
+_KIMI = {**_LLAVA, r"^model\.blocks\.(?=\d)": "model.layers."}
+"""transformers 5 saves the layers of Kimi K2.5 as those of its tower."""
 _THINKER = {r"^thinker\.": "", **_INSIDE}
 """A thinker alone, or beside what speaks."""
 _ANY = ("llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe")
@@ -69,6 +71,12 @@ WRAPPERS = {
     "gemma3": Wrapper(texts=("gemma3_text",), names=_LLAVA, tokens={"image": 262144}, is_tied=True),
     "gemma4": _GEMMA4,
     "gemma4_unified": dataclasses.replace(_GEMMA4, texts=("gemma4_unified_text",)),
+    "kimi_k25": Wrapper(
+        texts=("deepseek_v3", "kimi_k2"),
+        names=_KIMI,
+        tokens={"image": 163605, "video": 163840, "media_placeholder": 163605},
+        is_tied=True,
+    ),
     "llava": dataclasses.replace(_ONE_IMAGE, asks_text=True),
     "llava_next": _ONE_IMAGE,
 }

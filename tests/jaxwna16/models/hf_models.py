@@ -138,9 +138,12 @@ def list_leaves(reference) -> Iterator[tuple[str, np.ndarray]]:
 
 
 def is_beside(name: str) -> bool:
-    """Whether a tensor of a transformers model is a tower's, or of what joins it to the text."""
-    parts = "visual|vision_tower|multi_modal_projector|audio_tower|image_newline|embed_vision"
-    return re.match(rf"model\.({parts})(\.|$)", name) is not None
+    """Whether a tensor of a transformers model is no part of ours: of towers, or of an indexer."""
+    parts = (
+        "visual|vision_tower|mm_projector|multi_modal_projector|audio_tower|image_newline"
+        "|embed_vision"
+    )
+    return re.match(rf"model\.({parts})(\.|$)|.*\.indexer\.", name) is not None
 
 
 def nest_params(reference) -> dict:

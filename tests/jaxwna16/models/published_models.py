@@ -24,6 +24,8 @@ _TENSORS_A_FILE = 20_000
 _MIXTRAL = {".mlp.": ".block_sparse_moe.", "gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
 _FILE_NAMES = {"minimax_m2": _MIXTRAL}
 """What stands in files in place of transformers' own names."""
+_KNOWN_AS = {"kimi_k2": "deepseek_v3"}
+"""What transformers calls a model that comes with code of its own."""
 
 
 def read_published(name: str, layers: int | None = None) -> dict[str, Any]:
@@ -70,7 +72,8 @@ def _describe(config: dict[str, Any]) -> Iterator[Described]:
 def _list_weights(config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...], bool]]:
     """Linears by path, other tensors by name; their shapes, and which they are."""
     plain = {key: value for key, value in config.items() if key != "quantization_config"}
-    parsed = transformers.AutoConfig.for_model(**plain)
+    known = _KNOWN_AS.get(config["model_type"], config["model_type"])
+    parsed = transformers.AutoConfig.for_model(**{**plain, "model_type": known})
     with torch.device("meta"):
         model = getattr(transformers, config["architectures"][0])._from_config(parsed)
     linears = {

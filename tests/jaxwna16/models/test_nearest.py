@@ -43,12 +43,10 @@ def test_a_model_of_another_name_is_nearest_to_its_own_family():
 
 def test_the_parts_that_the_nearest_lacks_are_named_with_their_keys():
     experts = {"n_routed_experts": 8, "n_shared_experts": 1, "moe_intermediate_size": 32}
-    latent = {"kv_lora_rank": 16, "q_lora_rank": 32, "v_head_dim": 16, "qk_nope_head_dim": 16}
-    near, *beyond, way_out = find_reasons("moonlight", **experts, **latent, num_experts_per_tok=2)
+    mamba = {"mamba_d_state": 16, "mamba_n_heads": 4}
+    near, *beyond, way_out = find_reasons("jambalike", **experts, **mamba, num_experts_per_tok=2)
     assert near.startswith("the nearest supported model_type is ")
-    assert beyond == [
-        "multi-head latent attention (MLA): kv_lora_rank, q_lora_rank, v_head_dim, qk_nope_head_dim"
-    ]
+    assert beyond == ["state-space layers (Mamba): mamba_d_state, mamba_n_heads"]
     assert "docs/models.md" in way_out
 
 

@@ -106,12 +106,6 @@ def test_experts_beyond_the_number_of_the_config_are_refused(tmp_path):
     assert (path, what) == (PATH, "expected the 2 experts of config.json, found also 2-3")
 
 
-@pytest.mark.parametrize("count", [10_001, 10**4000])
-def test_more_experts_than_any_model_has_are_refused_and_not_counted(tmp_path, count):
-    [(path, what)] = _list_faults(_write(tmp_path, _make_experts(), num_experts=count))
-    assert (path, what) == ("num_experts", "more than 10000 experts")
-
-
 def test_numbers_of_experts_that_contradict_each_other_are_refused(tmp_path):
     config = {"num_experts": 3, "text_config": {"num_local_experts": 4}}
     [(_, what)] = _list_faults(_write(tmp_path, _make_experts(), **config))
@@ -305,10 +299,9 @@ def test_slices_of_stacked_experts_have_separate_names():
 
 
 def test_absurd_numbers_of_experts_are_only_faults(tmp_path):
-    folder = _write(tmp_path, _make_experts(), num_experts=10**12)
-    assert _list_faults(folder) == [
-        (PATH, "999999999997 of 1000000000000 experts are missing: 3-999999999999")
-    ]
+    for count in (10_001, 10**12, 10**4000):
+        folder = _write(tmp_path, _make_experts(), num_experts=count)
+        assert _list_faults(folder) == [("num_experts", "more than 10000 experts")]
     far = {f"{PATH}.999999.up_proj.weight": np.zeros((40, 64), np.float32)}
     assert (PATH, "999996 of 1000000 experts are missing: 3-999998") in _list_faults(
         _write(tmp_path, _make_experts() | far)

@@ -19,6 +19,7 @@ from jaxwna16 import Wna16Error, load_model
 from jaxwna16.cli import main
 from jaxwna16.errors import ModelError
 from jaxwna16.models.config.config_reader import ConfigReader
+from jaxwna16.models.deepseek import config as deepseek_config
 from jaxwna16.models.families import MODEL_TYPES, parse_config
 from jaxwna16.models.filling.skipped import list_rules
 from jaxwna16.models.llama.relatives import RELATIVES, Relative
@@ -69,6 +70,10 @@ TWO_ROPES = ("olmo3", "gemma3_text", "gemma3", *GEMMA4)
 """Those whose layers with windows have a rope of their own."""
 
 
+LATENT = (*deepseek_config.KINDS, "kimi_k25")
+"""Those with latent attention: the rotated part of a head is whole, and experts have 8 groups."""
+
+
 WRAPPED = tuple(WRAPPERS)[2:]
 """Those whose sections other rows read, too."""
 
@@ -78,7 +83,8 @@ def _make_config(model_type: str, changes: dict[str, Any], rope: dict[str, Any])
         rope = {"full_attention": rope, "sliding_attention": {"rope_type": "default"}}
     if rope and _find_row(model_type).rope.scales_queries:
         rope = {**rope, "llama_4_scaling_beta": 0.1}
-    text = SIZES | ({"rope_parameters": rope} if rope else {}) | changes
+    experts = {"n_routed_experts": 32} if model_type in LATENT else {}
+    text = SIZES | experts | ({"rope_parameters": rope} if rope else {}) | changes
     if model_type in WRAPPERS:
         for key in reversed(WRAPPERS[model_type].path):
             text = {key: text}
@@ -146,7 +152,8 @@ def test_every_family_takes_its_own_values(model_type):
         config = _make_config(model_type, {}, rope)
         if rope.get("rope_type") == "dynamic" and model_type.startswith(("qwen3_5", "qwen3_next")):
             continue
-        if model_type.startswith(("qwen3_5", "glm")) or "partial_rotary_factor" not in rope:
+        takes_parts = model_type.startswith(("qwen3_5", "glm")) and model_type not in LATENT
+        if takes_parts or "partial_rotary_factor" not in rope:
             assert parse_config(config).max_length >= 64
 
 

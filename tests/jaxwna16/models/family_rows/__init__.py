@@ -1,19 +1,27 @@
 """A row for each `model_type` that jaxwna16 has: the small models its suite compares.
 
-There is a file for each definition. `tests/jaxwna16/models/test_families.py` runs the suite, and
-fails where a row is missing.
+There is a file for each definition; small ones share one. `tests/jaxwna16/models/test_families.py`
+runs the suite, and fails where a row is missing.
 """
 
 from __future__ import annotations
 
-from tests.jaxwna16.models.family_rows import cohere, gemma, glm4, llama, olmo2, qwen3_5, wrapped
+from tests.jaxwna16.models.family_rows import (
+    cohere_glm4,
+    deepseek,
+    gemma,
+    llama,
+    olmo2,
+    qwen3_5,
+    wrapped,
+)
 from tests.jaxwna16.models.family_rows.row import SMALL as SMALL
 from tests.jaxwna16.models.family_rows.row import Changes
 from tests.jaxwna16.models.family_rows.row import Row as Row
 
 ROWS: dict[str, Row] = {
     model_type: row
-    for family in (cohere, gemma, glm4, llama, olmo2, qwen3_5, wrapped)
+    for family in (cohere_glm4, deepseek, gemma, llama, olmo2, qwen3_5, wrapped)
     for model_type, row in family.ROWS.items()
 }
 

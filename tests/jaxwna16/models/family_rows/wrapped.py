@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from tests.jaxwna16.models.family_rows.deepseek import LATENT
 from tests.jaxwna16.models.family_rows.gemma import BESIDE, DENSE, center_gemma4, center_offset
 from tests.jaxwna16.models.family_rows.llama import DEEPSEEK, EXPERTS, scaled_queries
 from tests.jaxwna16.models.family_rows.row import Changes, Row, rope
@@ -122,6 +123,25 @@ GEMMA4_VISION = {
     "patch_size": 4,
     "position_embedding_size": 16,
 }
+KIMI_VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "patch_size": 4,
+    "pos_emb_height": 4,
+    "pos_emb_width": 4,
+    "pos_emb_time": 2,
+}
+KIMI_IGNORE = (
+    "lm_head",
+    "re:.*self_attn.*",
+    "re:.*shared_experts.*",
+    r"re:.*mlp\.(gate|up|gate_up|down)_proj.*",
+    "re:.*vision_tower.*",
+    "re:.*mm_projector.*",
+)
+"""Of Kimi K2: its routed experts alone are packed."""
 AUDIO = {
     "d_model": 32,
     "encoder_layers": 1,
@@ -272,5 +292,14 @@ ROWS: dict[str, Row] = {
         is_repeated=True,
         ignore=USUAL,
         nest=put_beside(CLIP, "mistral", image="image_token_index"),
+    ),
+    "kimi_k25": Row(
+        variants={"": {**DEEPSEEK, "q_lora_rank": 32, "moe_intermediate_size": 64}},
+        sizes=LATENT,
+        group_size=32,
+        symmetric=True,
+        is_repeated=True,
+        ignore=KIMI_IGNORE,
+        nest=put_beside(KIMI_VISION, "deepseek_v3"),
     ),
 }

@@ -1,4 +1,4 @@
-"""Command R and its successors."""
+"""Command R and its successors, and GLM-4."""
 
 from __future__ import annotations
 
@@ -20,6 +20,19 @@ ROWS: dict[str, Row] = {
                 "attention_bias": True,
                 "logit_scale": 0.5,
                 "head_dim": 32,
+            },
+        },
+        group_size=32,
+        bfloat16={},
+    ),
+    "glm4": Row(
+        variants={
+            "": {"head_dim": 32},
+            "whole heads, no biases, tied": {
+                "head_dim": 16,
+                "attention_bias": False,
+                "partial_rotary_factor": 1.0,
+                "tie_word_embeddings": True,
             },
         },
         group_size=32,
