@@ -234,6 +234,9 @@ def divide_rope(reader: ConfigReader) -> tuple[Any, Any]:
     """
     given, scaling = (reader.config.get(key) or {} for key in (_NEW, _OLD))
     parts = given if isinstance(given, Mapping) else {_NEW: given}
+    if isinstance(parts.get(_FULL), Mapping) and isinstance(parts.get(_SLIDING), Mapping):
+        # GPTQModel writes these beside the two sets, which are all that transformers reads then
+        parts = {key: part for key, part in parts.items() if key not in ("rope_theta", "rope_type")}
     if parts.keys() - {_FULL, _SLIDING}:
         reader.refuse(_NEW, given, f"one set of parameters for {_FULL} and one for {_SLIDING}")
     elif given and scaling:

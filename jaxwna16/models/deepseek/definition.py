@@ -21,7 +21,6 @@ from jaxwna16.models.parts.decoder import Cache, Decoder
 from jaxwna16.models.parts.decoder_layer import Layer
 from jaxwna16.models.parts.layers import MLP, Linears, RMSNorm
 from jaxwna16.models.parts.moe import SparseBlock
-from pallas_kernels.lowering import has_symbolic
 
 Array = jax.Array
 
@@ -51,10 +50,10 @@ class DeepseekDecoder(Decoder):
         Raises:
           InputError: if a piece alone has more tokens than an indexer keeps.
         """
-        limit = self.config.index_topk
-        if limit is not None and not has_symbolic(tokens.shape) and tokens.shape[1] > limit:
+        limit, steps = self.config.index_topk, tokens.shape[1]
+        if limit is not None and isinstance(steps, int) and steps > limit:  # else symbolic
             raise InputError(
-                f"tokens: expected at most {limit} in a row, got {tokens.shape[1]} "
+                f"tokens: expected at most {limit} in a row, got {steps} "
                 f"({self.config.length_reason})"
             )
         return super().__call__(tokens, *arguments)

@@ -83,6 +83,7 @@ def test_norms_round_as_those_of_transformers(model_type, dtype):
     [
         pytest.param(name, marks=[pytest.mark.thorough] if is_alike else [])
         for name, row in ROWS.items()
+        if "kv_lora_rank" not in row.sizes  # latents: there are no keys of heads to compare
         for is_alike in [name in ALIKE or row.is_repeated]
     ],
 )

@@ -3,6 +3,7 @@
 # pyright: reportMissingImports=false
 from __future__ import annotations
 
+import copy
 import os
 from typing import Any
 
@@ -12,7 +13,7 @@ os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 import torch
 from auto_round import AutoRound
 from transformers import AutoTokenizer
-from worker import load_model, load_rows, replace_weights, save_logits
+from worker import load_model, load_rows, save_logits, widen
 
 VERSIONS = ("auto-round",)
 CAN_FORK = True
@@ -37,7 +38,7 @@ def write(order: dict[str, Any]) -> None:
         device_map="cpu",
     )
     quantized, _ = tuner.quantize()
-    save_logits(order, replace_weights(order, dequantize(quantized)))
+    save_logits(order, widen(order, copy.deepcopy(quantized), dequantize(quantized)))
     tuner.save_quantized(order["folder"], format="llm_compressor" if to_nearest else "auto_round")
 
 

@@ -15,7 +15,7 @@ from gptqmodel import BACKEND, GPTQModel
 from gptqmodel.nn_modules.qlinear import BaseQuantLinear
 from gptqmodel.quantization.config import GPTQConfig, RTNConfig
 from safetensors.torch import load_file
-from worker import load_rows, replace_weights, save_logits
+from worker import load_rows, save_logits, widen
 
 VERSIONS = ("gptqmodel",)
 CAN_FORK = False  # its threads start with its import
@@ -39,15 +39,22 @@ def write(order: dict[str, Any]) -> None:
     model = GPTQModel.load(
         order["folder"], device="cpu", backend=BACKEND.TORCH, dtype=torch.float16
     )
-    save_logits(order, replace_weights(order, dequantize(model.model, Path(order["folder"]))))
+    tensors = {}
+    for path in Path(order["folder"]).glob("*.safetensors"):
+        tensors |= load_file(path)
+    weights = dequantize(model.model)
+    save_logits(order, widen(order, model.model, tensors | weights))
 
 
-def dequantize(model: torch.nn.Module, folder: Path) -> dict[str, torch.Tensor]:
-    """What its packed linears stand for, and all else as it is in the files, by name."""
+def dequantize(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Put linears of floats in place of the packed ones; their weights, by name."""
     weights = {}
-    for path in folder.glob("*.safetensors"):
-        weights |= load_file(path)
-    for name, module in model.named_modules():
+    for name, module in list(model.named_modules()):
         if isinstance(module, BaseQuantLinear):
-            weights[f"{name}.weight"] = module.dequantize_weight().T.contiguous()
+            weight = module.dequantize_weight().T.contiguous()
+            linear = torch.nn.Linear(*weight.shape[::-1], bias=module.bias is not None)
+            linear.weight.data = weights[f"{name}.weight"] = weight
+            if module.bias is not None:
+                linear.bias.data = module.bias.detach()
+            model.set_submodule(name, linear)
     return weights

@@ -39,17 +39,20 @@ def load_rows(order: dict[str, Any]) -> torch.Tensor:
     return torch.from_numpy(np.load(order["calibration"])).long()
 
 
-def replace_weights(order: dict[str, Any], weights: dict[str, torch.Tensor]) -> torch.nn.Module:
-    """The source's model in float32, with these of a writer's tensors in place of its own.
+def widen(
+    order: dict[str, Any], model: torch.nn.Module, tensors: dict[str, torch.Tensor]
+) -> torch.nn.Module:
+    """A writer's model in float32, with these tensors and, of all others, the source's by name.
 
     Writers cast all of a model to 16 bits, also what files do not hold: the frequencies of the
     rotation.
     """
-    plain = load_model(order).float()
-    held = plain.state_dict()
-    found = {name: tensor for name, tensor in weights.items() if name in held}
-    plain.load_state_dict(held | found)
-    return plain
+    model, plain = model.float(), load_model(order).float()
+    held = {**dict(plain.named_parameters()), **dict(plain.named_buffers()), **tensors}
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if name in held and held[name].shape == tensor.shape:
+            tensor.data = held[name].detach().float()
+    return model
 
 
 def save_logits(order: dict[str, Any], model: torch.nn.Module) -> None:
