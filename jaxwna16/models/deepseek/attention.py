@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -77,7 +77,8 @@ class LatentAttention(nnx.Module):
         return list_words(self._first, self.kv_a_proj_with_mqa)
 
     @property
-    def _first(self):
+    def _first(self) -> Any:
+        """What makes queries, or their latents."""
         return self.q_a_proj if self.q_proj is None else self.q_proj
 
     def __call__(
