@@ -16,6 +16,7 @@ in memory.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -140,7 +141,18 @@ def _attend_expanded(q, q_rotated, held, w_k, w_v, positions, scale, is_whole) -
     return (mixed / total[..., None]).swapaxes(1, 2)
 
 
-def _choose_product(dtype: jax.typing.DTypeLike):
+def _choose_product(dtype: jax.typing.DTypeLike) -> Callable[[str, Array, Array], Array]:
     """`jnp.einsum` with float32 sums; full float32 products of float32."""
-    precision = lax.Precision.HIGHEST if dtype == jnp.float32 else lax.Precision.DEFAULT
-    return functools.partial(jnp.einsum, precision=precision, preferred_element_type=jnp.float32)
+    if dtype == jnp.float32:
+        return functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
+    narrow = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+
+    def wide(equation: str, x: Array, y: Array) -> Array:
+        # a CPU's XLA has no such product of 16 bits for some orders of axes ("DotThunk")
+        return jnp.einsum(equation, x.astype(jnp.float32), y.astype(jnp.float32))
+
+    def multiply(equation: str, x: Array, y: Array) -> Array:
+        forms = (functools.partial(form, equation) for form in (wide, narrow))
+        return lax.platform_dependent(x, y, cpu=next(forms), default=next(forms))
+
+    return multiply

@@ -73,5 +73,5 @@ def list_rounded_widths(name: str) -> dict[str, int]:
     return {
         key: -(-size // 32) * 32
         for key, size in sizes.items()
-        if key.endswith(("intermediate_size", "head_dim")) and size % 32
+        if key.endswith(("intermediate_size", "head_dim", "lora_rank")) and (size or 0) % 32
     }

@@ -78,6 +78,7 @@ class LatentAttention(nnx.Module):
 
     @property
     def _first(self) -> Any:
+        """What makes queries, or their latents."""
         return self.q_a_proj if self.q_proj is None else self.q_proj
 
     def __call__(

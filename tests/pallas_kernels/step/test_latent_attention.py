@@ -57,6 +57,19 @@ def test_it_is_attention_over_the_keys_and_values_of_each_head(monkeypatch, step
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("steps", [1, 4])
+def test_in_bfloat16_sums_are_float32(steps):
+    """Where a CPU has no products of 16 bits with such sums, too."""
+    arrays = jax.tree.map(lambda x: x.astype(jnp.bfloat16), draw_all(steps))
+    start, count = jnp.array([0, 3, 8]), jnp.full(3, steps)
+    run = jax.jit(attend_latents, static_argnames=("scale", "is_whole"))
+    found = run(*arrays, start, count, scale=0.1, is_whole=False)
+    assert found.dtype == jnp.bfloat16
+    expected = attend_plainly(*arrays, start, count, 0.1)
+    error = np.abs(np.asarray(found, np.float64) - expected).max() / np.abs(expected).max()
+    assert error < 4 * 2.0**-8  # of a query or key, of shares, of their sum, and of the result
+
+
 def test_slots_past_those_that_are_seen_count_for_nothing(monkeypatch):
     monkeypatch.setattr(latent_attention, "BLOCK", 4)
     start, count = jnp.array([0, 1, 2]), jnp.array([4, 4, 4])

@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 
 import jaxwna16
 from jaxwna16.cli.rows import list_module_rows
 from jaxwna16.layers.dense import QuantDense
+from jaxwna16.models.causal_lm import CausalLM
 from loaders.open import open_plan
 from tests.jaxwna16.models.family_rows import BASES, MODELS, ROWS
 from tests.jaxwna16.models.family_rows.deepseek import LATENT
 from tests.jaxwna16.models.family_rows.deepseek import ROWS as OWN
 from tests.jaxwna16.models.hf_checkpoints import write_row
 from tests.jaxwna16.models.hf_models import (
+    cast_weights,
     choose_experts,
     convert,
     make_reference,
     random_tokens,
     record_routers,
 )
+from tests.jaxwna16.models.rounding import count_steps
+from tests.jaxwna16.models.test_family_rounding import FLIPS
 
 
 def test_the_cache_holds_a_latent_and_a_rotated_key_a_token_and_nothing_else():
@@ -65,3 +72,36 @@ def test_what_makes_latents_stays_packed_and_what_takes_them_is_floats_of_stated
     ]
     # of two layers
     assert row["reason"].endswith(f"({2 * heads * 40 * rank * 2:,} bytes)")
+
+
+@pytest.mark.parametrize(
+    ("model_type", "rotate"),
+    [("deepseek_v3", "apply_rotary_pos_emb_interleave"), ("deepseek_v2", "apply_rotary_emb")],
+)
+def test_rotated_keys_round_as_those_of_transformers(model_type, rotate, monkeypatch):
+    """Of one layer, whose projection only chooses features, so that it does not round."""
+    reference = make_reference(BASES[model_type], num_hidden_layers=1)
+    projection = reference.model.layers[0].self_attn.kv_a_proj_with_mqa.weight
+    with torch.no_grad():
+        projection.copy_(torch.eye(*projection.shape))
+    model = convert(reference, dtype=jnp.bfloat16)
+    module, turned = sys.modules[type(reference).__module__], []
+    theirs = getattr(module, rotate)
+
+    def record(*arguments):
+        turned.append(theirs(*arguments)[1])
+        return theirs(*arguments)
+
+    monkeypatch.setattr(module, rotate, record)
+    tokens = random_tokens(1, 24)
+    with torch.no_grad():
+        cast_weights(reference, torch.bfloat16)(torch.from_numpy(tokens).long())
+    start, count = jnp.zeros(1, jnp.int32), jnp.full(1, 24, jnp.int32)
+    options = {"xla_allow_excess_precision": False}
+    run = jax.jit(CausalLM.hidden, compiler_options=options)
+    _, cache = run(model, jnp.asarray(tokens), start, count, model.make_cache(1, 24))
+    ours = np.asarray(cache[0].key[0], np.float32)
+    if model_type == "deepseek_v3":  # which has the first of each pair before the second
+        ours = np.concatenate([ours[:, 0::2], ours[:, 1::2]], axis=-1)
+    steps = count_steps(jnp.asarray(ours, jnp.bfloat16), turned[0][0, 0])
+    assert (steps > 0).mean() <= FLIPS
