@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from tests.jaxwna16.models.family_rows import ROWS
 from tests.writers.sources import Source
 
 ROOT = Path(__file__).parents[2]
@@ -54,15 +55,18 @@ SETTINGS = [
 ]
 
 
-_WHOLE = ("SmolLM2", "llama", "mixtral")
+_WHOLE = ("llama", "mixtral")
 _TWO = [Setting(NEAREST, False, False), Setting(CALIBRATED, True, False)]
 
 
 def list_settings(model: str) -> list[Setting]:
-    """All of them for a few models, dense and of experts; for the others, one of each method.
+    """All of them for two models, dense and of experts; for the others, one of each method; and the
+    calibrated one for those whose layers another has.
 
     The settings decide what is written for a weight, and the model what its weights are called.
     """
+    if model in ROWS and ROWS[model].is_repeated:
+        return _TWO[1:]
     return SETTINGS if model in _WHOLE else _TWO
 
 

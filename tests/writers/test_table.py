@@ -52,6 +52,7 @@ def test_settings_that_share_a_property_are_named_by_it():
 
 def test_settings_of_every_model_hold_both_methods():
     assert {s.method for s in list_settings("olmo2")} == {NEAREST, CALIBRATED}
+    assert [s.method for s in list_settings("llava")] == [CALIBRATED]
     assert list_settings("mixtral") == SETTINGS
 
 
