@@ -16,7 +16,8 @@ def test_every_family_and_the_real_model_are_asked_for():
     from jaxwna16.models.wrapped.table import WRAPPERS
 
     thinkers = {name for name, w in WRAPPERS.items() if w.path[0] == "thinker_config"}
-    assert set(NAMES) == {"SmolLM2", *MODEL_TYPES} - thinkers  # whose own rows are asked for
+    # their own rows are asked for; and transformers has no model of the last one's name
+    assert set(NAMES) == {"SmolLM2", *MODEL_TYPES} - thinkers - {"kimi_k2"}
 
 
 def test_failures_of_a_writer_are_no_faults_of_ours_and_are_counted_apart():
