@@ -165,10 +165,12 @@ tools, each the newest that a package index has, quantize the first layers of Sm
 random model of each `model_type` here, in up to {settings} ways: round to nearest and calibrated,
 W4A16 and W4A16_ASYM, in groups and by channel. Llama and Mixtral are written in all of them, others
 in two, one of each method, and those whose layers another model has in {few}: the settings decide
-what is written for a weight, and the model what its weights are called. Each folder must load, pass
-`jaxwna16 verify --oracle` (every weight is bit for bit what compressed-tensors makes of it), and give the logits of the
-writer's own model. These are transformers', computed in the writer's process: its weights
-dequantized by the writer, in float32. They differ by less than {close:.0e} of the largest.
+what is written for a weight, and the model what its weights are called.
+
+Each folder must load, pass `jaxwna16 verify --oracle` (every weight is bit for bit what
+compressed-tensors makes of it), and give the logits of the writer's own model. These are
+transformers', computed in the writer's process: its weights dequantized by the writer, in float32.
+They differ by less than {close:.0e} of the largest.
 
 | writer | versions |
 | --- | --- |"""
