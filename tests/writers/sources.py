@@ -53,6 +53,9 @@ def write_source(name: str, root: Path) -> Source:
     else:
         reference = make_reference(BASES[name], **list_rounded_widths(name))
         cast_weights(reference, torch.bfloat16)
+        for path, buffer in reference.named_buffers():
+            if path.endswith("layer_scalar"):  # published files have all in 16 bits
+                buffer.data = buffer.bfloat16()
         reference.config.dtype = torch.bfloat16
         reference.save_pretrained(folder)
         kind, ignore, group_size = type(reference).__name__, ROWS[name].ignore, 32

@@ -16,7 +16,7 @@ from llmcompressor.modeling.moe.linearize import load_quantizable_moe
 from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from transformers import AutoTokenizer
-from worker import load_model, load_rows, save_logits
+from worker import load_model, load_rows, save_logits, widen
 
 VERSIONS = ("llmcompressor", "compressed-tensors")
 CAN_FORK = True
@@ -54,7 +54,8 @@ def write(order: dict[str, Any]) -> None:
             num_calibration_samples=len(rows),
             max_seq_length=rows.shape[1],
         )
-    save_logits(order, dequantize(model))
+    rounded = dequantize(model)
+    save_logits(order, widen(order, rounded, dict(rounded.named_parameters())))
     model.save_pretrained(order["folder"], save_compressed=True)
 
 

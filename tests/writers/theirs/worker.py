@@ -28,10 +28,14 @@ VERSIONS = ("transformers", "torch")
 MOST_CHARACTERS = 2000
 
 
-def load_model(order: dict[str, Any]) -> torch.nn.Module:
-    """The model of an order, as users load it: in the dtype of its files."""
+def load_model(order: dict[str, Any], dtype: Any = "auto") -> torch.nn.Module:
+    """The model of an order, as users load it: in the dtype of its files.
+
+    Other implementations of attention than the eager one leave out softcaps.
+    """
     make = getattr(transformers, order["class"])
-    return make.from_pretrained(order["source"], dtype="auto").eval()
+    options = {"dtype": dtype, "attn_implementation": "eager"}
+    return make.from_pretrained(order["source"], **options).eval()
 
 
 def load_rows(order: dict[str, Any]) -> torch.Tensor:
@@ -45,9 +49,9 @@ def widen(
     """A writer's model in float32, with these tensors and, of all others, the source's by name.
 
     Writers cast all of a model to 16 bits, also what files do not hold: the frequencies of the
-    rotation.
+    rotation, and multipliers of embeddings.
     """
-    model, plain = model.float(), load_model(order).float()
+    model, plain = model.float(), load_model(order, torch.float32)
     held = {**dict(plain.named_parameters()), **dict(plain.named_buffers()), **tensors}
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if name in held and held[name].shape == tensor.shape:
