@@ -25,7 +25,7 @@ _STEP_MB = 120
 """What a file's tests may add before memory is given back between them."""
 
 _PEAKS = "peaks_mb"
-_M_MMAP_THRESHOLD = -3  # malloc.h
+_M_MMAP_THRESHOLD, _M_ARENA_MAX = -3, -8  # malloc.h
 _peaks: list[tuple[int, int, str]] = []
 _resident_mb = LIMIT_MB // 2
 _kept_mb = 0
@@ -35,6 +35,7 @@ _highest: tuple[int, str] = 0, ""
 if sys.platform == "linux":
     # Arrays from 1 MB on go back when they are freed; glibc's own bound rises to 32 MB as they are
     ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 20)
+    ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 1)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
