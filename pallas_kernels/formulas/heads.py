@@ -19,6 +19,7 @@ class Heads:
       scale: of the scores; None is 1 / sqrt(D).
       paired: neighbouring features are rotated together, see `rotate`.
       softcap: c of scores c tanh(s / c), s a score with its scale; None is s itself.
+      value_eps: of a norm of each head's value, which has no weight; None is no norm.
     """
 
     head_dim: int
@@ -29,3 +30,4 @@ class Heads:
     scale: float | None = None
     paired: bool = False
     softcap: float | None = None
+    value_eps: float | None = None

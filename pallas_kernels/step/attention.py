@@ -20,7 +20,7 @@ from pallas_kernels.formulas.rotation import Rotation
 from pallas_kernels.lowering import choose_at_lowering, has_symbolic, refuse_at_lowering
 from pallas_kernels.step.linears import Linear, separate
 from pallas_kernels.xla.attention import attend as attend_by_xla
-from pallas_kernels.xla.attention import mix
+from pallas_kernels.xla.attention import mix, normalise_values
 
 Cache = tuple[jax.Array, jax.Array]
 
@@ -48,7 +48,7 @@ def project_and_attend(
 
     Args:
       x: [B, S, K].
-      linears: of q, k and v.
+      linears: of q, k and v; of q and k alone, values are the keys before their norm.
       norms: of queries and keys, or None.
       rotation: of the positions; None rotates nothing.
       start, count, window: as in `attend`.
@@ -80,7 +80,12 @@ def project_and_attend(
         from pallas_kernels.triton.parts import Parts, finish
         from pallas_kernels.triton.step.decode_attention import attend_token
 
-        q, k, v = call.multiply_in_parts(x, arrays, interpret=interpret)
+        q, k, *rest = call.multiply_in_parts(x, arrays, interpret=interpret)
+        v = rest[0] if rest else k
+        if heads.value_eps is not None:
+            [y] = finish([v], x.dtype)
+            y = normalise_values(y.reshape(len(y), -1, heads.head_dim), heads)
+            v = Parts(y.reshape(1, len(y), -1))
         if heads.norms_across:
             q, k = (
                 y if norm is None else Parts(apply_norm(*finish([y], x.dtype), norm)[None])

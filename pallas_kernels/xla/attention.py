@@ -10,7 +10,7 @@ from jax import lax
 
 from pallas_kernels.formulas.activations import cap, round_sigmoid
 from pallas_kernels.formulas.heads import Heads
-from pallas_kernels.formulas.norms import Norm, apply_norm
+from pallas_kernels.formulas.norms import Norm, apply_norm, normalise
 from pallas_kernels.formulas.rotation import Rotation, rotate
 
 Array = jax.Array
@@ -31,10 +31,11 @@ def mix(
     """From q, k and v [B, S, N] to the mixed values [B, S, H * D], and the cache with the piece.
 
     Args:
+      products: without a v, values are the keys before their norm.
       rotation: cosines and sines [B, S, R / 2]; None rotates nothing.
       attend: attention over the cache, or over the piece's own keys and values without one.
     """
-    q, k, v = products
+    q, k, v = products if len(products) == 3 else (*products, products[1])
     lead = q.shape[:2]
     if heads.norms_across:
         q, k = (
@@ -46,6 +47,7 @@ def mix(
     if heads.gated:
         q, gate = jnp.split(q.reshape(*lead, -1, 2 * heads.head_dim), 2, axis=-1)
     q, k, v = (y.reshape(*lead, -1, heads.head_dim) for y in (q, k, v))
+    v = normalise_values(v, heads)
     if heads.norms_last:
         q, k = _normalise(_rotate((q, k), rotation, heads), norms)
     else:
@@ -59,6 +61,11 @@ def mix(
     if gate is not None:
         mixed = mixed * round_sigmoid(gate).reshape(mixed.shape)
     return mixed, cache
+
+
+def normalise_values(v: Array, heads: Heads) -> Array:
+    """The values [..., D] of single heads, normalised where they are; in their dtype."""
+    return v if heads.value_eps is None else normalise(v, heads.value_eps).astype(v.dtype)
 
 
 def _normalise(pair: Pair, norms: tuple[Norm | None, Norm | None]) -> Pair:

@@ -231,8 +231,7 @@ class DeepseekExperts:
 
     def read(self, reader: ConfigReader, layers: int) -> MoeConfig:
         reader.choose("topk_method", "noaux_tc", ("noaux_tc",))
-        if reader.count("moe_layer_freq", 1) != 1:
-            reader.refuse("moe_layer_freq", reader.config["moe_layer_freq"], "1")
+        reader.require("moe_layer_freq", 1)
         inner = reader.count(_INNER, self.inner)
         sparse = _read_sparse_from(reader, layers, self.first)
         return MoeConfig(
@@ -249,17 +248,14 @@ class DeepseekExperts:
         )
 
     def _read_routing(self, reader: ConfigReader) -> Routing:
-        groups = reader.count("n_group", self.groups)
-        top_groups = reader.count("topk_group", self.top_groups)
-        if top_groups > groups:
-            reader.refuse("topk_group", top_groups, f"at most n_group = {groups}")
+        groups, top_groups = _read_groups(reader, self.groups, self.top_groups)
         return Routing(
             top_k=reader.count(_TOP_K, self.top_k),
             # dots.llm1 writes the name of the method here
             scoring=_read_scoring(reader, {"sigmoid": "sigmoid", "noaux_tc": "sigmoid"}),
             renormalize=reader.flag("norm_topk_prob", self.renormalize),
             groups=groups,
-            top_groups=min(groups, top_groups),
+            top_groups=top_groups,
             group_score="top2_sum",
             scaling_factor=reader.number("routed_scaling_factor", self.scaling),
         )
@@ -285,9 +281,7 @@ class DeepseekV2Experts:
         reader.require("moe_layer_freq", 1)
         inner, groups, top_groups = reader.count(_INNER, self.inner), 1, 1
         if method == "group_limited_greedy":
-            groups, top_groups = reader.count("n_group"), reader.count("topk_group")
-            if top_groups > groups:
-                reader.refuse("topk_group", top_groups, f"at most n_group = {groups}")
+            groups, top_groups = _read_groups(reader)
         return MoeConfig(
             sparse=_read_sparse_from(reader, layers, 0),
             experts=reader.count_either(("n_routed_experts", "num_experts"), self.experts),
@@ -301,7 +295,7 @@ class DeepseekV2Experts:
                 scoring=_read_scoring(reader, {"softmax": "softmax"}),
                 renormalize=False,
                 groups=groups,
-                top_groups=min(groups, top_groups),
+                top_groups=top_groups,
                 scaling_factor=reader.number("routed_scaling_factor", 1.0),
             ),
         )
@@ -345,6 +339,16 @@ def _read_scoring(reader: ConfigReader, names: Mapping[str, str]) -> str:
     """
     default = next(iter(names))
     return names[reader.choose("scoring_func", default, tuple(names)) or default]
+
+
+def _read_groups(
+    reader: ConfigReader, groups: int | None = None, top_groups: int | None = None
+) -> tuple[int, int]:
+    """Groups of experts, and in how many of them a token's are; None must be stated."""
+    groups, top_groups = reader.count("n_group", groups), reader.count("topk_group", top_groups)
+    if top_groups > groups:
+        reader.refuse("topk_group", top_groups, f"at most n_group = {groups}")
+    return groups, min(groups, top_groups)
 
 
 def _read_sparse_from(reader: ConfigReader, layers: int, default: int) -> tuple[bool, ...]:

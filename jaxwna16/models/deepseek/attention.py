@@ -90,16 +90,17 @@ class LatentAttention(nnx.Module):
         q = q.reshape(*x.shape[:2], self.heads, -1)
         q, q_rotated = jnp.split(q, [q.shape[-1] - self.rotated], axis=-1)
         latent, key = jnp.split(compressed, [self.rank], axis=-1)
-        turned = [q_rotated, key[:, :, None]]
-        if piece.rotation is not None:
-            cos, sin = piece.rotation.cos, piece.rotation.sin
-            turned = [rotate(part, cos, sin, paired=self.paired) for part in turned]
-        held = self.kv_a_layernorm(latent), turned[1][:, :, 0]
+        assert piece.rotation is not None
+        cos, sin = piece.rotation.cos, piece.rotation.sin
+        q_rotated, key = (
+            rotate(part, cos, sin, paired=self.paired) for part in (q_rotated, key[:, :, None])
+        )
+        held = self.kv_a_layernorm(latent), key[:, :, 0]
         if cache is not None:
             held = write_latents(cache, held, piece.start, piece.lengths)
         mixed = attend_latents(
             q,
-            turned[0],
+            q_rotated,
             held,
             (self.k_b_proj.weight[...], self.v_b_proj.weight[...]),
             piece.start,

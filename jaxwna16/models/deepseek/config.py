@@ -62,6 +62,7 @@ _V3_EXPERTS = DeepseekExperts(
     top_groups=4,
     scaling=2.5,
 )
+_ONE_GROUP = {"groups": 1, "top_groups": 1, "has_types": True}
 _V3 = Kind(experts=_V3_EXPERTS, prediction_layers=1)
 KINDS = {
     "deepseek_v3": _V3,
@@ -72,15 +73,10 @@ KINDS = {
         wide_rope=True,
     ),
     "glm4_moe_lite": Kind(
-        experts=DeepseekExperts(
-            experts=64,
-            top_k=4,
-            inner=1536,
-            shared=1,
-            first=1,
-            renormalize=True,
-            scaling=1.8,
-            has_types=True,
+        experts=dataclasses.replace(
+            _V3_EXPERTS,
+            **{"experts": 64, "top_k": 4, "inner": 1536, "first": 1, "scaling": 1.8},
+            **_ONE_GROUP,
         ),
         q_lora_rank=768,
         nope=192,
@@ -95,7 +91,7 @@ KINDS = {
         index_topk=2048,
     ),
     "glm_moe_dsa": Kind(
-        experts=dataclasses.replace(_V3_EXPERTS, groups=1, top_groups=1, has_types=True),
+        experts=dataclasses.replace(_V3_EXPERTS, **_ONE_GROUP),
         q_lora_rank=2048,
         nope=192,
         value=256,

@@ -21,110 +21,84 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxwna16.layers.fused import project, project_onto
+from jaxwna16.layers.fused import project_onto
 from jaxwna16.models.causal_lm import CausalLM
 from jaxwna16.models.config.moe_config import MoeConfig
 from jaxwna16.models.config.rope_config import RopeConfig
 from jaxwna16.models.gemma4.config import Gemma4Config
-from jaxwna16.models.parts.attention import LayerCache
+from jaxwna16.models.parts.attention import LayerCache, SelfAttention
 from jaxwna16.models.parts.decoder import Cache, Decoder
 from jaxwna16.models.parts.layers import MLP, Dense, Embedding, LateRMSNorm, Linears, list_words
 from jaxwna16.models.parts.moe import make_experts, run_chosen
 from jaxwna16.models.parts.piece import Following, Piece, Stream
 from pallas_kernels.formulas.activations import apply
-from pallas_kernels.formulas.heads import Heads
 from pallas_kernels.formulas.norms import Onto, apply_factor, apply_norm, normalise
 from pallas_kernels.formulas.rotation import rotate
-from pallas_kernels.step.attention import attend, project_and_attend
+from pallas_kernels.step.attention import attend
 from pallas_kernels.step.residual import add_onto
 from pallas_kernels.step.routing import route
 
 Array = jax.Array
 
 
-class Attention(nnx.Module):
-    """Attention with normalised queries, keys and values; values by no weight.
+class SharingAttention(nnx.Module):
+    """Attention of normalised queries to the keys and values of an earlier layer."""
 
-    In layers without `v_proj` values are the keys before their norm. A layer without `k_proj`
-    attends to the keys and values of an earlier layer, whose cache it is given.
-    """
-
-    def __init__(self, config: Gemma4Config, linears: Linears, path: str, layer: int):
-        hidden, eps, dtype = config.hidden_size, config.rms_norm_eps, linears.dtype
-        head_dim, bias = config.find_head_dim(layer), config.attention_bias
+    def __init__(self, config: Gemma4Config, linears: Linears, path: str, head_dim: int):
+        hidden, bias = config.hidden_size, config.attention_bias
         queries = config.num_attention_heads * head_dim
-        keys = config.kv_heads[layer] * head_dim
-        is_own = config.sources[layer] is None
-        has_values = is_own and not (config.keys_are_values and config.windows[layer] is None)
         self.q_proj = linears.make(f"{path}.q_proj", queries, hidden, bias)
-        self.q_norm = LateRMSNorm(head_dim, eps, dtype=dtype)
-        self.k_proj = linears.make(f"{path}.k_proj", keys, hidden, bias) if is_own else None
-        self.k_norm = LateRMSNorm(head_dim, eps, dtype=dtype) if is_own else None
-        self.v_proj = linears.make(f"{path}.v_proj", keys, hidden, bias) if has_values else None
+        self.q_norm = LateRMSNorm(head_dim, config.rms_norm_eps, dtype=linears.dtype)
         self.o_proj = linears.make(f"{path}.o_proj", hidden, queries, bias)
-        self.heads = Heads(
-            head_dim=head_dim, kv_heads=config.kv_heads[layer], scale=config.attention_scale
-        )
-        self.eps, self.dtype, self.backend = eps, dtype, linears.backend
+        self.head_dim, self.scale, self.backend = head_dim, config.attention_scale, linears.backend
 
-    def make_cache(self, batch: int, slots: int) -> LayerCache | None:
-        """An empty cache; None where another layer's is taken."""
-        if self.k_proj is None:
-            return None
-        shape = (batch * self.heads.kv_heads, slots, self.heads.head_dim)
-        return LayerCache(jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype))
+    def make_cache(self, batch: int, slots: int) -> None:
+        """None: another layer's is taken."""
+        del batch, slots
 
     def list_words(self) -> tuple[Array, ...]:
-        """Packed words of the first products."""
-        return list_words(self.q_proj, self.k_proj, self.v_proj)
+        """Packed words of the first product."""
+        return list_words(self.q_proj)
 
     def __call__(
-        self, x: Array, piece: Piece, cache: LayerCache | None, onto: Onto
-    ) -> tuple[Stream, LayerCache | None]:
-        if self.k_proj is None:
-            assert cache is not None
-            mixed, held = self._attend_to(cache, x, piece), None
-        else:
-            mixed, held = self._attend_own(x, piece, cache)
-        stream = Stream(*project_onto(mixed, self.o_proj, onto))
-        return stream, None if held is None else LayerCache(*held)
-
-    def _attend_own(self, x: Array, piece: Piece, cache: LayerCache | None) -> tuple[Array, Any]:
-        """The mixed values, and the cache with the piece's keys and values."""
-        assert self.k_norm is not None
-        layers = [self.q_proj, self.k_proj, *([] if self.v_proj is None else [self.v_proj])]
-        q, k, *rest = project(x, layers)
-        v = rest[0] if rest else k
-        heads = v.reshape(*v.shape[:-1], -1, self.heads.head_dim)
-        v = normalise(heads, self.eps).astype(v.dtype).reshape(v.shape)
-        return project_and_attend(
-            x,
-            (q, k, v),
-            (self.q_norm.norm, self.k_norm.norm),
-            piece.rotation,
-            piece.start,
-            piece.lengths,
-            piece.window,
-            cache,
-            heads=self.heads,
-            backend=self.backend,
-        )
-
-    def _attend_to(self, cache: LayerCache, x: Array, piece: Piece) -> Array:
-        """The mixed values of another layer's cache, which has the piece already."""
+        self, x: Array, piece: Piece, cache: LayerCache, onto: Onto
+    ) -> tuple[Stream, None]:
+        """As of other attention; the cache is the other layer's, which has the piece already."""
         rotation = piece.rotation
         assert rotation is not None
         q = self.q_proj(x)
-        q = self.q_norm(q.reshape(*q.shape[:-1], -1, self.heads.head_dim))
-        return attend(
+        q = self.q_norm(q.reshape(*q.shape[:-1], -1, self.head_dim))
+        mixed = attend(
             rotate(q, rotation.cos, rotation.sin),
             *cache,
             piece.start,
             piece.lengths,
             piece.window,
-            scale=self.heads.scale,
+            scale=self.scale,
             backend=self.backend,
         )
+        return Stream(*project_onto(mixed, self.o_proj, onto)), None
+
+
+def make_attention(
+    config: Gemma4Config, linears: Linears, path: str, layer: int
+) -> SelfAttention | SharingAttention:
+    """That of a layer, with keys and values of its own or without."""
+    head_dim, bias = config.find_head_dim(layer), config.attention_bias
+    if config.sources[layer] is not None:
+        return SharingAttention(config, linears, path, head_dim)
+    return SelfAttention(
+        config,
+        linears,
+        path,
+        qkv_bias=bias,
+        out_bias=bias,
+        norm=LateRMSNorm,
+        head_dim=head_dim,
+        kv_heads=config.kv_heads[layer],
+        has_values=not (config.keys_are_values and config.windows[layer] is None),
+        norms_values=True,
+    )
 
 
 class Router(nnx.Module):
@@ -156,7 +130,7 @@ class DecoderLayer(nnx.Module):
             return LateRMSNorm(hidden, config.rms_norm_eps, dtype=linears.dtype)
 
         self.input_layernorm = make_norm()
-        self.self_attn = Attention(config, linears, f"{path}.self_attn", layer)
+        self.self_attn = make_attention(config, linears, f"{path}.self_attn", layer)
         self.post_attention_layernorm = make_norm()
         self.pre_feedforward_layernorm = make_norm()
         inner = config.inner[layer]
@@ -180,7 +154,7 @@ class DecoderLayer(nnx.Module):
         self.activation, self.backend = config.activation, linears.backend
 
     @property
-    def mixer(self) -> Attention:
+    def mixer(self) -> SelfAttention | SharingAttention:
         """What carries tokens over to other tokens."""
         return self.self_attn
 

@@ -47,6 +47,10 @@ class SelfAttention(nnx.Module):
       gated: whether the result is multiplied by the sigmoid of a gate: rows of `q_proj` are, of
         each head, those of the query and then those of the gate.
       paired: whether neighbouring features are rotated together, see `rotate`.
+      head_dim, kv_heads: of this layer, where not all layers are alike; None is the model's.
+      has_values: whether there are projections of values; otherwise they are the keys before their
+        norm.
+      norms_values: whether each head's value is normalised, by no weight.
     """
 
     def __init__(
@@ -62,14 +66,18 @@ class SelfAttention(nnx.Module):
         norms_last: bool = False,
         gated: bool = False,
         paired: bool = False,
+        head_dim: int | None = None,
+        kv_heads: int | None = None,
+        has_values: bool = True,
+        norms_values: bool = False,
     ):
-        hidden, head_dim = config.hidden_size, config.head_dim
-        queries = config.num_attention_heads * head_dim
-        keys = config.num_key_value_heads * head_dim
+        hidden, head_dim = config.hidden_size, head_dim or config.head_dim
+        kv_heads = kv_heads or config.num_key_value_heads
+        queries, keys = config.num_attention_heads * head_dim, kv_heads * head_dim
         rows = 2 * queries if gated else queries
         self.q_proj = linears.make(f"{path}.q_proj", rows, hidden, qkv_bias)
         self.k_proj = linears.make(f"{path}.k_proj", keys, hidden, qkv_bias)
-        self.v_proj = linears.make(f"{path}.v_proj", keys, hidden, qkv_bias)
+        self.v_proj = linears.make(f"{path}.v_proj", keys, hidden, qkv_bias) if has_values else None
         self.o_proj = linears.make(f"{path}.o_proj", hidden, queries, out_bias)
         self.q_norm, self.k_norm = (
             None
@@ -79,13 +87,14 @@ class SelfAttention(nnx.Module):
         )
         self.heads = Heads(
             head_dim=head_dim,
-            kv_heads=config.num_key_value_heads,
+            kv_heads=kv_heads,
             gated=gated,
             norms_across=norms_across,
             norms_last=norms_last,
             scale=config.attention_scale,
             paired=paired,
             softcap=config.attention_softcap,
+            value_eps=config.rms_norm_eps if norms_values else None,
         )
         self.dtype = linears.dtype
 
@@ -101,7 +110,8 @@ class SelfAttention(nnx.Module):
     def __call__(
         self, x: jax.Array, piece: Piece, cache: LayerCache | None, onto: Onto
     ) -> tuple[Stream, LayerCache | None]:
-        linears, backend, prefer = gather(x, (self.q_proj, self.k_proj, self.v_proj))
+        layers = (self.q_proj, self.k_proj, *(() if self.v_proj is None else (self.v_proj,)))
+        linears, backend, prefer = gather(x, layers)
         q_norm, k_norm = (None if n is None else n.norm for n in (self.q_norm, self.k_norm))
         mixed, held = project_and_attend(
             x,

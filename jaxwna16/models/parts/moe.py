@@ -147,32 +147,31 @@ class FloatExperts(nnx.Module):
         ids, weights = route(
             router_logits, correction_bias=correction_bias, backend=self.backend, **options
         )
-        return float_moe(
-            x,
-            ids,
-            weights,
-            self.w13.weight[...],
-            self.w2.weight[...],
-            activation=self.activation,
-            shared=weigh_shared(shared, shared_gate),
-        )
+        return run_chosen(self, x, ids, weights, weigh_shared(shared, shared_gate))
 
 
-def run_chosen(experts: Any, x: Array, ids: Array, weights: Array) -> Array:
-    """The sum [..., H] of experts that were chosen elsewhere, ids and weights [..., top_k]."""
-    if type(experts) is not QuantMoE:
+def run_chosen(
+    experts: QuantMoE | FloatExperts,
+    x: Array,
+    ids: Array,
+    weights: Array,
+    shared: Array | None = None,
+) -> Array:
+    """The sum [..., H] of experts that were chosen already, ids and weights [..., top_k]."""
+    if isinstance(experts, FloatExperts):
         stacks = experts.w13.weight[...], experts.w2.weight[...]
-        return float_moe(x, ids, weights, *stacks, activation=experts.activation)
-    options, stacks = experts.options, (experts.w13.weights, experts.w2.weights)
+        return float_moe(x, ids, weights, *stacks, activation=experts.activation, shared=shared)
     return quant_moe(
         x,
         ids,
         weights,
-        *stacks,
+        experts.w13.weights,
+        experts.w2.weights,
         experts.spec13,
         experts.spec2,
-        activation=options.activation,
-        backend=options.backend,
+        activation=experts.options.activation,
+        shared=shared,
+        backend=experts.options.backend,
     )
 
 

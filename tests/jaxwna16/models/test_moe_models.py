@@ -14,7 +14,8 @@ from jaxwna16.models.filling.params import fill_model
 from jaxwna16.models.llama.config import LlamaConfig
 from jaxwna16.models.llama.definition import Llama
 from pallas_kernels import QuantSpec
-from tests.jaxwna16.models.family_rows import BASES
+from tests.jaxwna16.models.family_rows import BASES, MODELS
+from tests.jaxwna16.models.family_rows.deepseek import ROWS as OWN
 from tests.jaxwna16.models.hf_models import (
     SPARSE,
     cast_weights,
@@ -27,9 +28,11 @@ from tests.jaxwna16.models.hf_models import (
 )
 
 FAMILY_OF_EACH_TYPE = [name for name in SPARSE if name in BASES.values()]
+LATENT = [name for name, (model_type, _) in MODELS.items() if model_type in OWN]
+"""Those with DeepSeek's attention."""
 
 
-@pytest.mark.parametrize("family", SPARSE)
+@pytest.mark.parametrize("family", [*SPARSE, *LATENT])
 def test_the_chosen_experts_and_their_weights_are_those_of_transformers(family):
     reference = make_reference(family)
     model = convert(reference)

@@ -113,7 +113,7 @@ GROUPS = {"n_routed_experts": 16, "n_group": 4, "topk_group": 2}
         ("dots1", {"n_routed_experts": None}, "n_routed_experts: expected an integer"),
         ("dots1", {"n_shared_experts": None}, "n_shared_experts: expected an integer"),
         ("dots1", {"n_shared_experts": 0}, "n_shared_experts: expected an integer of at least 1"),
-        ("dots1", {"moe_layer_freq": 2}, "moe_layer_freq: expected 1, found 2"),
+        ("dots1", {"moe_layer_freq": 2}, "moe_layer_freq: expected 1 in every layer, found 2"),
         ("dots1", {"first_k_dense_replace": -1}, "first_k_dense_replace: expected an integer"),
         ("dots1", {"routed_scaling_factor": 0}, "routed_scaling_factor: expected a positive"),
         ("dots1", {**GROUPS, "n_group": 3}, "n_group: expected a divisor of the 16 experts"),
